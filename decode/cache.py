@@ -1,0 +1,108 @@
+"""The KV cache: pages of keys and values, and the tables that say whose they are."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from ..model.config import ModelConfig
+
+
+@struct.dataclass
+class KVCache:
+    """Cached keys and values of B rows. A pytree: jit takes it, and `prefill` and `decode_step` consume it.
+
+    Attributes:
+      k, v: one array a layer, [P, K, S, H]: pages, KV heads, positions a page, head dimensions.
+      block_tables: [B, N] int32, the page that holds positions n * S to (n + 1) * S - 1 of a row.
+      lengths: [B] int32, positions cached so far.
+      max_lengths: [B] int32, positions at which a row is full. Length-dependent RoPE kinds (dynamic, longrope) read it
+        as the row's context length, so set it to the longest the row will become.
+      identity_table: whether block_tables is 0, 1, 2 ... in row order (static), which spares a gather.
+    """
+
+    k: Any
+    v: Any
+    block_tables: Any
+    lengths: Any
+    max_lengths: Any
+    identity_table: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def batch_size(self) -> int:
+        return self.block_tables.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.k[0].shape[2]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the table of one row can hold."""
+        return self.block_tables.shape[1] * self.page_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in (*self.k, *self.v))
+
+
+def init_cache(
+    config: ModelConfig,
+    batch_size: int,
+    max_length: int,
+    *,
+    page_size: int = 64,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> KVCache:
+    """An empty cache of `batch_size` rows, each with room for `max_length` tokens of its own.
+
+    Args:
+      config: the model.
+      batch_size: rows.
+      max_length: positions at which a row is full; memory is taken for the next multiple of `page_size`.
+      page_size: positions a page.
+      dtype: of keys and values. None is the model's dtype on accelerators, and float32 on a CPU, where XLA has
+        neither 16-bit updates in place nor 16-bit batched products and would convert the cache at every step.
+    """
+    for name, value in (("batch_size", batch_size), ("max_length", max_length), ("page_size", page_size)):
+        if value <= 0:
+            raise ValueError(f"init_cache: {name} is {value}; it must be positive")
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
+    pages_per_row = math.ceil(max_length / page_size)
+    pages = batch_size * pages_per_row
+    shape = (pages, config.num_kv_heads, page_size, config.head_dim)
+    return KVCache(
+        k=tuple(jnp.zeros(shape, dtype) for _ in config.layers),
+        v=tuple(jnp.zeros(shape, dtype) for _ in config.layers),
+        block_tables=jnp.arange(pages, dtype=jnp.int32).reshape(batch_size, pages_per_row),
+        lengths=jnp.zeros((batch_size,), jnp.int32),
+        max_lengths=jnp.full((batch_size,), max_length, jnp.int32),
+        identity_table=True,
+    )
+
+
+def write_pages(
+    pages: Float[Array, "P K S H"],
+    new: Float[Array, "B T K H"],
+    block_tables: Int[Array, "B N"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Float[Array, "P K S H"]:
+    """Pages with the keys or values of new tokens written at their positions, in place when `pages` is donated.
+
+    Args:
+      pages: keys or values of one layer.
+      new: what to write.
+      block_tables: page of each stretch of S positions.
+      positions: where each token goes in its row.
+      valid: tokens to write; the others (padding, rows without room) leave no trace.
+    """
+    page_size = pages.shape[2]
+    page = jnp.take_along_axis(block_tables, positions // page_size, axis=1, mode="clip")
+    page = jnp.where(valid, page, pages.shape[0])  # out of bounds, so that mode="drop" drops it
+    return pages.at[page, :, positions % page_size].set(new.astype(pages.dtype), mode="drop")

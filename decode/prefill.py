@@ -1,0 +1,75 @@
+"""Prefill: many tokens a row in one compute-bound program."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..model.config import ModelConfig
+from ..model.params import Params
+from ..model.transformer import transformer, unembed
+from ..pallas_kernels.attention import prefill_attention
+from .cache import KVCache, write_pages
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def prefill(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    cache: KVCache,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Append T tokens a row to the cache and return the logits after the last of each row.
+
+    Calling it again continues the rows: a prompt prefilled in chunks gives the logits of one prefill. It compiles
+    once a shape of `tokens` and of the cache, and consumes the cache it is given.
+
+    Args:
+      params: as `param_specs(config)`.
+      config: the model (static).
+      tokens: token ids, padded on the right.
+      lengths: how many of the T tokens of each row count; 0 leaves a row as it is.
+      cache: as `init_cache` or an earlier call returned it.
+
+    Returns:
+      Logits, float32, and the cache. A row whose tokens do not fit (cached + lengths > max_lengths), whose length is
+      outside [0, T], or that has no tokens gets NaN logits, and its cache and length stay as they were.
+
+    Raises:
+      ValueError: batch sizes differ.
+    """
+    B, T = tokens.shape
+    if B != cache.batch_size:
+        raise ValueError(f"prefill got {B} rows of tokens for a cache of {cache.batch_size}; make them equal")
+    starts = cache.lengths
+    fits = (lengths >= 0) & (lengths <= T) & (starts + lengths <= cache.max_lengths)
+    new = jnp.where(fits, lengths, 0)
+    positions = starts[:, None] + jnp.arange(T)
+    valid = jnp.arange(T) < new[:, None]
+
+    def attend(q, k, v, spec, state):
+        k_pages, v_pages = state
+        k_pages = write_pages(k_pages, k, cache.block_tables, positions, valid)
+        v_pages = write_pages(v_pages, v, cache.block_tables, positions, valid)
+        out = prefill_attention(
+            q,
+            k_pages,
+            v_pages,
+            cache.block_tables,
+            starts,
+            starts + new,
+            scale=spec.scale,
+            window=spec.window,
+            soft_cap=spec.soft_cap,
+            identity_table=cache.identity_table,
+        )
+        return out, (k_pages, v_pages)
+
+    state = tuple(zip(cache.k, cache.v, strict=True))
+    x, state = transformer(params, config, tokens, positions, attend, state, cache.max_lengths)
+    last = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
+    logits = jnp.where((new > 0)[:, None], unembed(params, config, last), jnp.nan)
+    k, v = zip(*state, strict=True)
+    return logits, cache.replace(k=k, v=v, lengths=starts + new)

@@ -1,0 +1,69 @@
+"""Decode: one token a row in one bandwidth-bound program."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..model.config import ModelConfig
+from ..model.params import Params
+from ..model.transformer import transformer, unembed
+from ..pallas_kernels.attention import decode_attention
+from .cache import KVCache, write_pages
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode_step(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B"],
+    cache: KVCache,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Append one token a row to the cache and return the logits after it.
+
+    Compiles once a shape of the cache, consumes the cache it is given, and updates all of it in place.
+
+    Args:
+      params: as `param_specs(config)`.
+      config: the model (static).
+      tokens: the next token id of each row.
+      cache: as `prefill` or an earlier step returned it.
+
+    Returns:
+      Logits, float32, and the cache. A row that is full (lengths == max_lengths) gets NaN logits, and its cache and
+      length stay as they were.
+
+    Raises:
+      ValueError: batch sizes differ.
+    """
+    if tokens.shape[0] != cache.batch_size:
+        raise ValueError(
+            f"decode_step got {tokens.shape[0]} tokens for a cache of {cache.batch_size} rows; make them equal"
+        )
+    has_room = cache.lengths < cache.max_lengths
+    lengths = cache.lengths + has_room
+    positions = cache.lengths[:, None]
+
+    def attend(q, k, v, spec, state):
+        k_pages, v_pages = state
+        k_pages = write_pages(k_pages, k, cache.block_tables, positions, has_room[:, None])
+        v_pages = write_pages(v_pages, v, cache.block_tables, positions, has_room[:, None])
+        out = decode_attention(
+            q[:, 0],
+            k_pages,
+            v_pages,
+            cache.block_tables,
+            lengths,
+            scale=spec.scale,
+            window=spec.window,
+            soft_cap=spec.soft_cap,
+            identity_table=cache.identity_table,
+        )
+        return out[:, None], (k_pages, v_pages)
+
+    state = tuple(zip(cache.k, cache.v, strict=True))
+    x, state = transformer(params, config, tokens[:, None], positions, attend, state, cache.max_lengths)
+    logits = jnp.where(has_room[:, None], unembed(params, config, x[:, 0]), jnp.nan)
+    k, v = zip(*state, strict=True)
+    return logits, cache.replace(k=k, v=v, lengths=lengths)

@@ -1,0 +1,94 @@
+"""The pieces of a layer: matrix product, RMS norm, gated MLP, soft cap."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from .params import Params
+
+
+def linear(
+    x: Float[Array, "..."],
+    w: Float[Array, "..."],
+    bias: Float[Array, "..."] | None = None,
+    *,
+    in_axes: int = 1,
+    out_dtype: jax.typing.DTypeLike | None = None,
+) -> Float[Array, "..."]:
+    """x @ w.T with float32 accumulation: every weight product of the project goes through here.
+
+    Args:
+      x: [*rows, *in], its `in_axes` trailing axes contracted.
+      w: [*out, *in], the orientation of checkpoints.
+      bias: [*out], added in float32.
+      in_axes: how many trailing axes are contracted.
+      out_dtype: of the result, x's own by default.
+
+    Returns:
+      [*rows, *out].
+    """
+    rows, out = x.shape[: x.ndim - in_axes], w.shape[: w.ndim - in_axes]
+    if x.shape[len(rows) :] != w.shape[len(out) :]:
+        raise ValueError(f"linear contracts {x.shape[len(rows) :]} of x with {w.shape[len(out) :]} of w; they differ")
+    x2, w2 = x.reshape(*_flat(x, in_axes)), w.reshape(*_flat(w, in_axes))
+    y = lax.platform_dependent(x2, w2, cpu=_product_cpu, default=_product)
+    y = y.reshape(rows + out)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(out_dtype or x.dtype)
+
+
+def _flat(a: Array, in_axes: int) -> tuple[int, int]:
+    inner = 1
+    for size in a.shape[a.ndim - in_axes :]:
+        inner *= size
+    return a.size // inner if inner else 0, inner
+
+
+def _product(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
+    return jnp.einsum("mi,oi->mo", x, w, preferred_element_type=jnp.float32)
+
+
+def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
+    # XLA:CPU streams 16-bit weights at memory speed only from the left operand and for two rows or more; for a
+    # single row it would write out a float32 copy of the weight first, twenty times slower.
+    rows = x.shape[0]
+    if rows == 1 and x.dtype != jnp.float32:
+        x = jnp.pad(x, ((0, 1), (0, 0)))
+    return jnp.einsum("oi,mi->om", w, x, preferred_element_type=jnp.float32)[:, :rows].T
+
+
+def rms_norm(
+    x: Float[Array, "..."], weight: Float[Array, "..."], eps: float, offset: float = 0.0
+) -> Float[Array, "..."]:
+    """x / rms(x) * (weight + offset), in float32, over the trailing axes that `weight` has.
+
+    Source: Zhang and Sennrich 2019.
+    """
+    axes = tuple(range(-weight.ndim, 0))
+    x32 = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
+    return (x32 * scale * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
+
+
+def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """cap * tanh(x / cap): Gemma 2's bound on scores and logits. None leaves x as it is."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def gated_mlp(x: Float[Array, "B T D"], weights: Params, activation: str) -> Float[Array, "B T D"]:
+    """down(activation(gate(x)) * up(x)): SwiGLU and its kin (Shazeer 2020)."""
+    gate_up = linear(x, weights["gate_up"], weights.get("gate_up_bias"))
+    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+    hidden = ACTIVATION_FUNCTIONS[activation](gate.astype(jnp.float32)).astype(x.dtype) * up
+    return linear(hidden, weights["down"], weights.get("down_bias"))

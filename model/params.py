@@ -1,0 +1,132 @@
+"""The one list of a model's parameters.
+
+`param_specs(config)` drives initialisation, placement, loading and every byte count; nothing else lists parameters.
+Weights keep the checkpoint's [out, in] orientation. Query, key and value weights are one array grouped by KV head,
+gate and up weights are one array: fewer launches, and both shard on their first axis.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from .config import ModelConfig
+
+Params = dict[str, Any]
+"""A pytree of arrays with the structure of `param_specs(config)`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter before it exists: a leaf of the tree that `param_specs` returns.
+
+    Attributes:
+      shape: its full (unsharded) shape.
+      dtype: its dtype's name.
+      axes: a logical name an axis, which `sharding` maps to mesh axes; None is never sharded.
+      init: "normal" (fan-in scaled), "ones" or "zeros".
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+    init: Literal["normal", "ones", "zeros"] = "normal"
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and axes {self.axes} differ in rank; name every axis")
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * jnp.dtype(self.dtype).itemsize
+
+
+def param_specs(config: ModelConfig) -> Params:
+    """The pytree of `ParamSpec` of a model: its parameters' names, shapes, dtypes, axes and initialisation."""
+    V, D = config.vocab_size, config.embed_dim
+    specs = {
+        "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed")),
+        "layers": [_layer_specs(config) for _ in config.layers],
+        "final_norm": _norm(config, (D,), ("embed",)),
+    }
+    if not config.tie_embeddings:
+        specs["unembedding"] = ParamSpec((V, D), config.dtype, ("vocab", "embed"))
+    return specs
+
+
+def _layer_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+    D, F, H = config.embed_dim, config.ffn_dim, config.head_dim
+    K, G = config.num_kv_heads, config.q_per_kv
+
+    def weight(*shape_axes):
+        shape, axes = zip(*shape_axes, strict=True)
+        return ParamSpec(shape, config.dtype, axes)
+
+    def bias(*shape_axes):
+        return dataclasses.replace(weight(*shape_axes), init="zeros")
+
+    kv_heads, group, head = (K, "kv_heads"), (G, "q_per_kv"), (H, "head_dim")
+    qkv, ffn, embed = (G + 2, "q_per_kv"), (F, "ffn"), (D, "embed")
+    specs = {
+        "qkv": weight(kv_heads, qkv, head, embed),
+        "out": weight(embed, kv_heads, group, head),
+        "gate_up": weight((2, None), ffn, embed),
+        "down": weight(embed, ffn),
+    }
+    if config.qkv_bias:
+        specs["qkv_bias"] = bias(kv_heads, qkv, head)
+    if config.out_bias:
+        specs["out_bias"] = bias(embed)
+    if config.mlp_bias:
+        specs["gate_up_bias"] = bias((2, None), ffn)
+        specs["down_bias"] = bias(embed)
+    if config.norm_position in ("pre", "sandwich"):
+        specs["attn_norm"] = _norm(config, (D,), ("embed",))
+        specs["mlp_norm"] = _norm(config, (D,), ("embed",))
+    if config.norm_position in ("post", "sandwich"):
+        specs["post_attn_norm"] = _norm(config, (D,), ("embed",))
+        specs["post_mlp_norm"] = _norm(config, (D,), ("embed",))
+    if config.qk_norm == "head":
+        specs["q_norm"] = _norm(config, (H,), ("head_dim",))
+        specs["k_norm"] = _norm(config, (H,), ("head_dim",))
+    elif config.qk_norm == "full":
+        specs["q_norm"] = _norm(config, (K, G, H), ("kv_heads", "q_per_kv", "head_dim"))
+        specs["k_norm"] = _norm(config, (K, H), ("kv_heads", "head_dim"))
+    return specs
+
+
+def _norm(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> ParamSpec:
+    return ParamSpec(shape, config.dtype, axes, init="zeros" if config.norm_offset else "ones")
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random parameters: normal weights of standard deviation (fan-in) ** -0.5, norms at one, biases at zero.
+
+    Args:
+      config: the model.
+      key: a `jax.random.key`.
+    """
+    leaves, treedef = jax.tree.flatten(param_specs(config))
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten(_init(spec, k) for spec, k in zip(leaves, keys, strict=True))
+
+
+def _init(spec: ParamSpec, key: jax.Array) -> jax.Array:
+    if spec.init == "zeros":
+        return jnp.zeros(spec.shape, spec.dtype)
+    if spec.init == "ones":
+        return jnp.ones(spec.shape, spec.dtype)
+    # The output projection alone contracts its three trailing axes; all others contract the last.
+    fan_in = math.prod(spec.shape[1:]) if spec.axes[0] == "embed" else spec.shape[-1]
+    return (jax.random.normal(key, spec.shape, jnp.float32) * fan_in**-0.5).astype(spec.dtype)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """How many numbers the model's parameters hold."""
+    return sum(spec.size for spec in jax.tree.leaves(param_specs(config)))

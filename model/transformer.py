@@ -1,0 +1,139 @@
+"""The forward pass of every family. It knows no cache: `attend` decides what attention sees and what it keeps."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..pallas_kernels.attention import causal_attention
+from .config import ModelConfig
+from .layers import gated_mlp, linear, rms_norm, soft_cap
+from .params import Params
+from .rope import apply_rope, rope_tables
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What one layer asks of attention, besides q, k and v. Static under jit.
+
+    Attributes:
+      layer: its index.
+      scale: multiplies q . k.
+      window: sliding-window width in tokens, the query itself included, or None.
+      soft_cap: bound on the scores, or None.
+    """
+
+    layer: int
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+
+Attend = Callable[
+    [Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"], AttentionSpec, Any],
+    tuple[Float[Array, "B T K G H"], Any],
+]
+"""attend(q, k, v, spec, state) -> (output, state): q and k come rotated, state is this layer's own."""
+
+
+def transformer(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    attend: Attend,
+    state: Sequence[Any],
+    max_lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+    """Run every layer.
+
+    Args:
+      params: as `param_specs(config)`.
+      config: the model.
+      tokens: token ids.
+      positions: absolute position of each token in its row.
+      attend: attention over whatever keys and values it has; see `Attend`.
+      state: one entry a layer, threaded through `attend` (None where it keeps nothing).
+      max_lengths: the length each row may reach, which length-dependent RoPE kinds read.
+
+    Returns:
+      The final hidden states after the last norm, ready for `unembed`, and the new states.
+    """
+    with jax.named_scope("embed"):
+        x = embed(params, config, tokens)
+    with jax.named_scope("rope"):
+        ropes = {layer.rope: rope_tables(layer.rope, positions, max_lengths) for layer in config.layers}
+    new_state = []
+    for index, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
+        spec = AttentionSpec(index, config.query_scale, layer.window, config.attn_soft_cap)
+        with jax.named_scope(f"layer_{index}"):
+            x, kept = _layer(x, weights, config, ropes[layer.rope], functools.partial(attend, spec=spec), state[index])
+        new_state.append(kept)
+    with jax.named_scope("final_norm"):
+        x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_offset)
+    return x, tuple(new_state)
+
+
+def embed(params: Params, config: ModelConfig, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Token embeddings, scaled where the family scales them."""
+    x = params["embedding"][tokens]
+    # The scale is rounded to the activations' dtype first, as the families that have one were trained.
+    return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, x.dtype)
+
+
+def unembed(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Logits in float32 of final hidden states."""
+    with jax.named_scope("unembed"):
+        weight = params["embedding"] if config.tie_embeddings else params["unembedding"]
+        return soft_cap(linear(x, weight, out_dtype=jnp.float32), config.logit_soft_cap)
+
+
+def _layer(x, weights, config, rope, attend, state):
+    norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
+    before, after = config.norm_position != "post", config.norm_position != "pre"
+
+    with jax.named_scope("attention"):
+        h = norm(x, weights["attn_norm"]) if before else x
+        h, state = _attention(h, weights, config, norm, rope, attend, state)
+        x = x + (norm(h, weights["post_attn_norm"]) if after else h)
+    with jax.named_scope("mlp"):
+        h = norm(x, weights["mlp_norm"]) if before else x
+        h = gated_mlp(h, weights, config.activation)
+        x = x + (norm(h, weights["post_mlp_norm"]) if after else h)
+    return x, state
+
+
+def _attention(x, weights, config, norm, rope, attend, state):
+    G = config.q_per_kv
+    qkv = linear(x, weights["qkv"], weights.get("qkv_bias"))  # [B, T, K, G + 2, H]
+    q, k, v = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
+    if config.qk_norm is not None:
+        q, k = norm(q, weights["q_norm"]), norm(k, weights["k_norm"])
+    q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    out, state = attend(q, k, v, state=state)
+    return linear(out, weights["out"], weights.get("out_bias"), in_axes=3), state
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def forward(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Teacher-forced logits, float32, of every position: no cache, differentiable.
+
+    Args:
+      params: as `param_specs(config)`.
+      config: the model.
+      tokens: token ids; shorter rows are padded on the right, which no earlier position sees.
+    """
+
+    def attend(q, k, v, spec, state):
+        out = causal_attention(q, k, v, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap)
+        return out, state
+
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    state = (None,) * config.num_layers
+    x, _ = transformer(params, config, tokens, positions, attend, state, jnp.full((B,), T))
+    return unembed(params, config, x)
