@@ -1,16 +1,63 @@
-"""Ridgeline: pure-functional JAX inference for decoder-only language models."""
+"""Ridgeline: pure-functional JAX inference for decoder-only language models.
 
+Prefill and decode are two programs, compiled apart: the first is bound by arithmetic, the second by memory.
+
+    import ridgeline as rl
+
+    model = rl.load_model("bundled")
+    print(rl.generate(model, ["Once upon a time"], rl.SamplingParams(max_tokens=64))[0].text)
+"""
+
+from .decode.cache import KVCache, init_cache
+from .decode.generate import StreamChunk, default_sampling, generate, stream, warm_up
+from .decode.loop import decode_steps
+from .decode.prefill import prefill
+from .decode.request import RequestOutput, TokenLogprobs
+from .decode.sampling import SamplingPlan, SamplingState, make_sampling_state, sample
+from .decode.sampling_params import SamplingParams
+from .decode.step import decode_step
+from .model.checkpoint import CheckpointError
 from .model.config import LayerConfig, ModelConfig, RopeConfig
+from .model.hf import config_from_hf
+from .model.loading import GenerationDefaults, Model, load_model
 from .model.params import ParamSpec, count_parameters, init_params, param_specs
-from .model.transformer import forward
+from .model.tokenizer import StreamDecoder, Tokenizer
+from .model.transformer import AttentionSpec, forward, transformer, unembed
 
 __all__ = [
+    "AttentionSpec",
+    "CheckpointError",
+    "GenerationDefaults",
+    "KVCache",
     "LayerConfig",
+    "Model",
     "ModelConfig",
     "ParamSpec",
+    "RequestOutput",
     "RopeConfig",
+    "SamplingParams",
+    "SamplingPlan",
+    "SamplingState",
+    "StreamChunk",
+    "StreamDecoder",
+    "TokenLogprobs",
+    "Tokenizer",
+    "config_from_hf",
     "count_parameters",
+    "decode_step",
+    "decode_steps",
+    "default_sampling",
     "forward",
+    "generate",
+    "init_cache",
     "init_params",
+    "load_model",
+    "make_sampling_state",
     "param_specs",
+    "prefill",
+    "sample",
+    "stream",
+    "transformer",
+    "unembed",
+    "warm_up",
 ]

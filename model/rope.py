@@ -15,7 +15,7 @@ from .config import RopeConfig
 
 def rope_tables(
     rope: RopeConfig, positions: Int[Array, "B T"], max_lengths: Int[Array, "B"]
-) -> tuple[Float[Array, "B T 1 R/2"], Float[Array, "B T 1 R/2"]]:
+) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
     """Cosines and sines to rotate the heads at `positions`, in float32.
 
     Args:
@@ -31,9 +31,9 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Float[Array, "B T *heads H"], cos: Float[Array, "B T 1 R/2"], sin: Float[Array, "B T 1 R/2"]
+    x: Float[Array, "B T *heads H"], cos: Float[Array, "B T 1 R"], sin: Float[Array, "B T 1 R"]
 ) -> Float[Array, "B T *heads H"]:
-    """Rotate the first R dimensions of each head, pairing dimension i with i + R/2; computed in float32."""
+    """Rotate the first 2 R dimensions of each head, pairing dimension i with i + R; computed in float32."""
     half = cos.shape[-1]
     extra = x.ndim - cos.ndim
     cos, sin = (t.reshape(t.shape[:2] + (1,) * extra + t.shape[2:]) for t in (cos, sin))
@@ -45,7 +45,7 @@ def apply_rope(
 
 def rope_frequencies(
     rope: RopeConfig, max_lengths: Int[Array, "B"]
-) -> np.ndarray | Float[Array, "R/2"] | Float[Array, "B R/2"]:
+) -> np.ndarray | Float[Array, "R"] | Float[Array, "B R"]:
     """Radians a position of each rotated pair: one table, or one a row for the kinds that depend on the length."""
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float64) / rope.rotary_dim
     base = rope.theta**-exponents
@@ -66,7 +66,7 @@ def rope_frequencies(
     raise ValueError(f"RoPE kind {rope.kind!r} has no formula")
 
 
-def _dynamic(rope: RopeConfig, exponents: np.ndarray, max_lengths: Int[Array, "B"]) -> Float[Array, "B R/2"]:
+def _dynamic(rope: RopeConfig, exponents: np.ndarray, max_lengths: Int[Array, "B"]) -> Float[Array, "B R"]:
     lengths = jnp.maximum(max_lengths, rope.original_max_position).astype(jnp.float32)
     growth = rope.factor * lengths / rope.original_max_position - (rope.factor - 1)
     theta = rope.theta * growth ** (rope.rotary_dim / (rope.rotary_dim - 2))

@@ -1,5 +1,56 @@
 """Hugging Face checkpoints: one small file a family, and the look-up over them."""
 
+from ..config import ModelConfig
+from . import gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3
+from .common import refuse
 from .family import Family, HFConfig, Piece, TensorMap
 
-__all__ = ["Family", "HFConfig", "Piece", "TensorMap"]
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2)
+}
+"""Every supported family, by name."""
+
+
+def config_from_hf(hf_config: HFConfig) -> ModelConfig:
+    """The model that a checkpoint's config.json describes.
+
+    Args:
+      hf_config: its contents, as `json.load` returns them.
+
+    Returns:
+      The configuration, in the dtype that config.json states (float32 where it states none).
+
+    Raises:
+      ValueError: the architecture, or something that the config asks of it, is not supported, or a key is missing.
+    """
+    family = _family_for(hf_config)
+    refuse(hf_config, "quantization_config", (), "load the checkpoint that it was quantised from")
+    for key in ("rope_scaling", "rope_parameters"):
+        if hf_config.get(key) is not None and not isinstance(hf_config[key], dict):
+            raise ValueError(f"{key} in config.json is {hf_config[key]!r}; it must be an object or null")
+    return family.config(hf_config)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that a `ModelConfig` came from."""
+    if config.family not in FAMILIES:
+        raise ValueError(f"family {config.family!r} is not known; known: {', '.join(FAMILIES)}")
+    return FAMILIES[config.family]
+
+
+def _family_for(hf: HFConfig) -> Family:
+    families = FAMILIES.values()
+    stated = hf.get("architectures") or []
+    if stated:
+        found = [f for f in families if set(stated) & set(f.architectures)]
+        what, supported = f"architecture {', '.join(stated)}", [name for f in families for name in f.architectures]
+    else:
+        found = [f for f in families if hf.get("model_type") in f.model_types]
+        what = f"config.json names no architecture, and its model_type {hf.get('model_type')!r}"
+        supported = [name for f in families for name in f.model_types]
+    if not found:
+        raise ValueError(f"{what} is not supported; supported: {', '.join(supported)}")
+    return found[0]
+
+
+__all__ = ["FAMILIES", "Family", "HFConfig", "Piece", "TensorMap", "config_from_hf", "family_of"]

@@ -40,11 +40,13 @@ class Family:
     Attributes:
       name: the family's name, which `ModelConfig.family` repeats.
       architectures: the names in config.json's `architectures` that it serves.
+      model_types: the `model_type` that stands in where a config.json names no architecture.
       config: config.json -> ModelConfig.
       tensors: ModelConfig -> where each parameter lies in the checkpoint.
     """
 
     name: str
     architectures: tuple[str, ...]
+    model_types: tuple[str, ...]
     config: Callable[[HFConfig], ModelConfig]
     tensors: Callable[[ModelConfig], TensorMap]

@@ -1,0 +1,22 @@
+"""The one table of padded sizes: every shape a program is compiled for comes from here, in use and in warm-up."""
+
+PREFILL_CHUNK = 1024
+"""Longest prefill, in tokens; longer prompts are prefilled in chunks of it."""
+
+DECODE_STEPS = 8
+"""Decode steps a dispatch: tokens reach the host in blocks of this many."""
+
+
+def batch_bucket(rows: int) -> int:
+    """Rows of a compiled batch that holds `rows` requests: the next power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+def prefill_bucket(tokens: int) -> int:
+    """Tokens of a compiled prefill of `tokens` tokens: the next power of two from 16 to PREFILL_CHUNK."""
+    return min(max(16, 1 << (tokens - 1).bit_length()), PREFILL_CHUNK)
+
+
+def cache_bucket(length: int) -> int:
+    """Positions of a compiled cache that holds `length`: the next power of two from 128, past 4,096 the next 4,096."""
+    return max(128, 1 << (length - 1).bit_length()) if length <= 4096 else -(-length // 4096) * 4096

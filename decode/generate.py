@@ -1,0 +1,262 @@
+"""Text in, text out: prompts to batches, batches through prefill and the decode loop, tokens to requests."""
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..model.loading import Model
+from . import buckets
+from .cache import init_cache
+from .loop import decode_steps, sample_first
+from .prefill import prefill
+from .request import FinishReason, Request, RequestOutput, TokenLogprobs
+from .sampling import SampleLogprobs, make_sampling_state
+from .sampling_params import SamplingParams
+
+Prompts = str | Sequence[str] | Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamChunk:
+    """New output of one request.
+
+    Attributes:
+      index: the prompt's position in the list of prompts.
+      tokens: new token ids.
+      text: new text; "" while it may yet become a stop string or an unfinished character.
+      finish_reason: set in the request's last chunk.
+      output: the whole result, in the last chunk.
+    """
+
+    index: int
+    tokens: list[int]
+    text: str
+    finish_reason: FinishReason | None
+    output: RequestOutput | None
+
+
+def generate(
+    model: Model,
+    prompts: Prompts,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    callback: Callable[[StreamChunk], None] | None = None,
+    max_batch_size: int = 32,
+) -> list[RequestOutput]:
+    """Complete every prompt.
+
+    Args:
+      model: as `load_model` returns it.
+      prompts: texts or token-id lists (one text alone is a list of one).
+      sampling: one for all prompts, or one a prompt; None takes the model's own defaults.
+      callback: called with every `StreamChunk` as it comes.
+      max_batch_size: rows decoded together; more prompts run in turns.
+
+    Returns:
+      One output a prompt, in order. A request's tokens do not depend on what it is batched with.
+
+    Raises:
+      ValueError: an empty prompt, token ids outside the vocabulary, a prompt as long as the model's longest sequence,
+        stop strings without a tokenizer; all before any device work.
+    """
+    outputs: dict[int, RequestOutput] = {}
+    for chunk in stream(model, prompts, sampling, max_batch_size=max_batch_size):
+        if callback is not None:
+            callback(chunk)
+        if chunk.output is not None:
+            outputs[chunk.index] = chunk.output
+    return [outputs[index] for index in range(len(outputs))]
+
+
+def stream(
+    model: Model,
+    prompts: Prompts,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    max_batch_size: int = 32,
+) -> Iterator[StreamChunk]:
+    """Like `generate`, but yields the output as it comes, in blocks of a few tokens a request.
+
+    The arguments are checked when it is called, before the first chunk is asked for.
+    """
+    requests = make_requests(model, prompts, sampling)
+    if max_batch_size <= 0:
+        raise ValueError(f"max_batch_size is {max_batch_size}; it must be positive")
+    return _stream(model, requests, max_batch_size)
+
+
+def warm_up(
+    model: Model,
+    prompts: Prompts,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    max_batch_size: int = 32,
+) -> None:
+    """Compile the programs that `generate` with these arguments will run, so that none is compiled while it runs."""
+    requests = make_requests(model, prompts, sampling)
+    for first in range(0, len(requests), max_batch_size):
+        batch = _Batch(model, requests[first : first + max_batch_size])
+        batch.prefill()
+        batch.decode()
+
+
+def default_sampling(model: Model, **changes: Any) -> SamplingParams:
+    """The sampling that the model's generation_config.json asks for, with the named fields changed."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    stated = {name: getattr(model.generation, name) for name in names}
+    return SamplingParams(**{name: value for name, value in stated.items() if value is not None} | changes)
+
+
+def make_requests(
+    model: Model, prompts: Prompts, sampling: SamplingParams | Sequence[SamplingParams] | None
+) -> list[Request]:
+    """Check and tokenise prompts: everything that can be refused is refused here, before any device work."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if sampling is None:
+        sampling = default_sampling(model)
+    params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+    if len(params) != len(prompts):
+        raise ValueError(f"got {len(prompts)} prompts and {len(params)} SamplingParams; give one, or one a prompt")
+    return [_request(model, i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+
+
+def _request(model: Model, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+    config = model.config
+    if len(prompt) == 0:
+        raise ValueError(f"prompt {index} is empty; give it at least one token")
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise ValueError(f"prompt {index} is text, but the model has no tokenizer; give token ids")
+        tokens = model.tokenizer.encode(prompt)
+    else:
+        tokens = [int(token) for token in prompt]
+    outside = [token for token in tokens if not 0 <= token < config.vocab_size]
+    if outside:
+        raise ValueError(f"prompt {index} has token id {outside[0]}; the vocabulary is 0 to {config.vocab_size - 1}")
+    room = config.max_position - len(tokens)
+    if room <= 0:
+        raise ValueError(
+            f"prompt {index} has {len(tokens)} tokens; the model takes {config.max_position} and at least one must be "
+            "left to generate: shorten the prompt"
+        )
+    if params.stop and model.tokenizer is None:
+        raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
+    params.validate(config.vocab_size)
+    return Request(
+        prompt=tokens,
+        params=params,
+        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+        seed=secrets.randbits(32) if params.seed is None else params.seed,
+        eos_token_ids=model.generation.eos_token_ids,
+        tokenizer=model.tokenizer,
+    )
+
+
+def _stream(model: Model, requests: list[Request], max_batch_size: int) -> Iterator[StreamChunk]:
+    for first in range(0, len(requests), max_batch_size):
+        rows = requests[first : first + max_batch_size]
+        for request in rows:
+            request.start_clock()
+        batch = _Batch(model, rows)
+        made = batch.prefill()
+        while True:
+            running = [(row, request) for row, request in enumerate(rows) if not request.finished]
+            for row, request in running:
+                before = len(request.tokens)
+                for token, logprobs in made[row]:
+                    request.push(token, logprobs)
+                yield StreamChunk(
+                    index=first + row,
+                    tokens=request.tokens[before:],
+                    text=request.take_text(),
+                    finish_reason=request.finish_reason,
+                    output=request.output() if request.finished else None,
+                )
+            if all(request.finished for request in rows):
+                break
+            made = batch.decode()
+
+
+_Made = list[list[tuple[int, TokenLogprobs | None]]]
+"""New tokens by row, with their log-probabilities where asked for."""
+
+
+class _Batch:
+    """The device side of requests that run together: cache, sampling state, last tokens."""
+
+    def __init__(self, model: Model, requests: Sequence[Request]):
+        self.model, self.requests = model, requests
+        rows = buckets.batch_bucket(len(requests))
+        totals = [len(r.prompt) + r.max_tokens for r in requests]
+        # Padding rows have no room: nothing is ever written for them.
+        max_lengths = jnp.array(totals + [0] * (rows - len(totals)), jnp.int32)
+        cache = init_cache(model.config, rows, buckets.cache_bucket(max(totals)))
+        self.cache = cache.replace(max_lengths=max_lengths)
+        self.state, self.plan = make_sampling_state(
+            [r.params for r in requests],
+            [r.prompt for r in requests],
+            [r.seed for r in requests],
+            model.config.vocab_size,
+            model.generation.eos_token_ids,
+            batch_size=rows,
+        )
+
+    def prefill(self) -> _Made:
+        """Run the prompts, in chunks where they are long, and sample the first token of each row."""
+        rows, longest = self.cache.batch_size, max(len(r.prompt) for r in self.requests)
+        logits = None
+        for start in range(0, longest, buckets.PREFILL_CHUNK):
+            width = buckets.prefill_bucket(min(longest - start, buckets.PREFILL_CHUNK))
+            tokens, lengths = np.zeros((rows, width), np.int32), np.zeros((rows,), np.int32)
+            for row, request in enumerate(self.requests):
+                part = request.prompt[start : start + width]
+                tokens[row, : len(part)], lengths[row] = part, len(part)
+            chunk, self.cache = prefill(
+                self.model.params, self.model.config, jnp.asarray(tokens), jnp.asarray(lengths), self.cache
+            )
+            logits = chunk if logits is None else jnp.where(lengths[:, None] > 0, chunk, logits)
+        self.tokens, logprobs, self.state = sample_first(logits, self.state, self.cache.lengths, self.plan)
+        return self._to_host(*jax.tree.map(lambda x: x[None], (self.tokens, logprobs)))
+
+    def decode(self) -> _Made:
+        """Make the next block of tokens of every row."""
+        made, logprobs, self.cache, self.state = decode_steps(
+            self.model.params,
+            self.model.config,
+            self.tokens,
+            self.cache,
+            self.state,
+            self.plan,
+            steps=buckets.DECODE_STEPS,
+        )
+        self.tokens = made[-1]
+        return self._to_host(made, logprobs)
+
+    def _to_host(self, tokens: jax.Array, logprobs: SampleLogprobs | None) -> _Made:
+        tokens, logprobs = jax.device_get((tokens, logprobs))
+        return [
+            [
+                (token, _token_logprobs(logprobs, step, row, token, request.params.logprobs))
+                for step, token in enumerate(tokens[:, row].tolist())
+            ]
+            for row, request in enumerate(self.requests)
+        ]
+
+
+def _token_logprobs(
+    logprobs: SampleLogprobs | None, step: int, row: int, token: int, count: int | None
+) -> TokenLogprobs | None:
+    if logprobs is None or count is None:
+        return None
+    ids, values = logprobs.top_ids[step, row, :count], logprobs.top[step, row, :count]
+    return TokenLogprobs(
+        token=token,
+        logprob=float(logprobs.chosen[step, row]),
+        rank=int(logprobs.rank[step, row]),
+        top={int(i): float(v) for i, v in zip(ids, values, strict=True)},
+    )

@@ -1,0 +1,163 @@
+"""One request on the host: its tokens, its text, and when it ends."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from ..model.tokenizer import StreamDecoder, Tokenizer
+from .sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the model's own distribution: before penalties, temperature and filters.
+
+    Attributes:
+      token: the sampled token.
+      logprob: its natural log-probability.
+      rank: its rank, 1 for the likeliest.
+      top: the likeliest tokens and theirs, as many as `SamplingParams.logprobs` asks for.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top: Mapping[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """What `generate` returns for one prompt.
+
+    Attributes:
+      prompt_tokens: the prompt's token ids.
+      tokens: the new token ids, a stop token included.
+      text: their text, cut at a stop string; None where the model has no tokenizer.
+      finish_reason: "stop" (a stop token or string) or "length" (max_tokens, or the model's longest sequence).
+      stop_reason: the stop token id or stop string that ended it, or None.
+      logprobs: one entry a new token where asked for, else None.
+      seed: gives the same tokens again.
+      ttft: seconds from the start of the request's batch to its first token.
+      tpot: seconds a token after the first; None for fewer than two.
+    """
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    logprobs: list[TokenLogprobs] | None
+    seed: int
+    ttft: float
+    tpot: float | None
+
+
+class Request:
+    """Collects a request's tokens; decides when it is finished and which text may be shown.
+
+    Args:
+      prompt: its token ids.
+      params: what was asked for.
+      max_tokens: `params.max_tokens`, bounded by the longest sequence the model takes.
+      seed: of its random numbers.
+      eos_token_ids: the model's end-of-sequence tokens.
+      tokenizer: None leaves the text out.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        max_tokens: int,
+        seed: int,
+        eos_token_ids: Sequence[int],
+        tokenizer: Tokenizer | None,
+    ):
+        self.prompt = list(prompt)
+        self.params = params
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self.text: str | None = None if tokenizer is None else ""
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self._stop_tokens = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, params.skip_special_tokens)
+        self._shown = 0
+        self._started = time.perf_counter()
+        self._first_token: float | None = None
+        self._last_token = self._started
+
+    def start_clock(self) -> None:
+        """Count TTFT from now: called when the request's batch starts."""
+        self._started = time.perf_counter()
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def push(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Take the next sampled token; does nothing once the request is finished."""
+        if self.finished:
+            return
+        self._last_token = time.perf_counter()
+        self._first_token = self._first_token or self._last_token
+        self.tokens.append(token)
+        if self.logprobs is not None and logprobs is not None:
+            self.logprobs.append(logprobs)
+        enough = len(self.tokens) >= self.params.min_tokens
+        if enough and token in self._stop_tokens:
+            self.finish_reason, self.stop_reason = "stop", token
+            self._add_text([token] if self.params.include_stop_str_in_output else [], last=True)
+        else:
+            self._add_text([token], last=len(self.tokens) >= self.max_tokens, stops=enough)
+            if not self.finished and len(self.tokens) >= self.max_tokens:
+                self.finish_reason = "length"
+
+    def take_text(self) -> str:
+        """Text that is final and was not taken before: never part of what may yet become a stop string."""
+        if self.text is None:
+            return ""
+        held = 0 if self.finished else max((len(s) for s in self.params.stop), default=1) - 1
+        end = max(self._shown, len(self.text) - held)
+        new, self._shown = self.text[self._shown : end], end
+        return new
+
+    def output(self) -> RequestOutput:
+        """The result so far; of an unfinished request (an interrupted one) its finish reason is "length"."""
+        first = self._first_token if self._first_token is not None else self._last_token
+        count = len(self.tokens)
+        return RequestOutput(
+            prompt_tokens=self.prompt,
+            tokens=list(self.tokens),
+            text=self.text,
+            finish_reason=self.finish_reason or "length",
+            stop_reason=self.stop_reason,
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            seed=self.seed,
+            ttft=first - self._started,
+            tpot=(self._last_token - first) / (count - 1) if count > 1 else None,
+        )
+
+    def _add_text(self, tokens: list[int], last: bool, stops: bool = False) -> None:
+        if self._decoder is None:
+            return
+        new = self._decoder.feed(tokens) + (self._decoder.flush() if last else "")
+        searched = len(self.text)
+        self.text += new
+        if not stops:
+            return
+        # The earliest stop string that the new text completes; a longer one may have begun in the old text.
+        found = [
+            (at, stop)
+            for stop in self.params.stop
+            if (at := self.text.find(stop, max(0, searched - len(stop) + 1))) >= 0
+        ]
+        if found:
+            at, stop = min(found)
+            self.finish_reason, self.stop_reason = "stop", stop
+            self.text = self.text[: at + len(stop)] if self.params.include_stop_str_in_output else self.text[:at]

@@ -1,0 +1,195 @@
+"""Checkpoint tensors -> parameters: the tensors are checked against the configuration, then read one by one."""
+
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ..config import ModelConfig
+from ..hf.family import Piece, TensorMap
+from ..params import Params, ParamSpec, param_specs
+from .files import CheckpointError, listing
+from .safetensors import DTYPES, Checkpoint, check_dtype
+
+# Buffers that older checkpoints carry and that the configuration determines.
+_HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_UNEMBEDDING = "lm_head.weight"
+
+
+def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap) -> Params:
+    """Every parameter, in the dtype of the configuration, on the default device.
+
+    Parameters are assembled one at a time, so host memory stays near one parameter above the file cache. A progress
+    bar is drawn on a terminal's stderr once loading has taken a second.
+
+    Args:
+      checkpoint: the open checkpoint.
+      config: the model; `config.dtype` may differ from the checkpoint's.
+      tensors: where the family keeps each parameter.
+
+    Raises:
+      CheckpointError: as `check_tensors`, or a value that float16 cannot hold.
+    """
+    check_tensors(checkpoint, config, tensors)
+    specs, treedef = jax.tree_util.tree_flatten_with_path(param_specs(config))
+    leaves = []
+    with tqdm(
+        total=sum(_bytes_read(checkpoint, tensors[_dotted(path)]) for path, _ in specs),
+        desc=f"loading {checkpoint.directory.name}",
+        unit="B",
+        unit_scale=True,
+        delay=1.0,
+        disable=None,
+        leave=False,
+        file=sys.stderr,
+    ) as bar:
+        for path, spec in specs:
+            pieces = tensors[_dotted(path)]
+            array = jax.device_put(read_parameter(checkpoint, spec, pieces, (slice(None),) * len(spec.shape)))
+            # Transfers are queued: without waiting, every parameter would be held on the host at once.
+            leaves.append(jax.block_until_ready(array))
+            bar.update(_bytes_read(checkpoint, pieces))
+    return treedef.unflatten(leaves)
+
+
+def read_parameter(
+    checkpoint: Checkpoint, spec: ParamSpec, pieces: tuple[Piece, ...], index: tuple[slice, ...]
+) -> np.ndarray:
+    """A slice of one parameter, in the parameter's dtype: only the bytes of that slice are read.
+
+    Args:
+      checkpoint: the open checkpoint, whose tensors have the shapes that the pieces state.
+      spec: the parameter.
+      pieces: where its parts lie in the checkpoint.
+      index: one slice an axis, of step 1, such as `jax.make_array_from_callback` asks for.
+
+    Returns:
+      An array of its own memory, never a view of the file: XLA:CPU aliases the arrays that it is given, and
+      parameters must not change or vanish with the file.
+
+    Raises:
+      CheckpointError: a value that float16 cannot hold.
+      ValueError: an index that is not one slice of step 1 an axis, or pieces that do not cover the slice.
+    """
+    wanted = _ranges(index, spec.shape)
+    out = np.empty([stop - start for start, stop in wanted], jax.numpy.dtype(spec.dtype))
+    filled = 0
+    for piece in pieces:
+        index_of_piece = piece.index + (slice(None),) * (len(spec.shape) - len(piece.index))
+        region = _ranges(index_of_piece, spec.shape)
+        shared = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, region, strict=True)]
+        if any(start >= stop for start, stop in shared):
+            continue
+        tensor = checkpoint.read(piece.tensor)
+        if piece.rows is not None:
+            tensor = tensor[slice(*piece.rows)]
+        part = tensor.reshape([stop - start for start, stop in region])[_within(shared, region)]
+        target = out[_within(shared, wanted)]
+        with np.errstate(over="ignore"):
+            target[...] = part
+        if out.dtype == np.float16 and part.dtype != np.float16 and np.isinf(target).any():
+            raise CheckpointError(
+                f"{checkpoint.tensors[piece.tensor].file}: tensor {piece.tensor!r} holds values beyond float16's "
+                "65504; load it with dtype bfloat16 or float32"
+            )
+        filled += part.size
+    if filled != out.size:
+        raise ValueError(
+            f"{[piece.tensor for piece in pieces]} cover {filled} of the {out.size} elements that were asked of a "
+            f"parameter of shape {spec.shape}; the family's tensor map is wrong"
+        )
+    return out
+
+
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap) -> None:
+    """Compare what a checkpoint holds with what its configuration calls for.
+
+    Raises:
+      CheckpointError: a tensor of a dtype that is not read, missing, of another shape, used by no parameter, or an
+        unembedding that differs from the embedding it is tied to.
+    """
+    expected = {piece.tensor: piece.shape for pieces in tensors.values() for piece in pieces}
+    found = {name: info for name, info in checkpoint.tensors.items() if not _HARMLESS.search(name)}
+    for name, info in found.items():
+        check_dtype(name, info)
+
+    model = f"{config.num_layers} layers of family {config.family!r}"
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    if missing:
+        unused = f"; it holds {listing(extra)} instead" if extra else ""
+        tied = "; if embeddings are tied, set tie_word_embeddings to true" if missing == [_UNEMBEDDING] else ""
+        raise CheckpointError(
+            f"{_where(checkpoint)} lacks {len(missing)} of the {len(expected)} tensors that config.json calls for "
+            f"({model}): {listing(missing)}{unused}; the checkpoint is incomplete or config.json belongs to "
+            f"another{tied}"
+        )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise CheckpointError(
+                f"{found[name].file}: tensor {name!r} has shape {list(found[name].shape)}, expected {list(shape)} by "
+                f"config.json ({_sizes(config)}); config.json belongs to another checkpoint"
+            )
+    if config.tie_embeddings and _UNEMBEDDING in extra:
+        embedding = tensors["embedding"][0].tensor
+        if not checkpoint.same_bytes(_UNEMBEDDING, embedding):
+            raise CheckpointError(
+                f"{found[_UNEMBEDDING].file}: config.json ties the embeddings, but tensor {_UNEMBEDDING!r} differs "
+                f"from {embedding!r}; set tie_word_embeddings to false in config.json to use it"
+            )
+        extra.remove(_UNEMBEDDING)
+    if extra:
+        files = sorted({str(found[name].file) for name in extra})
+        raise CheckpointError(
+            f"{listing(files)}: {len(extra)} tensors that nothing in config.json calls for ({model}): "
+            f"{listing(extra)}; check num_hidden_layers, the bias settings and architectures in config.json"
+        )
+
+
+def checkpoint_dtype(checkpoint: Checkpoint, tensors: TensorMap) -> str | None:
+    """The dtype of the stored embedding, by its JAX name; None if it is absent or not read."""
+    info = checkpoint.tensors.get(tensors["embedding"][0].tensor)
+    return DTYPES[info.dtype].name if info is not None and info.dtype in DTYPES else None
+
+
+def _ranges(index: tuple[slice | int, ...], shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """[start, stop) of an index on each axis; an integer is a range of one."""
+    ranges = []
+    for part, size in zip(index, shape, strict=True):
+        start, stop, step = part.indices(size) if isinstance(part, slice) else (part, part + 1, 1)
+        if step != 1:
+            raise ValueError(f"index {index} has a step of {step}; parameters are read in slices of step 1")
+        ranges.append((start, max(start, stop)))
+    return ranges
+
+
+def _within(inner: list[tuple[int, int]], outer: list[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(inner, outer, strict=True))
+
+
+def _bytes_read(checkpoint: Checkpoint, pieces: tuple[Piece, ...]) -> int:
+    total = 0
+    for piece in pieces:
+        info = checkpoint.tensors[piece.tensor]
+        rows = info.shape[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
+        total += (info.stop - info.start) // info.shape[0] * rows
+    return total
+
+
+def _dotted(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _where(checkpoint: Checkpoint) -> Path:
+    return checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.directory
+
+
+def _sizes(config: ModelConfig) -> str:
+    return (
+        f"vocab_size {config.vocab_size}, hidden_size {config.embed_dim}, intermediate_size {config.ffn_dim}, "
+        f"num_attention_heads {config.num_heads}, num_key_value_heads {config.num_kv_heads}, "
+        f"head_dim {config.head_dim}"
+    )

@@ -1,0 +1,219 @@
+"""A memory-mapped reader of safetensors checkpoints, in one file or in shards with an index.
+
+The format: 8 bytes of header length N (unsigned, little-endian), N bytes of JSON (name -> dtype, shape, data_offsets;
+`__metadata__` is free), then the tensors back to back, row-major, little-endian.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .files import CheckpointError, listing, parse_object, read_object
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {"F32": np.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": np.dtype("float16")}
+"""The element types that are read, by their names in the header."""
+
+_REFETCH = "the file is damaged, fetch it again"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+      file: the safetensors file.
+      dtype: its name in the header, such as "BF16"; only those in `DTYPES` can be read.
+      shape: of the whole tensor.
+      start, stop: its bytes, counted from the start of the file.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Checkpoint:
+    """The tensors of one directory.
+
+    Every header is read and checked on construction, no tensor is.
+
+    Attributes:
+      directory: where it lies.
+      files: the safetensors files that make it up.
+      tensors: every tensor of every file, by name.
+
+    Raises:
+      CheckpointError: no weights, only pickled weights, a shard or a tensor that the index names and that is absent,
+        one tensor in two shards, or a file that is not valid safetensors.
+    """
+
+    directory: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        single, index = directory / SINGLE, directory / INDEX
+        if single.exists():
+            self.files, weight_map = (single,), {}
+        elif index.exists():
+            weight_map = _weight_map(index)
+            self.files = tuple(directory / shard for shard in sorted(set(weight_map.values())))
+        else:
+            raise CheckpointError(_no_weights(directory))
+        for file in self.files:
+            if not file.is_file():
+                shards = sorted(shard for shard in set(weight_map.values()) if not (directory / shard).is_file())
+                raise CheckpointError(
+                    f"{index} names shards that are not there: {listing(shards)}; fetch the checkpoint again"
+                )
+
+        self.tensors, self._maps = {}, {}
+        for file in self.files:
+            self._maps[file], found = _open(file)
+            for name, info in found.items():
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"tensor {name!r} is in both {self.tensors[name].file} and {file}; "
+                        "one of them belongs to another checkpoint, remove it"
+                    )
+                self.tensors[name] = info
+        for name, shard in weight_map.items():
+            if name not in self.tensors or self.tensors[name].file.name != shard:
+                raise CheckpointError(
+                    f"{index} says that tensor {name!r} is in {shard}, which lacks it; fetch both files again"
+                )
+
+    def read(self, name: str) -> np.ndarray:
+        """A read-only view of the tensor in the mapped file: nothing is copied, bytes are read when touched.
+
+        Raises:
+          CheckpointError: if its dtype is not one of `DTYPES`.
+        """
+        info = self.tensors[name]
+        check_dtype(name, info)
+        return self._maps[info.file][info.start : info.stop].view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def same_bytes(self, a: str, b: str) -> bool:
+        """Whether two tensors agree in dtype, shape and every bit."""
+        x, y = self.tensors[a], self.tensors[b]
+        if (x.dtype, x.shape) != (y.dtype, y.shape):
+            return False
+        # memoryviews compare without the array of booleans, as large as the tensor, that numpy would make.
+        return memoryview(self._maps[x.file])[x.start : x.stop] == memoryview(self._maps[y.file])[y.start : y.stop]
+
+
+def check_dtype(name: str, info: TensorInfo) -> None:
+    """Raise `CheckpointError` if a tensor is of an element type that is not read."""
+    if info.dtype in DTYPES:
+        return
+    if info.dtype == "F64":
+        remedy = "save the model again in float32 or bfloat16"
+    else:
+        remedy = "quantised checkpoints are not read: take the unquantised one"
+    raise CheckpointError(
+        f"{info.file}: tensor {name!r} has dtype {info.dtype}, expected one of {', '.join(DTYPES)}; {remedy}"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f'{index} has no "weight_map" from tensor names to shard files; {_REFETCH}')
+    for shard in weight_map.values():
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names the shard {shard!r}; a shard must lie in the index's own directory")
+    return weight_map
+
+
+def _no_weights(directory: Path) -> str:
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        return (
+            f"{directory} has neither {SINGLE} nor {INDEX}, only {listing(others)}; "
+            f"rename a single file to {SINGLE}, or fetch the index that belongs to the shards"
+        )
+    if pickles:
+        return (
+            f"{directory} has its weights only as {listing(pickles)}: such files are pickles, and reading a pickle "
+            "runs whatever code it holds, so Ridgeline never opens one; if you trust the checkpoint, convert it with "
+            "transformers, model.save_pretrained(directory, safe_serialization=True), and load the result"
+        )
+    return (
+        f"{directory} has no weights: neither {SINGLE} nor {INDEX} is there, only {listing(names) or 'no file at all'}"
+        "; fetch the checkpoint's safetensors files"
+    )
+
+
+def _open(file: Path) -> tuple[np.ndarray, dict[str, TensorInfo]]:
+    try:
+        size = file.stat().st_size
+        data = np.memmap(file, np.uint8, "r") if size else None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if data is None or size < 8:
+        raise CheckpointError(f"{file} has {size} bytes, too few for a safetensors header; {_REFETCH}")
+    if bytes(data[:8]) == b"version " and b"git-lfs" in bytes(data[:64]):
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its directory")
+    length = int.from_bytes(bytes(data[:8]), "little")
+    if length > size - 8:
+        raise CheckpointError(
+            f"{file} announces a header of {length} bytes, but only {size - 8} follow; "
+            "it is no safetensors file or was cut short, fetch it again"
+        )
+    header = parse_object(bytes(data[8 : 8 + length]), f"the header of {file}")
+    header.pop("__metadata__", None)
+    tensors = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
+    _check_layout(file, tensors, 8 + length, size)
+    return data.view(np.ndarray), tensors
+
+
+def _entry(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if (
+            all(type(n) is int and n >= 0 for n in shape) and 0 <= start <= stop
+        ):
+            pass
+        case _:
+            raise CheckpointError(
+                f"the header of {file} describes tensor {name!r} as {entry}, expected a dtype, a shape and two "
+                f"ascending data_offsets; {_REFETCH}"
+            )
+    if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise CheckpointError(
+            f"the header of {file} gives tensor {name!r} {stop - start} bytes, expected "
+            f"{math.prod(shape) * DTYPES[dtype].itemsize} of dtype {dtype} and shape {shape}; {_REFETCH}"
+        )
+    return TensorInfo(file, dtype, tuple(shape), base + start, base + stop)
+
+
+def _check_layout(file: Path, tensors: dict[str, TensorInfo], base: int, size: int) -> None:
+    """Tensors must fill the file without gap or overlap, as the format asks."""
+    end, before = base, "the header"
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != end:
+            kind = "overlaps" if info.start < end else "leaves a gap after"
+            raise CheckpointError(
+                f"{file}: tensor {name!r} starts at byte {info.start} and {kind} {before}, which ends at byte {end}; "
+                f"{_REFETCH}"
+            )
+        end, before = info.stop, f"tensor {name!r}"
+    if end > size:
+        raise CheckpointError(
+            f"{file} is truncated: {before} ends at byte {end}, the file at byte {size}; fetch it again"
+        )
+    if end < size:
+        raise CheckpointError(f"{file} has {size - end} bytes after {before}, the last one it describes; {_REFETCH}")

@@ -1,0 +1,41 @@
+"""Phi-3, Phi-3.5 and Phi-4 (mini): Llama with q, k, v in one tensor, gate and up in another, partial rotary
+embeddings and longrope."""
+
+from ..config import ModelConfig
+from .common import count, decoder_config, head_dim, number, rope_parameters
+from .family import Family, HFConfig, Piece, TensorMap
+from .rope import rope_from_hf
+from .tensors import decoder_tensors, whole
+
+DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None}
+
+
+def config(hf: HFConfig) -> ModelConfig:
+    hf = {**DEFAULTS, **hf}
+    layers = count(hf, "num_hidden_layers")
+    window = None if hf["sliding_window"] is None else count(hf, "sliding_window")
+    parameters = rope_parameters(hf)
+    if "short_factor" in parameters:
+        parameters = {**parameters, "rope_type": "longrope"}  # early revisions call it "su" or "yarn"
+    fraction = number({"partial_rotary_factor": 1.0, **hf, **parameters}, "partial_rotary_factor")
+    rope = rope_from_hf(hf, parameters, int(head_dim(hf) * fraction))
+    return decoder_config("phi3", hf, windows=[window] * layers, ropes=[rope] * layers)
+
+
+def tensors(config: ModelConfig) -> TensorMap:
+    return decoder_tensors(config, _fused_projections)
+
+
+def _fused_projections(config: ModelConfig, prefix: str) -> TensorMap:
+    D, F, H = config.embed_dim, config.ffn_dim, config.head_dim
+    K, G = config.num_kv_heads, config.q_per_kv
+    shape = ((K * G + 2 * K) * H, D)
+    keys, values = K * G * H, (K * G + K) * H
+    rows = {(0, keys): slice(0, G), (keys, values): G, (values, shape[0]): G + 1}
+    qkv = tuple(
+        Piece(f"{prefix}self_attn.qkv_proj.weight", shape, (slice(None), where), taken) for taken, where in rows.items()
+    )
+    return {"qkv": qkv, "gate_up": whole(f"{prefix}mlp.gate_up_proj.weight", 2 * F, D)}
+
+
+FAMILY = Family("phi3", ("Phi3ForCausalLM",), ("phi3",), config, tensors)

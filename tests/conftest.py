@@ -1,0 +1,23 @@
+"""What every test file shares: where compiled programs are kept, and the models."""
+
+import pathlib
+
+import jax
+import pytest
+
+# Compiled programs outlive the run: the second run of the suite takes a fraction of the first.
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+import ridgeline as rl  # noqa: E402
+from tiny import tiny_model  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def model() -> rl.Model:
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def bundled() -> rl.Model:
+    return rl.load_model("bundled", dtype="float32")

@@ -1,0 +1,176 @@
+"""`generate` and `stream`: batches, ends, seeds, long prompts, and what is refused."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ridgeline as rl
+from ridgeline.decode import buckets
+from tiny import byte_tokenizer, tiny_config, tiny_model
+
+rng = np.random.default_rng(3)
+PROMPTS = [rng.integers(0, 509, n).tolist() for n in (5, 1, 40, 17, 9)]
+GREEDY = rl.SamplingParams(temperature=0.0, max_tokens=20)
+
+
+def greedy_by_forward(model, prompt, count):
+    """The slow way: the whole sequence again for every token, at one padded length."""
+    tokens = list(prompt)
+    for _ in range(count):
+        padded = jnp.asarray([tokens + [0] * (64 - len(tokens))], jnp.int32)
+        tokens.append(int(rl.forward(model.params, model.config, padded)[0, len(tokens) - 1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """A model of bytes, so that stop strings and texts can be tried."""
+    return dataclasses.replace(tiny_model(tiny_config(vocab_size=256)), tokenizer=byte_tokenizer())
+
+
+def test_a_ragged_batch_decodes_greedily_like_forward(model):
+    outputs = rl.generate(model, PROMPTS, GREEDY)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        assert output.prompt_tokens == prompt
+        assert output.tokens == greedy_by_forward(model, prompt, 20)
+        assert (output.finish_reason, output.stop_reason, output.text) == ("length", None, None)
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_any_batch(model):
+    params = [
+        rl.SamplingParams(seed=7, max_tokens=20),
+        rl.SamplingParams(seed=8, max_tokens=13, top_k=40, temperature=0.7),
+        rl.SamplingParams(seed=7, max_tokens=20, top_p=0.9, repetition_penalty=1.2, min_tokens=3),
+        GREEDY,
+        rl.SamplingParams(seed=9, max_tokens=5, logit_bias={3: 5.0}, logprobs=2),
+    ]
+    together = rl.generate(model, PROMPTS, params)
+    reversed_ = rl.generate(model, PROMPTS[::-1], params[::-1], max_batch_size=2)[::-1]
+    for i, (prompt, own) in enumerate(zip(PROMPTS, params, strict=True)):
+        (alone,) = rl.generate(model, [prompt], own)
+        assert alone.tokens == together[i].tokens == reversed_[i].tokens
+        assert len(alone.tokens) == own.max_tokens
+
+
+def test_without_a_seed_each_call_draws_anew_and_says_its_seed(model):
+    params = rl.SamplingParams(max_tokens=20)
+    first, second = (rl.generate(model, [PROMPTS[0]], params)[0] for _ in range(2))
+    assert first.tokens != second.tokens
+    (again,) = rl.generate(model, [PROMPTS[0]], dataclasses.replace(params, seed=first.seed))
+    assert again.tokens == first.tokens
+
+
+def test_stream_yields_what_generate_returns(model):
+    expected = rl.generate(model, PROMPTS, GREEDY)
+    tokens, outputs, sizes = [[] for _ in PROMPTS], {}, []
+    for chunk in rl.stream(model, PROMPTS, GREEDY, max_batch_size=4):
+        tokens[chunk.index] += chunk.tokens
+        sizes.append(len(chunk.tokens))
+        assert (chunk.output is None) == (chunk.finish_reason is None)
+        if chunk.output is not None:
+            outputs[chunk.index] = chunk.output
+    assert tokens == [o.tokens for o in expected] == [outputs[i].tokens for i in range(len(PROMPTS))]
+    assert sizes[0] == 1  # the first token does not wait for a block
+    assert max(sizes) == buckets.DECODE_STEPS
+    seen = []
+    rl.generate(model, PROMPTS[:1], GREEDY, callback=seen.append)
+    assert sum((chunk.tokens for chunk in seen), []) == expected[0].tokens
+
+
+def test_end_of_sequence_and_stop_tokens(model):
+    (plain,) = rl.generate(model, [PROMPTS[0]], GREEDY)
+    stop = plain.tokens[9]
+    end = plain.tokens.index(stop) + 1
+    (stopped,) = rl.generate(model, [PROMPTS[0]], dataclasses.replace(GREEDY, stop_token_ids=[stop]))
+    assert (stopped.tokens, stopped.finish_reason, stopped.stop_reason) == (plain.tokens[:end], "stop", stop)
+    with_eos = dataclasses.replace(model, generation=rl.GenerationDefaults(eos_token_ids=(stop,)))
+    assert rl.generate(with_eos, [PROMPTS[0]], GREEDY)[0].tokens == plain.tokens[:end]
+    ignoring = dataclasses.replace(GREEDY, ignore_eos=True)
+    assert rl.generate(with_eos, [PROMPTS[0]], ignoring)[0].tokens == plain.tokens
+    at_least = dataclasses.replace(GREEDY, min_tokens=20)
+    (longer,) = rl.generate(with_eos, [PROMPTS[0]], at_least)
+    assert len(longer.tokens) == 20
+    assert stop not in longer.tokens[:-1]
+
+
+def test_stop_strings(texts):
+    greedy = dataclasses.replace(GREEDY, max_tokens=30)
+    (plain,) = rl.generate(texts, "hello", greedy)
+    stop = plain.text[6:8]
+    (stopped,) = rl.generate(texts, "hello", dataclasses.replace(greedy, stop=stop))
+    assert stopped.text == plain.text[: plain.text.index(stop)]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    streamed = "".join(chunk.text for chunk in rl.stream(texts, "hello", dataclasses.replace(greedy, stop=stop)))
+    assert streamed == stopped.text
+
+
+def test_logprobs_are_those_of_forward(model):
+    params = dataclasses.replace(GREEDY, max_tokens=6, logprobs=3)
+    (output,) = rl.generate(model, [PROMPTS[3]], params)
+    sequence = PROMPTS[3] + output.tokens
+    logits = np.asarray(rl.forward(model.params, model.config, jnp.asarray([sequence])))[0].astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for i, entry in enumerate(output.logprobs):
+        row = logprobs[len(PROMPTS[3]) - 1 + i]
+        assert entry.token == output.tokens[i]
+        assert (entry.rank, list(entry.top)) == (1, np.argsort(-row)[:3].tolist())
+        np.testing.assert_allclose([entry.logprob, *entry.top.values()], row[[entry.token, *entry.top]], atol=1e-4)
+
+
+def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch, model):
+    long = rng.integers(0, 509, 50).tolist()
+    expected = rl.generate(model, [long, PROMPTS[0]], GREEDY)
+    monkeypatch.setattr(buckets, "PREFILL_CHUNK", 16)
+    before = rl.prefill._cache_size()
+    chunked = rl.generate(model, [long, PROMPTS[0]], GREEDY)
+    assert [o.tokens for o in chunked] == [o.tokens for o in expected]
+    assert rl.prefill._cache_size() - before <= 1  # 16, 16, 16, 2: all run in the bucket of 16
+
+
+def test_generation_ends_at_the_longest_sequence(model):
+    short = dataclasses.replace(model, config=model.config.replace(max_position=48))
+    (output,) = rl.generate(short, [PROMPTS[2]], rl.SamplingParams(temperature=0.0, max_tokens=None))
+    assert (len(output.tokens), output.finish_reason) == (8, "length")
+    assert output.tokens == greedy_by_forward(model, PROMPTS[2], 8)
+
+
+def test_warm_up_leaves_nothing_to_compile():
+    model = tiny_model(tiny_config(vocab_size=400))
+    prompts, params = [[1, 2, 3], [4]], rl.SamplingParams(seed=1, max_tokens=20)
+    rl.warm_up(model, prompts, params)
+    counts = rl.prefill._cache_size(), rl.decode_steps._cache_size()
+    rl.generate(model, prompts, params)
+    assert (rl.prefill._cache_size(), rl.decode_steps._cache_size()) == counts
+
+
+def test_shapes_fall_in_few_buckets():
+    assert {buckets.batch_bucket(n) for n in range(1, 33)} == {1, 2, 4, 8, 16, 32}
+    assert {buckets.prefill_bucket(n) for n in range(1, 5000)} == {16, 32, 64, 128, 256, 512, 1024}
+    lengths = [buckets.cache_bucket(n) for n in range(1, 20_000)]
+    assert all(bucket >= n for n, bucket in enumerate(lengths, 1))
+    assert len(set(lengths)) <= 12
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        ([[]], GREEDY, "prompt 0 is empty"),
+        ([[1], ""], GREEDY, "prompt 1 is empty"),
+        ([[1, 509]], GREEDY, "token id 509; the vocabulary is 0 to 508"),
+        ([[-1]], GREEDY, "token id -1"),
+        ([[1] * 512], GREEDY, "prompt 0 has 512 tokens; the model takes 512"),
+        (["hi"], GREEDY, "no tokenizer"),
+        ([[1]], rl.SamplingParams(stop="x"), "stop strings need a tokenizer"),
+        ([[1], [2]], [GREEDY], "2 prompts and 1 SamplingParams"),
+        ([[1]], rl.SamplingParams(stop_token_ids=[600]), "stop_token_ids has token ids"),
+    ],
+)
+def test_bad_requests_are_refused_before_device_work(model, prompts, params, message):
+    with pytest.raises(ValueError, match=message):
+        rl.stream(model, prompts, params)  # not even iterated
+
+
+def test_no_prompts_no_outputs(model):
+    assert rl.generate(model, [], GREEDY) == []

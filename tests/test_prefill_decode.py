@@ -1,0 +1,191 @@
+"""prefill and decode_step against teacher-forced `forward`, and the contracts of the compiled step."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ridgeline as rl
+from tiny import tiny_config, tiny_model
+
+T = 70
+LENGTHS = np.array([70, 33, 5], np.int32)
+ROWS = np.arange(3)
+PAGE = 16
+
+
+@pytest.fixture(scope="module")
+def tokens() -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).integers(0, 509, (3, T)), jnp.int32)
+
+
+def prefill(model, tokens, lengths, cache):
+    return rl.prefill(model.params, model.config, tokens, jnp.asarray(lengths, jnp.int32), cache)
+
+
+def step(model, tokens, cache):
+    return rl.decode_step(model.params, model.config, tokens, cache)
+
+
+def prefilled(model, tokens, max_length=100):
+    return prefill(model, tokens, LENGTHS, rl.init_cache(model.config, 3, max_length, page_size=PAGE))
+
+
+def shuffled(cache: rl.KVCache) -> rl.KVCache:
+    """The same empty cache with its pages dealt out at random, between spare pages full of garbage."""
+    rows, per_row = cache.block_tables.shape
+    pages = rows * per_row + 5
+    tables = np.random.default_rng(1).permutation(pages)[: rows * per_row].reshape(rows, per_row)
+    fill = lambda leaf: jnp.full((pages, *leaf.shape[1:]), 1e4, leaf.dtype)  # noqa: E731
+    return cache.replace(
+        k=tuple(map(fill, cache.k)),
+        v=tuple(map(fill, cache.v)),
+        block_tables=jnp.asarray(tables, jnp.int32),
+        identity_table=False,
+    )
+
+
+def test_ragged_prefill_gives_the_logits_of_forward(model, tokens):
+    logits, cache = prefilled(model, tokens)
+    expected = rl.forward(model.params, model.config, tokens)[ROWS, LENGTHS - 1]
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    np.testing.assert_array_equal(cache.lengths, LENGTHS)
+
+
+@pytest.mark.parametrize("chunk", [1, 24, 64])
+def test_prefill_in_chunks_is_one_prefill(model, tokens, chunk):
+    expected = rl.forward(model.params, model.config, tokens)
+    cache = rl.init_cache(model.config, 3, 100, page_size=PAGE)
+    for start in range(0, T if chunk > 1 else 6, chunk):
+        part = jnp.pad(tokens[:, start : start + chunk], ((0, 0), (0, max(0, start + chunk - T))))
+        new = np.clip(LENGTHS - start, 0, chunk)
+        logits, cache = prefill(model, part, new, cache)
+        active = new > 0
+        np.testing.assert_allclose(logits[active], expected[ROWS, start + new - 1][active], atol=1e-4)
+        assert jnp.isnan(logits[~active]).all()
+
+
+@pytest.mark.parametrize("arrange", [lambda cache: cache, shuffled], ids=["dense", "paged"])
+def test_decode_gives_the_logits_of_forward(model, tokens, arrange):
+    expected = rl.forward(model.params, model.config, tokens)
+    start = np.array([40, 33, 5])
+    cache = arrange(rl.init_cache(model.config, 3, 100, page_size=PAGE))
+    logits, cache = prefill(model, tokens, start, cache)
+    np.testing.assert_allclose(logits, expected[ROWS, start - 1], atol=1e-4)
+    for i in range(30):
+        logits, cache = step(model, tokens[ROWS, start + i], cache)
+        np.testing.assert_allclose(logits, expected[ROWS, start + i], atol=1e-4)
+
+
+def test_decode_from_an_empty_cache_starts_at_position_zero(model, tokens):
+    logits, _ = step(model, tokens[:, 0], rl.init_cache(model.config, 3, 20))
+    np.testing.assert_allclose(logits, rl.forward(model.params, model.config, tokens)[:, 0], atol=1e-4)
+
+
+def test_a_full_row_is_refused_and_disturbs_nothing(model, tokens):
+    logits, cache = prefilled(model, tokens)
+    cache = cache.replace(max_lengths=jnp.array([70, 100, 6], jnp.int32))
+    _, cache = step(model, tokens[:, 0], cache)  # row 0 was full, row 2 is now
+    before = jax.tree.map(np.asarray, cache)
+    logits, cache = step(model, tokens[:, 1], cache)
+    assert jnp.isnan(logits).all(axis=1).tolist() == [True, False, True]
+    assert cache.lengths.tolist() == [70, 35, 6]
+    written = np.zeros(before.k[0].shape[0], bool)
+    written[cache.block_tables[1]] = True
+    for old, new in zip((*before.k, *before.v), (*cache.k, *cache.v), strict=True):
+        np.testing.assert_array_equal(new[~written], old[~written])
+
+
+@pytest.mark.parametrize("bad", [71, -1, 31], ids=["longer than T", "negative", "beyond max_lengths"])
+def test_prefill_refuses_a_row_that_does_not_fit(model, tokens, bad):
+    _, cache = prefilled(model, tokens)
+    before = jax.tree.map(np.asarray, cache)
+    logits, cache = prefill(model, tokens, [bad, 4, 0], cache)
+    assert jnp.isnan(logits).all(axis=1).tolist() == [True, False, True]
+    assert cache.lengths.tolist() == [70, 37, 5]
+    np.testing.assert_array_equal(cache.k[0][cache.block_tables[0]], before.k[0][before.block_tables[0]])
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        rl.RopeConfig(20, kind="dynamic", factor=4.0, original_max_position=32),
+        rl.RopeConfig(
+            20,
+            kind="longrope",
+            original_max_position=32,
+            short_factor=tuple(1 + i / 10 for i in range(10)),
+            long_factor=tuple(2.0 + i for i in range(10)),
+            attention_factor=1.1,
+        ),
+    ],
+    ids=lambda rope: rope.kind,
+)
+def test_length_dependent_rope_follows_the_declared_length(rope, tokens):
+    # Positions before and after the switch are rotated alike, so chunks and single steps agree with one pass.
+    model = tiny_model(tiny_config(layers=(rl.LayerConfig(rope),) * 2))
+    expected = rl.forward(model.params, model.config, tokens)
+    cache = rl.init_cache(model.config, 3, T, page_size=PAGE)
+    _, cache = prefill(model, tokens[:, :20], [20, 20, 20], cache)
+    logits, cache = prefill(model, tokens[:, 20:68], [48, 48, 48], cache)
+    np.testing.assert_allclose(logits, expected[:, 67], atol=1e-4)
+    logits, cache = step(model, tokens[:, 68], cache)
+    np.testing.assert_allclose(logits, expected[:, 68], atol=1e-4)
+
+
+def test_bfloat16_stays_close_to_float32(model, tokens):
+    config = model.config.replace(dtype="bfloat16")
+    low = dataclasses.replace(
+        model, config=config, params=jax.tree.map(lambda a: a.astype("bfloat16"), model.params)
+    )
+    expected, expected_cache = prefilled(model, tokens)
+    logits, cache = prefill(low, tokens, LENGTHS, rl.init_cache(config, 3, 100, page_size=PAGE, dtype="bfloat16"))
+    assert logits.dtype == jnp.float32
+    spread = float(jnp.std(expected))
+    assert float(jnp.abs(logits - expected).max()) < 0.15 * spread
+    expected, _ = step(model, tokens[:, 0], expected_cache)
+    logits, _ = step(low, tokens[:, 0], cache)
+    assert float(jnp.abs(logits - expected).max()) < 0.15 * spread
+
+
+def test_each_shape_compiles_once(tokens):
+    model = tiny_model(tiny_config(vocab_size=500), seed=1)
+    for _ in range(2):
+        for width in (16, 32):
+            before = rl.prefill._cache_size()
+            cache = rl.init_cache(model.config, 3, 64, page_size=PAGE)
+            for lengths in ([3, 2, 1], [9, 0, 16]):
+                _, cache = prefill(model, tokens[:, :width] % 500, lengths, cache)
+            assert rl.prefill._cache_size() - before <= 1
+    before = rl.decode_step._cache_size()
+    for _ in range(5):
+        _, cache = step(model, tokens[:, 0] % 500, cache)
+    assert rl.decode_step._cache_size() - before == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_compiled_step_updates_the_cache_in_place(dtype):
+    config = tiny_config(dtype=dtype)
+    params = jax.eval_shape(lambda: rl.init_params(config, jax.random.key(0)))
+    cache = jax.eval_shape(lambda: rl.init_cache(config, 4, 2048))
+    compiled = rl.decode_step.lower(params, config, jax.ShapeDtypeStruct((4,), jnp.int32), cache).compile()
+    memory = compiled.memory_analysis()
+    tables = sum(a.size * a.dtype.itemsize for a in (cache.block_tables, cache.lengths, cache.max_lengths))
+    assert memory.alias_size_in_bytes == cache.nbytes + tables
+    leaf = cache.nbytes // len(cache.k + cache.v)
+    assert memory.temp_size_in_bytes < leaf / 2  # room for scores and logits, not for one leaf of the cache
+    shape = ",".join(map(str, cache.k[0].shape))
+    assert not re.findall(rf"\[{shape}\][^ ]* (?:copy|transpose|convert)\(", compiled.as_text())
+
+
+def test_mismatched_batches_are_refused(model, tokens):
+    cache = rl.init_cache(model.config, 2, 20)
+    with pytest.raises(ValueError, match=r"3 rows .* cache of 2"):
+        prefill(model, tokens, LENGTHS, cache)
+    with pytest.raises(ValueError, match=r"3 tokens for a cache of 2"):
+        step(model, tokens[:, 0], cache)
+    with pytest.raises(ValueError, match="max_length is 0"):
+        rl.init_cache(model.config, 2, 0)
