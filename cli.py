@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported late, so that --help answers at once
+    from rich.console import Console
+
     from .decode.sampling_params import SamplingParams
     from .model.loading import Model
 
@@ -85,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser(
         "chat",
         help="talk with a model",
-        description="Talk with a model, turn by turn. Ctrl-C stops a reply; /reset starts over; /exit or Ctrl-D leaves.",
+        description="Talk with a model in turns. Ctrl-C stops a reply, /reset starts over, /exit or Ctrl-D leaves.",
     )
     chat.add_argument("--system", metavar="TEXT", help="a system message to start with")
     chat.set_defaults(run=_chat)
@@ -142,17 +144,16 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     model, params = _load(args)
     with _usage_errors():
-        from .decode.generate import make_requests, warm_up
+        from .decode.generate import make_requests
 
         make_requests(model, prompt, params)
-    compile_seconds = _timed(lambda: warm_up(model, prompt, params))
+    compile_seconds = _warm_up(model, prompt, params)
+    if not args.json and sys.stdout.isatty():
+        _terminal().print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
     reply = _Reply(show=not args.json)
     reply.run(model, prompt, params)
-    if args.json:
-        print(json.dumps({"prompt": prompt, **reply.as_dict()}, ensure_ascii=False))
-    else:
-        print(flush=True)
-    print(reply.summary(compile_seconds), file=sys.stderr)
+    print(json.dumps({"prompt": prompt, **reply.as_dict()}, ensure_ascii=False) if args.json else "", flush=True)
+    reply.print_summary(compile_seconds)
     return OK
 
 
@@ -161,7 +162,7 @@ def _chat(args: argparse.Namespace) -> int:
     if model.tokenizer is None:
         raise UsageError("this model has no tokenizer; chat needs one")
     start = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(start)
+    messages, compiled = list(start), set()
     interactive = sys.stdin.isatty()
     if interactive:
         print("Ctrl-C stops a reply, /reset starts over, /exit leaves.", file=sys.stderr)
@@ -182,10 +183,14 @@ def _chat(args: argparse.Namespace) -> int:
         with _usage_errors():
             text = model.tokenizer.apply_chat_template(messages)
             tokens = model.tokenizer.encode(text, add_special_tokens=False)
+        compile_seconds, shapes = None, _shapes(len(tokens), params)
+        if shapes not in compiled:
+            compiled.add(shapes)
+            compile_seconds = _warm_up(model, [tokens], params)
         reply = _Reply(show=not args.json)
         reply.run(model, [tokens], params)
         print(json.dumps(reply.as_dict(), ensure_ascii=False) if args.json else "", flush=True)
-        print(reply.summary(), file=sys.stderr)
+        reply.print_summary(compile_seconds)
         messages.append({"role": "assistant", "content": reply.text})
 
 
@@ -230,7 +235,7 @@ class _Reply:
             "tokens_per_second": new / (self.last - self.started) if new else None,
         }
 
-    def summary(self, compile_seconds: float | None = None) -> str:
+    def print_summary(self, compile_seconds: float | None) -> None:
         usage = self._usage()
         parts = [f"{usage['prompt_tokens']} prompt tokens", f"{usage['new_tokens']} new tokens"]
         if usage["ttft_seconds"] is not None:
@@ -243,7 +248,7 @@ class _Reply:
             parts.append(f"compiled in {compile_seconds:.1f} s before")
         if self.output is None:
             parts.append("interrupted")
-        return ", ".join(parts)
+        _terminal(stderr=True).print(", ".join(parts), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -293,7 +298,24 @@ def _usage_errors() -> Iterator[None]:
         raise UsageError(str(error)) from None
 
 
-def _timed(run: Any) -> float:
+def _warm_up(model: "Model", prompt: Any, params: "SamplingParams") -> float:
+    """Compile what the request will run, and say for how long."""
+    from .decode.generate import warm_up
+
     started = time.perf_counter()
-    run()
+    with _terminal(stderr=True).status("compiling"):  # shown on terminals only
+        warm_up(model, prompt, params)
     return time.perf_counter() - started
+
+
+def _shapes(tokens: int, params: "SamplingParams") -> tuple[int, int]:
+    """What programs for a prompt of so many tokens depend on."""
+    from .decode import buckets
+
+    return buckets.prefill_bucket(tokens), buckets.cache_bucket(tokens + (params.max_tokens or 0))
+
+
+def _terminal(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr)

@@ -481,6 +481,14 @@ def test_fp8_is_named(tmp_path):
     refused(tmp_path, rf"'{DOWN}' has dtype F8_E4M3, expected one of .*take the unquantised one")
 
 
+def test_packed_quantised_tensors_are_named(tmp_path):
+    """GPTQ and AWQ store another tensor in place of the weight: what it is says more than what is missing."""
+    t = random_tensors(LLAMA)
+    packed = t.pop(DOWN).astype("uint8")
+    save(tmp_path, tensors=t | {"model.layers.1.mlp.down_proj.qweight": packed})
+    refused(tmp_path, r"'model\.layers\.1\.mlp\.down_proj\.qweight' has dtype U8, .*take the unquantised one")
+
+
 def test_values_beyond_float16(tmp_path):
     t = random_tensors(LLAMA)
     t[DOWN][0, 0] = 1e6

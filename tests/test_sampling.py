@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 import pickle
 
@@ -423,7 +424,9 @@ def test_noise_is_standard_gumbel_and_fine_where_it_decides():
     state, _ = make_sampling_state([SamplingParams(seed=1)], [[]], [0], V)
     noise = np.asarray(_gumbel(state, jnp.array([0]), V))[0]
     assert noise.dtype == np.float32
-    np.testing.assert_allclose(noise, reference_noise(1, 0, V), rtol=1e-4, atol=1e-5)
+    # Below -1 the uniform number is so near 1 that float32 is coarse; such noise decides nothing.
+    fine = noise > -1
+    np.testing.assert_allclose(noise[fine], reference_noise(1, 0, V)[fine], rtol=1e-4, atol=1e-5)
     assert scipy.stats.kstest(noise[: 2**15], scipy.stats.gumbel_r.cdf).pvalue > 1e-4
     # The largest thousand, among which the draw is made: 23 random bits a token would give some sixty ties.
     assert len(set(np.sort(noise)[-1000:].tolist())) > 995
@@ -460,6 +463,16 @@ REQUESTS = {
 }
 
 
+@functools.partial(jax.jit, static_argnames="plan")
+def run_steps(logits, state, start, plan):
+    def step(carry, xs):
+        n, step_logits = xs
+        tokens, _, carry = sample(step_logits, carry, start + n, plan)
+        return carry, tokens
+
+    return jax.lax.scan(step, state, (jnp.arange(len(logits)), logits))[1]
+
+
 def generate(names, batch_size, steps=16, V=37):
     """Tokens of each named request; its logits depend on itself and the step alone."""
     rng = np.random.default_rng(9)
@@ -474,25 +487,16 @@ def generate(names, batch_size, steps=16, V=37):
         [REQUESTS[name] for name in names], [prompts[name] for name in names], [0] * len(names), V, (2,), batch_size
     )
 
-    @jax.jit
-    def run(state):
-        def step(carry, n_logits):
-            tokens, _, carry = sample(n_logits[1], carry, start + n_logits[0], plan)
-            return carry, tokens
-
-        return jax.lax.scan(step, state, (jnp.arange(steps), jnp.asarray(logits)))[1]
-
-    tokens = np.asarray(run(state))
+    tokens = np.asarray(run_steps(jnp.asarray(logits), state, jnp.asarray(start), plan=plan))
     return {name: tokens[:, row].tolist() for row, name in enumerate(names)}, plan
 
 
 def test_a_request_draws_the_same_tokens_alone_and_in_any_batch():
     alone = {name: generate([name], 1)[0][name] for name in REQUESTS}
-    assert generate(["plain"], 1)[1] == SamplingPlan(random=True)
+    assert len({tuple(tokens) for tokens in alone.values()}) == len(REQUESTS)
     for names, size in [
         (["plain", "warm"], 3),
         (["filtered", "plain", "greedy"], 3),
-        (["penalised", "warm", "plain"], 8),
         (list(REQUESTS), 8),
         (list(reversed(REQUESTS)), 8),
     ]:

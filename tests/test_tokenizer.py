@@ -273,6 +273,11 @@ def test_chat_template_dates_and_none():
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}]) == f"{today}|x|</s>|True"
 
 
+def test_keys_of_a_message_whose_value_is_none_are_absent():
+    tokenizer = Tokenizer(byte_level(), {}, {"default": "{{ messages[0].content is defined }}"})
+    assert tokenizer.apply_chat_template([{"role": "assistant", "content": None}]) == "False"
+
+
 def test_chat_template_is_chosen_by_name(tmp_path):
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     tokenizer = load_tokenizer(save(tmp_path, byte_level(), {"chat_template": named}))

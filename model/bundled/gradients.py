@@ -47,7 +47,11 @@ def _product_backward(saved, g):
     x, w = saved
     g = g.astype(x.dtype)
     dx = jnp.einsum("mo,oi->mi", g, w, preferred_element_type=jnp.float32)
-    dw = jnp.einsum("om,mi->oi", _row_major(g.T), x, preferred_element_type=jnp.float32)
+    if x.shape[1] < g.shape[1]:  # transpose the narrower operand, and the small result
+        dw_t = _row_major(jnp.einsum("im,mo->io", _row_major(x.T), g, preferred_element_type=jnp.float32))
+        dw = _row_major(dw_t.T)
+    else:
+        dw = jnp.einsum("om,mi->oi", _row_major(g.T), x, preferred_element_type=jnp.float32)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

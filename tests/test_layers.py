@@ -1,0 +1,77 @@
+"""linear, norms and the MLP against plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ridgeline.model.layers import ACTIVATION_FUNCTIONS, gated_mlp, linear, rms_norm, soft_cap
+
+rng = np.random.default_rng(0)
+
+
+def random(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [(1,), (2,), (3, 5), ()])
+def test_linear(rows, dtype):
+    x, w, bias = random(*rows, 24), random(3, 4, 24), random(3, 4)
+    out = linear(*(jnp.asarray(a, dtype) for a in (x, w, bias)))
+    x, w, bias = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, w, bias))
+    assert out.dtype == dtype
+    expected = np.einsum("...i,abi->...ab", x, w) + bias
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=1e-5 if dtype == "float32" else 1e-2, atol=1e-4)
+
+
+def test_linear_contracts_several_axes_and_keeps_float32_on_request():
+    x, w = random(2, 3, 4, 5), random(7, 3, 4, 5)
+    out = linear(jnp.asarray(x, "bfloat16"), jnp.asarray(w, "bfloat16"), in_axes=3, out_dtype=jnp.float32)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, np.einsum("bxyz,oxyz->bo", x, w), atol=0.2)
+    with pytest.raises(ValueError, match=r"contracts \(5,\) of x with \(4,\) of w"):
+        linear(jnp.ones((2, 5)), jnp.ones((3, 4)))
+
+
+def test_one_row_of_16_bit_weights_makes_no_copy_of_them_on_a_cpu():
+    w = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 1024), jnp.bfloat16)
+    memory = jax.jit(linear).lower(x, w).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4096 * 1024 // 4
+
+
+def test_linear_is_differentiable():
+    x, w = jnp.asarray(random(3, 8)), jnp.asarray(random(5, 8))
+    dx, dw = jax.grad(lambda x, w: jnp.sum(linear(x, w) ** 2), argnums=(0, 1))(x, w)
+    y = x @ w.T
+    np.testing.assert_allclose(dx, 2 * y @ w, rtol=1e-4)
+    np.testing.assert_allclose(dw, 2 * y.T @ x, rtol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm_over_the_axes_of_its_weight(offset):
+    x, weight = random(2, 3, 4, 5), random(4, 5)
+    expected = x / np.sqrt((x**2).mean((2, 3), keepdims=True) + 1e-5) * (weight + offset)
+    np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(weight), 1e-5, offset), expected, rtol=1e-5)
+
+
+def test_soft_cap():
+    x = jnp.asarray(random(10) * 100)
+    np.testing.assert_allclose(soft_cap(x, 30.0), 30 * np.tanh(x / 30), rtol=1e-5)
+    assert soft_cap(x, None) is x
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_FUNCTIONS)
+def test_gated_mlp(activation):
+    from scipy.special import erf
+
+    formulas = {
+        "silu": lambda x: x / (1 + np.exp(-x)),
+        "gelu": lambda x: x * (1 + erf(x / np.sqrt(2))) / 2,
+        "gelu_tanh": lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+    }
+    x, gate_up, down = random(1, 2, 6), random(2, 9, 6), random(6, 9)
+    weights = {"gate_up": jnp.asarray(gate_up), "down": jnp.asarray(down)}
+    expected = formulas[activation](x @ gate_up[0].T) * (x @ gate_up[1].T) @ down.T
+    np.testing.assert_allclose(gated_mlp(jnp.asarray(x), weights, activation), expected, rtol=1e-4, atol=1e-4)
