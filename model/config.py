@@ -47,6 +47,12 @@ class RopeConfig:
                 f"RoPE kind {self.kind!r} needs original_max_position, got {self.original_max_position}; "
                 "set original_max_position_embeddings in the config's rope parameters"
             )
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"llama3 high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}"
+            )
+        if self.kind == "dynamic" and self.rotary_dim == 2:
+            raise ValueError("RoPE kind 'dynamic' needs a rotary_dim of 4 or more, got 2")
         for name in ("short_factor", "long_factor"):
             found = len(getattr(self, name))
             if self.kind == "longrope" and found != self.rotary_dim // 2:

@@ -4,8 +4,9 @@ Each op takes `implementation`: None picks the fastest that can serve the case, 
 oracle of every kernel. Scores, softmax and sums are float32; the output has the query's dtype.
 
 Shapes: B rows, T new tokens, K KV heads, G queries a KV head, H head dimensions, P pages, N pages a row, S positions
-a page. Pages are [P, K, S, H], in the query's dtype or a wider one; `block_tables[b, n]` is the page that holds positions n * S ... of row b. With
-`identity_table` the table is known to be 0, 1, 2 ... in row order, so that pages are reshaped, never gathered.
+a page. Pages are [P, K, S, H], in the query's dtype or a wider one; `block_tables[b, n]` is the page that holds
+positions n * S ... of row b. With `identity_table` the table is known to be 0, 1, 2 ... in row order, so that pages are
+reshaped, never gathered.
 """
 
 import functools

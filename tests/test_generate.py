@@ -76,7 +76,7 @@ def test_stream_yields_what_generate_returns(model):
     assert max(sizes) == buckets.DECODE_STEPS
     seen = []
     rl.generate(model, PROMPTS[:1], GREEDY, callback=seen.append)
-    assert sum((chunk.tokens for chunk in seen), []) == expected[0].tokens
+    assert [token for chunk in seen for token in chunk.tokens] == expected[0].tokens
 
 
 def test_end_of_sequence_and_stop_tokens(model):

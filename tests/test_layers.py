@@ -22,7 +22,9 @@ def test_linear(rows, dtype):
     x, w, bias = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, w, bias))
     assert out.dtype == dtype
     expected = np.einsum("...i,abi->...ab", x, w) + bias
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=1e-5 if dtype == "float32" else 1e-2, atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), expected, rtol=1e-5 if dtype == "float32" else 1e-2, atol=1e-4
+    )
 
 
 def test_linear_contracts_several_axes_and_keeps_float32_on_request():

@@ -5,10 +5,11 @@ import json
 import random
 
 import pytest
-from ridgeline.model.checkpoint import CheckpointError
-from ridgeline.model.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
+
+from ridgeline.model.checkpoint import CheckpointError
+from ridgeline.model.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. Once upon a time, there was a fox.",

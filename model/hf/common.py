@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..config import LayerConfig, ModelConfig, RopeConfig
+from ..config import DTYPES, LayerConfig, ModelConfig, RopeConfig
 from .family import HFConfig
 from .rope import rope_from_hf
 
@@ -152,4 +152,7 @@ def _activation(hf: HFConfig, key: str) -> str:
 def _dtype(hf: HFConfig) -> str:
     # Checkpoints say torch_dtype, transformers 5 says dtype.
     stated = hf.get("dtype") or hf.get("torch_dtype") or "float32"
-    return str(stated).removeprefix("torch.")
+    name = str(stated).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} in config.json is not supported; supported: {', '.join(DTYPES)}")
+    return name
