@@ -1,14 +1,18 @@
 """The KV cache: pages of keys and values, and the tables that say whose they are."""
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ..model.config import ModelConfig
+from ..sharding.rules import constrain, named_sharding
 
 
 @struct.dataclass
@@ -22,6 +26,8 @@ class KVCache:
       max_lengths: [B] int32, positions at which a row is full. Length-dependent RoPE kinds (dynamic, longrope) read it
         as the row's context length, so set it to the longest the row will become.
       identity_table: whether block_tables is 0, 1, 2 ... in row order (static), which spares a gather.
+      mesh: where it lies (static): rows and their pages over "data", KV heads over "tensor"; None is one device. A row's
+        pages must lie on the row's own data shard.
     """
 
     k: Any
@@ -30,6 +36,7 @@ class KVCache:
     lengths: Any
     max_lengths: Any
     identity_table: bool = struct.field(pytree_node=False, default=False)
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
     @property
     def batch_size(self) -> int:
@@ -49,12 +56,21 @@ class KVCache:
         """Bytes of keys and values."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in (*self.k, *self.v))
 
+    def updated(
+        self, logits: Float[Array, "B V"], pages: Sequence[Any], lengths: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B V"], "KVCache"]:
+        """What prefill and decode return: logits and the cache with new pages and lengths, placed as the old ones."""
+        k, v = zip(*pages, strict=True)
+        lengths = constrain(lengths, self.mesh, "batch")
+        return constrain(logits, self.mesh, "batch", "vocab"), self.replace(k=k, v=v, lengths=lengths)
+
 
 def init_cache(
     config: ModelConfig,
     batch_size: int,
     max_length: int,
     *,
+    mesh: Mesh | None = None,
     page_size: int = 64,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> KVCache:
@@ -64,6 +80,7 @@ def init_cache(
       config: the model.
       batch_size: rows.
       max_length: positions at which a row is full; memory is taken for the next multiple of `page_size`.
+      mesh: the model's mesh, or None for one device.
       page_size: positions a page.
       dtype: of keys and values. None is the model's dtype on accelerators, and float32 on a CPU, where XLA has
         neither 16-bit updates in place nor 16-bit batched products and would convert the cache at every step.
@@ -72,17 +89,35 @@ def init_cache(
         if value <= 0:
             raise ValueError(f"init_cache: {name} is {value}; it must be positive")
     if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        dtype = "float32" if platform == "cpu" else config.dtype
     pages_per_row = math.ceil(max_length / page_size)
     pages = batch_size * pages_per_row
-    shape = (pages, config.num_kv_heads, page_size, config.head_dim)
+
+    def array(name: str, value: int | jax.Array, dtype: Any, **axes: int) -> jax.Array:
+        shape = tuple(axes.values())
+        sharding = None if mesh is None else named_sharding(f"cache {name}", shape, tuple(axes), mesh)
+        make = functools.partial(jnp.broadcast_to, jnp.asarray(value, dtype), shape)
+        return make() if sharding is None else jax.jit(make, out_shardings=sharding)()
+
+    def leaves(name: str) -> tuple[jax.Array, ...]:
+        axes = {"pages": pages, "kv_heads": config.num_kv_heads, "page_size": page_size, "head_dim": config.head_dim}
+        return tuple(array(name, 0, dtype, **axes) for _ in config.layers)
+
     return KVCache(
-        k=tuple(jnp.zeros(shape, dtype) for _ in config.layers),
-        v=tuple(jnp.zeros(shape, dtype) for _ in config.layers),
-        block_tables=jnp.arange(pages, dtype=jnp.int32).reshape(batch_size, pages_per_row),
-        lengths=jnp.zeros((batch_size,), jnp.int32),
-        max_lengths=jnp.full((batch_size,), max_length, jnp.int32),
+        k=leaves("k"),
+        v=leaves("v"),
+        block_tables=array(
+            "block_tables",
+            jnp.arange(pages).reshape(batch_size, -1),
+            jnp.int32,
+            batch=batch_size,
+            entries=pages_per_row,
+        ),
+        lengths=array("lengths", 0, jnp.int32, batch=batch_size),
+        max_lengths=array("max_lengths", max_length, jnp.int32, batch=batch_size),
         identity_table=True,
+        mesh=mesh,
     )
 
 

@@ -10,7 +10,8 @@ from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import transformer, unembed
 from ..pallas_kernels.attention import prefill_attention
-from .cache import KVCache, write_pages
+from .attend import cached_attend
+from .cache import KVCache
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -49,27 +50,9 @@ def prefill(
     positions = starts[:, None] + jnp.arange(T)
     valid = jnp.arange(T) < new[:, None]
 
-    def attend(q, k, v, spec, state):
-        k_pages, v_pages = state
-        k_pages = write_pages(k_pages, k, cache.block_tables, positions, valid)
-        v_pages = write_pages(v_pages, v, cache.block_tables, positions, valid)
-        out = prefill_attention(
-            q,
-            k_pages,
-            v_pages,
-            cache.block_tables,
-            starts,
-            starts + new,
-            scale=spec.scale,
-            window=spec.window,
-            soft_cap=spec.soft_cap,
-            identity_table=cache.identity_table,
-        )
-        return out, (k_pages, v_pages)
-
+    attend = cached_attend(cache, prefill_attention, positions, valid, starts, starts + new)
     state = tuple(zip(cache.k, cache.v, strict=True))
     x, state = transformer(params, config, tokens, positions, attend, state, cache.max_lengths)
     last = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = jnp.where((new > 0)[:, None], unembed(params, config, last), jnp.nan)
-    k, v = zip(*state, strict=True)
-    return logits, cache.replace(k=k, v=v, lengths=starts + new)
+    return cache.updated(logits, state, starts + new)

@@ -1,6 +1,7 @@
 """Decode: one token a row in one bandwidth-bound program."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import transformer, unembed
 from ..pallas_kernels.attention import decode_attention
-from .cache import KVCache, write_pages
+from .attend import cached_attend
+from .cache import KVCache
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -45,25 +47,12 @@ def decode_step(
     lengths = cache.lengths + has_room
     positions = cache.lengths[:, None]
 
-    def attend(q, k, v, spec, state):
-        k_pages, v_pages = state
-        k_pages = write_pages(k_pages, k, cache.block_tables, positions, has_room[:, None])
-        v_pages = write_pages(v_pages, v, cache.block_tables, positions, has_room[:, None])
-        out = decode_attention(
-            q[:, 0],
-            k_pages,
-            v_pages,
-            cache.block_tables,
-            lengths,
-            scale=spec.scale,
-            window=spec.window,
-            soft_cap=spec.soft_cap,
-            identity_table=cache.identity_table,
-        )
-        return out[:, None], (k_pages, v_pages)
-
+    attend = cached_attend(cache, _one_query_attention, positions, has_room[:, None], lengths)
     state = tuple(zip(cache.k, cache.v, strict=True))
     x, state = transformer(params, config, tokens[:, None], positions, attend, state, cache.max_lengths)
     logits = jnp.where(has_room[:, None], unembed(params, config, x[:, 0]), jnp.nan)
-    k, v = zip(*state, strict=True)
-    return logits, cache.replace(k=k, v=v, lengths=lengths)
+    return cache.updated(logits, state, lengths)
+
+
+def _one_query_attention(q: Float[Array, "B 1 K G H"], *args: Array, **kwargs: Any) -> Float[Array, "B 1 K G H"]:
+    return decode_attention(q[:, 0], *args, **kwargs)[:, None]

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from ..sharding.rules import named_sharding
 from .config import ModelConfig
 
 Params = dict[str, Any]
@@ -105,16 +107,37 @@ def _norm(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) ->
     return ParamSpec(shape, config.dtype, axes, init="zeros" if config.norm_offset else "ones")
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """The pytree of `NamedSharding` that places a model's parameters on a mesh.
+
+    Raises:
+      ValueError: a parameter that the mesh does not divide; see `sharding.rules.partition_spec`.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, spec: named_sharding(param_name(path), spec.shape, spec.axes, mesh), param_specs(config)
+    )
+
+
+def param_name(path: tuple) -> str:
+    """A parameter's dotted name, such as "layers.0.qkv", from its path in the tree."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Params:
     """Random parameters: normal weights of standard deviation (fan-in) ** -0.5, norms at one, biases at zero.
 
     Args:
       config: the model.
       key: a `jax.random.key`.
+      mesh: where to make them, each device its own part; the default device otherwise.
     """
     leaves, treedef = jax.tree.flatten(param_specs(config))
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten(_init(spec, k) for spec, k in zip(leaves, keys, strict=True))
+
+    def init(key: jax.Array) -> Params:
+        keys = jax.random.split(key, len(leaves))
+        return treedef.unflatten(_init(spec, k) for spec, k in zip(leaves, keys, strict=True))
+
+    return init(key) if mesh is None else jax.jit(init, out_shardings=param_shardings(config, mesh))(key)
 
 
 def _init(spec: ParamSpec, key: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 import ridgeline as rl
-from ridgeline.model.bundled import data, gradients, train
+from ridgeline.model.bundled import data, gradients, objective, recipe, train
 from ridgeline.model.bundled.export import hf_config, hf_tensors
 from ridgeline.model.layers import linear
 from ridgeline.pallas_kernels.attention import causal_attention
@@ -52,7 +52,7 @@ def read(name: str, file: str):
 
 def load(name: str) -> tuple[dict, rl.ModelConfig]:
     """A bundled model in float32, its tensors put back by the mapping that the export documents."""
-    config = train.model_config(train.RECIPES[name], 2048, 1024).replace(dtype="float32")
+    config = recipe.model_config(recipe.RECIPES[name], 2048, 1024).replace(dtype="float32")
     K, G, H, D = config.num_kv_heads, config.q_per_kv, config.head_dim, config.embed_dim
     with safe_open(BUNDLED / name / "model.safetensors", "flax") as file:
         tensors = {key: file.get_tensor(key).astype(jnp.float32) for key in file.keys()}  # noqa: SIM118
@@ -93,11 +93,11 @@ def test_files_ship_and_are_small():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_is_the_recipe(name):
-    assert read(name, "config.json") == hf_config(train.model_config(train.RECIPES[name], 2048, 1024))
+    assert read(name, "config.json") == hf_config(recipe.model_config(recipe.RECIPES[name], 2048, 1024))
 
 
 def test_the_draft_is_about_ten_times_smaller():
-    story, draft = (rl.count_parameters(train.model_config(train.RECIPES[n], 2048, 1024)) for n in NAMES)
+    story, draft = (rl.count_parameters(recipe.model_config(recipe.RECIPES[n], 2048, 1024)) for n in NAMES)
     assert 4e6 < story < 4.5e6
     assert 9 < story / draft < 11
 
@@ -138,7 +138,7 @@ def test_export_undoes_import():
 def test_tokenizer_round_trips_any_text(name):
     tokenizer = Tokenizer.from_file(str(BUNDLED / name / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 2048
-    for text in (PASSAGE, "", " ", "\n\n\n", "naïve café – “quoted” 日本語 🦊\x00\x7f\ttab\r\n", "  two  spaces  "):
+    for text in (PASSAGE, "", " ", "\n\n\n", "naïve café “quoted” 日本語 🦊\x00\x7f\ttab\r\n", "  two  spaces  "):
         ids = tokenizer.encode(text).ids
         assert ids[0] == data.BEGIN_ID
         assert tokenizer.decode(ids) == text
@@ -333,21 +333,22 @@ def test_cross_entropy_differentiates_like_log_softmax():
 
 
 def test_dropped_units_leave_the_expected_sum():
-    config = train.model_config(train.Recipe(16, 1, 400, 1e-3, 0.25), 300, 32)
-    params = train.initial_params(config, jax.random.key(0))
+    config = recipe.model_config(recipe.Recipe(16, 1, 400, 1e-3, 0.25), 300, 32)
+    params = recipe.initial_params(config, jax.random.key(0))
     down = params["layers"][0]["down"]
-    ratio = train.drop_units(params, jax.random.key(1), 0.25)["layers"][0]["down"] / down
+    ratio = objective.drop_units(params, jax.random.key(1), 0.25)["layers"][0]["down"] / down
     np.testing.assert_allclose(np.unique(np.round(ratio, 4)), [0.0, 1.3333])
     assert ((ratio > 0) == (ratio[:1] > 0)).all()
     assert 0.65 < (ratio[0] > 0).mean() < 0.85
-    assert train.drop_units(params, jax.random.key(1), 0.0) is params
+    assert objective.drop_units(params, jax.random.key(1), 0.0) is params
 
 
-TINY = "--vocab-size 300 --length 32 --batch-size 2 --embed-dim 16 --num-layers 1 --ffn-dim 16 --epochs 3".split()
+TINY = {"vocab-size": 300, "length": 32, "batch-size": 2, "embed-dim": 16, "num-layers": 1, "ffn-dim": 16, "epochs": 3}
 
 
 def command(text: Path, out: Path, *more: str) -> list[str]:
-    return ["--text", str(text), "--out", str(out), "--eval-every", "7", *TINY, *more]
+    tiny = [f"--{name}={value}" for name, value in TINY.items()]
+    return ["--text", str(text), "--out", str(out), "--eval-every", "7", *tiny, *more]
 
 
 def checkpoint(out: Path) -> dict[str, np.ndarray]:

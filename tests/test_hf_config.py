@@ -17,7 +17,7 @@ def _load_published():
     published = json.loads(_FILE.read_text())
     for entry in published.values():
         scaling = entry["config"].get("rope_scaling") or {}
-        if scaling.get("type") in ("su", "longrope"):
+        if scaling.get("type") == "longrope":
             # As many factors as published (of Phi-4-mini also the published series), kept out of the file for length.
             scaling |= {"short_factor": [1.0] * 48, "long_factor": [1.118320672**index for index in range(48)]}
     return published
@@ -178,6 +178,12 @@ def test_phi_3():
     assert rope.attention_factor == pytest.approx((1 + 5 / 12) ** 0.5)  # log(32) / log(4096)
     phi4 = config_from_hf(_hf("Phi-4-mini"))
     assert (_rope(phi4).rotary_dim, phi4.head_dim, phi4.tie_embeddings) == (96, 128, True)
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn"])
+def test_phi_3_first_revisions_name_longrope_otherwise(kind):
+    scaling = _hf("Phi-3-mini-128k")["rope_scaling"] | {"type": kind}
+    assert config_from_hf(_hf("Phi-3-mini-128k", rope_scaling=scaling)) == config_from_hf(_hf("Phi-3-mini-128k"))
 
 
 def test_phi_3_reads_fused_tensors_by_rows():

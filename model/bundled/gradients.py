@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 

@@ -8,7 +8,6 @@ and beside them trained/*.checkpoint.safetensors, from which the same command go
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path
@@ -17,171 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ..config import LayerConfig, ModelConfig, RopeConfig
-from ..params import Params, count_parameters, init_params
-from ..transformer import transformer, unembed
-from .data import Epochs, Windows, read_books, scoring_windows, split_book, token_stream, train_tokenizer
+from ..params import count_parameters
+from .data import Epochs, read_books, scoring_windows, split_book, token_stream, train_tokenizer
 from .export import export, write
-from .gradients import attention, cross_entropy, fast_products
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What is trained and how.
-
-    Attributes:
-      learning_rate: of the plateau, between warm-up and the cosine decay to zero.
-      dropout: share of the MLP's hidden units and of the attention outputs left out, drawn anew each step.
-      weight_decay: of matrices; norms have none.
-      decay_share: share of all steps that the final decay takes.
-      warmup: steps.
-    """
-
-    embed_dim: int
-    num_layers: int
-    ffn_dim: int
-    learning_rate: float
-    dropout: float
-    num_heads: int = 8
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    weight_decay: float = 0.1
-    decay_share: float = 0.5
-    warmup: int = 200
-
-
-# The same head geometry in both, so that they shard alike.
-RECIPES = {
-    "story": Recipe(embed_dim=256, num_layers=5, ffn_dim=768, learning_rate=2e-3, dropout=0.1),
-    "draft": Recipe(embed_dim=96, num_layers=2, ffn_dim=192, learning_rate=4e-3, dropout=0.0),
-}
-
-
-def model_config(recipe: Recipe, vocab_size: int, max_position: int) -> ModelConfig:
-    """The Llama architecture of a recipe."""
-    return ModelConfig(
-        family="llama",
-        vocab_size=vocab_size,
-        embed_dim=recipe.embed_dim,
-        ffn_dim=recipe.ffn_dim,
-        num_heads=recipe.num_heads,
-        num_kv_heads=recipe.num_kv_heads,
-        head_dim=recipe.head_dim,
-        layers=(LayerConfig(RopeConfig(recipe.head_dim)),) * recipe.num_layers,
-        max_position=max_position,
-        norm_eps=1e-5,
-        query_scale=recipe.head_dim**-0.5,
-        tie_embeddings=True,
-        dtype="bfloat16",
-    )
-
-
-def initial_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Float32 master weights; what feeds the residual stream starts smaller the more layers there are (GPT-2)."""
-    params = init_params(config.replace(dtype="float32"), key)
-    scale = (2 * config.num_layers) ** -0.5
-    for layer in params["layers"]:
-        layer["out"], layer["down"] = layer["out"] * scale, layer["down"] * scale
-    return params
-
-
-def losses(params: Params, config: ModelConfig, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each target in nats, [B, T] float32."""
-
-    def attend(q, k, v, spec, state):
-        return attention(q, k, v), state
-
-    B, T = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    state = (None,) * config.num_layers
-    x, _ = transformer(params, config, tokens, positions, attend, state, jnp.full((B,), T))
-    return cross_entropy(unembed(params, config, x), targets)
-
-
-def drop_units(params: Params, key: jax.Array, rate: float) -> Params:
-    """Dropout by weights: the columns of `down` and `out` that read a dropped unit are zero, the others scaled up."""
-    if rate == 0.0:
-        return params
-    layers = []
-    for index, layer in enumerate(params["layers"]):
-        keys = jax.random.split(jax.random.fold_in(key, index))
-        kept = {
-            name: layer[name] * (jax.random.bernoulli(k, 1 - rate, layer[name].shape[1:]) / (1 - rate))
-            for name, k in zip(("down", "out"), keys, strict=True)
-        }
-        layers.append(layer | kept)
-    return params | {"layers": layers}
-
-
-def make_optimizer(recipe: Recipe, total_steps: int) -> tuple[optax.GradientTransformation, int]:
-    """AdamW with clipping, and the step at which its learning rate begins to fall.
-
-    Until that step training does not depend on its total length, so that a run can be made longer or shorter.
-    """
-    decay = max(1, round(total_steps * recipe.decay_share))
-    warmup, plateau_end = min(recipe.warmup, total_steps - decay), total_steps - decay
-
-    def schedule(step):
-        rising = (step + 1) / max(warmup, 1)
-        falling = 0.5 * (1 + jnp.cos(math.pi * jnp.clip((step - plateau_end) / decay, 0.0, 1.0)))
-        return recipe.learning_rate * jnp.minimum(jnp.minimum(rising, 1.0), falling)
-
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule,
-            b1=0.9,
-            b2=0.95,
-            weight_decay=recipe.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
-    ), plateau_end
-
-
-def _bfloat16(params: Params) -> Params:
-    return jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-
-
-def make_step(config: ModelConfig, recipe: Recipe, optimizer: optax.GradientTransformation, key: jax.Array):
-    """The compiled training step: (params, optimizer state, step, tokens, targets) -> (params, state, mean loss)."""
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params, state, step, tokens, targets):
-        def mean_loss(params):
-            dropped = drop_units(_bfloat16(params), jax.random.fold_in(key, step), recipe.dropout)
-            return losses(_bfloat16(dropped), config, tokens, targets).mean()
-
-        with fast_products():
-            loss, grads = jax.value_and_grad(mean_loss)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    return train_step
-
-
-def held_out_loss(params: Params, config: ModelConfig, windows: Windows, batch_size: int) -> float:
-    """Summed loss of the windows in nats, with the weights rounded to bfloat16 as they are exported."""
-    score = _scorer(config)
-    rounded, total = _bfloat16(params), 0.0
-    for first in range(0, len(windows.tokens), batch_size):
-        rows = [a[first : first + batch_size] for a in (windows.tokens, windows.targets, windows.weights)]
-        rows = [np.pad(a, ((0, batch_size - len(a)), (0, 0))) for a in rows]
-        total += float(score(rounded, *rows))
-    return total
-
-
-@functools.cache
-def _scorer(config: ModelConfig):
-    def score(params, tokens, targets, weights):
-        return (losses(params, config, tokens, targets) * weights).sum()
-
-    return jax.jit(score)
+from .objective import held_out_loss, make_optimizer, make_step
+from .recipe import EPOCHS, RECIPES, Recipe, initial_params, model_config
 
 
 def save_checkpoint(path: Path, tree: Any, progress: dict[str, Any]) -> None:
@@ -210,14 +54,15 @@ def train(name: str, recipe: Recipe, tokenizer: Tokenizer, batches: Epochs, held
     path = args.out / f"{name}.checkpoint.safetensors"
     windows = scoring_windows(tokenizer, held_out, args.length)
     scored, held_out_bytes = float(windows.weights.sum()), sum(len(text.encode()) for text in held_out)
-    total_steps = args.epochs * batches.steps
+    epochs = args.epochs or EPOCHS[name]
+    total_steps = epochs * batches.steps
     init_key, dropout_key = jax.random.split(jax.random.key(args.seed))
     params = initial_params(config, init_key)
     optimizer, plateau_end = make_optimizer(recipe, total_steps)
     state = optimizer.init(params)
     settings = {"recipe": dataclasses.asdict(recipe), "steps_per_epoch": batches.steps}
     settings |= {key: getattr(args, key) for key in ("vocab_size", "length", "batch_size", "seed")}
-    progress = {"settings": settings, "epochs": args.epochs, "plateau_end": plateau_end, "step": 0, "curve": []}
+    progress = {"settings": settings, "epochs": epochs, "plateau_end": plateau_end, "step": 0, "curve": []}
     if path.exists():
         (params, state), saved = load_checkpoint(path, (params, state))
         _check_same_run(path, saved, progress)
@@ -225,7 +70,7 @@ def train(name: str, recipe: Recipe, tokenizer: Tokenizer, batches: Epochs, held
     step, curve = progress["step"], progress["curve"]
     print(
         f"{name}: {count_parameters(config):,} parameters, {len(batches.stream):,} training tokens, "
-        f"{batches.steps} steps an epoch, {args.epochs} epochs; held out: {scored:,.0f} tokens, {held_out_bytes:,} "
+        f"{batches.steps} steps an epoch, {epochs} epochs; held out: {scored:,.0f} tokens, {held_out_bytes:,} "
         f"bytes; beginning at step {step}",
         flush=True,
     )
@@ -287,7 +132,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text; books parted by a line <|story|>")
     parser.add_argument("--out", type=Path, required=True, help="folder for story/, draft/ and the checkpoints")
     parser.add_argument("--model", choices=[*RECIPES, "both"], default="both", help="which to train (default: both)")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the text (default: %(default)s)")
+    parser.add_argument(
+        "--epochs", type=int, help="passes over the text (default: {story} and {draft})".format(**EPOCHS)
+    )
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens (default: %(default)s)")
     parser.add_argument("--length", type=int, default=1024, help="context in tokens (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="rows of that length a step (default: %(default)s)")
@@ -333,7 +180,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.model in (name, "both"):
             given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(recipe)}
             chosen = dataclasses.replace(recipe, **{key: value for key, value in given.items() if value is not None})
-            train(name, chosen, tokenizer, batches, held_out, args)
+            try:
+                train(name, chosen, tokenizer, batches, held_out, args)
+            except KeyboardInterrupt:
+                raise SystemExit("stopped; the same command goes on from the last evaluation") from None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..hf.family import Piece, TensorMap
-from ..params import Params, ParamSpec, param_specs
+from ..params import Params, ParamSpec, param_name, param_specs
 from .files import CheckpointError, listing
 from .safetensors import DTYPES, Checkpoint, check_dtype
 
@@ -37,7 +37,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap)
     specs, treedef = jax.tree_util.tree_flatten_with_path(param_specs(config))
     leaves = []
     with tqdm(
-        total=sum(_bytes_read(checkpoint, tensors[_dotted(path)]) for path, _ in specs),
+        total=sum(_bytes_read(checkpoint, tensors[param_name(path)]) for path, _ in specs),
         desc=f"loading {checkpoint.directory.name}",
         unit="B",
         unit_scale=True,
@@ -47,7 +47,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap)
         file=sys.stderr,
     ) as bar:
         for path, spec in specs:
-            pieces = tensors[_dotted(path)]
+            pieces = tensors[param_name(path)]
             array = jax.device_put(read_parameter(checkpoint, spec, pieces, (slice(None),) * len(spec.shape)))
             # Transfers are queued: without waiting, every parameter would be held on the host at once.
             leaves.append(jax.block_until_ready(array))
@@ -177,10 +177,6 @@ def _bytes_read(checkpoint: Checkpoint, pieces: tuple[Piece, ...]) -> int:
         rows = info.shape[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
         total += (info.stop - info.start) // info.shape[0] * rows
     return total
-
-
-def _dotted(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _where(checkpoint: Checkpoint) -> Path:

@@ -49,15 +49,16 @@ def whole(tensor: str, *shape: int) -> tuple[Piece, ...]:
 def separate_projections(config: ModelConfig, prefix: str) -> TensorMap:
     """q, k, v, gate and up as tensors of their own, with the biases that the config has."""
     D, F, H = config.embed_dim, config.ffn_dim, config.head_dim
-    K, G = config.num_kv_heads, config.q_per_kv
-    # A q head's index is k * G + g, so that a plain reshape groups the q heads by their KV head.
-    groups = {"q": (K * G * H, slice(0, G)), "k": (K * H, G), "v": (K * H, G + 1)}
+    G = config.q_per_kv
+    kv_rows = config.num_kv_heads // config.kv_replicas * H
 
     def qkv(suffix: str, *fan_in: int) -> tuple[Piece, ...]:
-        return tuple(
-            Piece(f"{prefix}self_attn.{name}_proj.{suffix}", (rows, *fan_in), (slice(None), where))
-            for name, (rows, where) in groups.items()
-        )
+        q, k, v = (f"{prefix}self_attn.{name}_proj.{suffix}" for name in "qkv")
+        # A q head's index is k * G + g, so that a plain reshape groups the q heads by their KV head.
+        pieces = [Piece(q, (config.num_heads * H, *fan_in), (slice(None), slice(0, G)))]
+        for where, tensor in ((G, k), (G + 1, v)):
+            pieces += kv_pieces(config, tensor, (kv_rows, *fan_in), where)
+        return tuple(pieces)
 
     def gate_up(suffix: str, *fan_in: int) -> tuple[Piece, ...]:
         names = enumerate(("gate", "up"))
@@ -69,6 +70,26 @@ def separate_projections(config: ModelConfig, prefix: str) -> TensorMap:
     if config.mlp_bias:
         found["gate_up_bias"] = gate_up("bias")
     return found
+
+
+def kv_pieces(
+    config: ModelConfig, tensor: str, shape: tuple[int, ...], *where: int, first_row: int = 0
+) -> tuple[Piece, ...]:
+    """The pieces of keys or values, all KV heads or all their copies.
+
+    Args:
+      config: the model.
+      tensor: its name.
+      shape: the tensor's full shape in the checkpoint.
+      where: their index behind the axis of KV heads.
+      first_row: where they begin in the tensor.
+    """
+    H, heads, copies = config.head_dim, config.num_kv_heads, config.kv_replicas
+    if copies == 1:
+        rows = None if first_row == 0 and shape[0] == heads * H else (first_row, first_row + heads * H)
+        return (Piece(tensor, shape, (slice(None), *where), rows),)
+    starts = [first_row + head // copies * H for head in range(heads)]
+    return tuple(Piece(tensor, shape, (head, *where), (start, start + H)) for head, start in enumerate(starts))
 
 
 def _layer(config: ModelConfig, prefix: str) -> TensorMap:
@@ -83,8 +104,10 @@ def _layer(config: ModelConfig, prefix: str) -> TensorMap:
         found["down_bias"] = whole(f"{prefix}mlp.down_proj.bias", D)
     for name, tensor in _NORMS[config.norm_position].items():
         found[name] = whole(f"{prefix}{tensor}.weight", D)
-    if config.qk_norm is not None:
-        full = config.qk_norm == "full"
-        for name, heads in (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads)):
-            found[name] = whole(f"{prefix}self_attn.{name}.weight", heads * H if full else H)
+    q_norm, k_norm = (f"{prefix}self_attn.{name}_norm.weight" for name in "qk")
+    if config.qk_norm == "head":
+        found |= {"q_norm": whole(q_norm, H), "k_norm": whole(k_norm, H)}
+    elif config.qk_norm == "full":
+        kv_width = config.num_kv_heads // config.kv_replicas * H
+        found |= {"q_norm": whole(q_norm, config.num_heads * H), "k_norm": kv_pieces(config, k_norm, (kv_width,))}
     return found

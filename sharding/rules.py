@@ -1,0 +1,89 @@
+"""The one table from logical axes to mesh axes, and the shardings that follow from it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES: dict[str, str | None] = {
+    "batch": "data",
+    "pages": "data",
+    "vocab": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "experts": "expert",
+    "embed": None,
+    "q_per_kv": None,
+    "head_dim": None,
+    "page_size": None,
+    "entries": None,
+}
+"""The mesh axis that each logical axis is split over; None is not split."""
+
+
+def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+    """How an array is split over a mesh.
+
+    Args:
+      name: the array's name, for errors.
+      shape: its full shape.
+      axes: the logical name of each of its axes, or None.
+      mesh: as `make_mesh` returns it.
+
+    Raises:
+      ValueError: a logical axis that the table lacks, two axes on one mesh axis, or a size that does not divide.
+    """
+    taken: dict[str, str] = {}
+    spec = []
+    for size, logical in zip(shape, axes, strict=True):
+        if logical is not None and logical not in RULES:
+            raise ValueError(f"{name}: no rule for logical axis {logical!r}; the table has {', '.join(RULES)}")
+        physical = None if logical is None else RULES[logical]
+        if physical is None or mesh.shape[physical] == 1:
+            spec.append(None)
+            continue
+        if physical in taken:
+            raise ValueError(
+                f"{name} {shape}: logical axes {taken[physical]!r} and {logical!r} both map to mesh axis "
+                f"{physical!r}; give one of them another rule"
+            )
+        taken[physical] = logical
+        if size % mesh.shape[physical]:
+            divisors = ", ".join(str(n) for n in range(1, mesh.shape[physical] + 1) if size % n == 0)
+            raise ValueError(
+                f"{name} {shape}: axis {logical!r} of size {size} does not divide over the {mesh.shape[physical]} "
+                f"devices of mesh axis {physical!r}; make that axis one of {divisors}"
+            )
+        spec.append(physical)
+    return PartitionSpec(*spec)
+
+
+def named_sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+    """`partition_spec` on its mesh."""
+    return NamedSharding(mesh, partition_spec(name, shape, axes, mesh))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """Pin how an intermediate result is split; without a mesh it is left alone."""
+    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(axes)))
+
+
+def shard_map(function: Callable, mesh: Mesh | None, in_axes: Any, out_axes: Any) -> Callable:
+    """`function` on each device's own part of its arguments; without a mesh it is the function itself.
+
+    Args:
+      function: takes arrays, or pytrees of them.
+      mesh: as `make_mesh` returns it, or None.
+      in_axes, out_axes: a tuple of logical axis names for each array, trailing axes that are not split left out.
+    """
+    if mesh is None:
+        return function
+    to_specs = functools.partial(jax.tree.map, _spec, is_leaf=lambda x: all(n is None or isinstance(n, str) for n in x))
+    return jax.shard_map(function, mesh=mesh, in_specs=to_specs(in_axes), out_specs=to_specs(out_axes), check_vma=False)
+
+
+def _spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
