@@ -1,5 +1,6 @@
 """The pieces of a layer: matrix product, RMS norm, gated MLP, soft cap."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -33,32 +34,26 @@ def linear(
     rows, out = x.shape[: x.ndim - in_axes], w.shape[: w.ndim - in_axes]
     if x.shape[len(rows) :] != w.shape[len(out) :]:
         raise ValueError(f"linear contracts {x.shape[len(rows) :]} of x with {w.shape[len(out) :]} of w; they differ")
-    x2, w2 = x.reshape(*_flat(x, in_axes)), w.reshape(*_flat(w, in_axes))
-    y = lax.platform_dependent(x2, w2, cpu=_product_cpu, default=_product)
-    y = y.reshape(rows + out)
+    # The axes of `out` are not flattened: one that is split over devices and is not the first would be gathered.
+    x, w = x.reshape(math.prod(rows), -1), w.reshape(*out, -1)
+    y = lax.platform_dependent(x, w, cpu=_product_cpu, default=_product).reshape(rows + out)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(out_dtype or x.dtype)
 
 
-def _flat(a: Array, in_axes: int) -> tuple[int, int]:
-    inner = 1
-    for size in a.shape[a.ndim - in_axes :]:
-        inner *= size
-    return a.size // inner if inner else 0, inner
+def _product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
+    return jnp.einsum("mi,...i->m...", x, w, preferred_element_type=jnp.float32)
 
 
-def _product(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
-    return jnp.einsum("mi,oi->mo", x, w, preferred_element_type=jnp.float32)
-
-
-def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
+def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
     # XLA:CPU streams 16-bit weights at memory speed only from the left operand and for two rows or more; for a
     # single row it would write out a float32 copy of the weight first, twenty times slower.
     rows = x.shape[0]
     if rows == 1 and x.dtype != jnp.float32:
         x = jnp.pad(x, ((0, 1), (0, 0)))
-    return jnp.einsum("oi,mi->om", w, x, preferred_element_type=jnp.float32)[:, :rows].T
+    y = lax.dot_general(w, x, (((w.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return jnp.moveaxis(y[..., :rows], -1, 0)
 
 
 def rms_norm(

@@ -272,18 +272,15 @@ def test_windows_follow_the_stream(tmp_path):
     assert windows.weights[continuing].argmax(axis=1).min() >= 16
 
 
-def test_products_differentiate_like_plain_ones():
+@pytest.mark.parametrize(("inner", "outer"), [(8, (24,)), (24, (2, 4))])
+def test_products_differentiate_like_plain_ones(inner, outer):
     keys = jax.random.split(jax.random.key(0), 3)
-    for rows, into, out in ((5, 8, 24), (7, 24, 8)):
-        x = jax.random.normal(keys[0], (rows, into))
-        w = jax.random.normal(keys[1], (out, into))
-        g = jax.random.normal(keys[2], (rows, out))
-        for actual, expected in zip(
-            jax.jit(jax.grad(lambda x, w, g=g: (gradients.product(x, w) * g).sum(), argnums=(0, 1)))(x, w),
-            (g @ w, g.T @ x),
-            strict=True,
-        ):
-            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    shapes = (5, inner), (*outer, inner), (5, *outer)
+    x, w, g = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    dx, dw = jax.jit(jax.grad(lambda x, w: (gradients.product(x, w) * g).sum(), argnums=(0, 1)))(x, w)
+    np.testing.assert_allclose(gradients.product(x, w), jnp.einsum("mi,...i->m...", x, w), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, jnp.einsum("m...,...i->mi", g, w), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, jnp.einsum("m...,mi->...i", g, x), rtol=1e-5, atol=1e-5)
 
 
 def test_fast_products_last_as_long_as_the_block():

@@ -128,3 +128,13 @@ def test_a_reader_that_goes_away_is_no_error(environment):
         time.sleep(0.1)
     assert process.returncode == 0
     assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_conversation_that_grows_too_long_goes_on_after_a_reset(monkeypatch, capsys):
+    lines = iter(["word " * 1200, "/reset", "Once upon a time", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert main(["chat", "--max-tokens", "8", "--seed", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "shorten the prompt; /reset starts over" in err
+    assert "8 new tokens" in err
+    assert out.strip()

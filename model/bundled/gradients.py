@@ -32,14 +32,18 @@ def fast_products() -> Iterator[None]:
         layers._product_cpu = original
 
 
-@jax.custom_vjp
-def product(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
+def product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
     """x @ w.T in float32."""
+    return _matrix_product(x, w.reshape(-1, w.shape[-1])).reshape(x.shape[0], *w.shape[:-1])
+
+
+@jax.custom_vjp
+def _matrix_product(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
     return jnp.einsum("mi,oi->mo", x, w, preferred_element_type=jnp.float32)
 
 
 def _product_forward(x, w):
-    return product(x, w), (x, w)
+    return _matrix_product(x, w), (x, w)
 
 
 def _product_backward(saved, g):
@@ -54,7 +58,7 @@ def _product_backward(saved, g):
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-product.defvjp(_product_forward, _product_backward)
+_matrix_product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp

@@ -1,0 +1,64 @@
+"""The `ridgeline` command: each command parses, calls the library, and prints."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from . import chat, generate
+from .common import FAILURE, OK, USAGE, UsageError
+
+EXAMPLES = """\
+examples:
+  ridgeline generate "Once upon a time"
+  ridgeline generate "The cat said" --temperature 0 --max-tokens 40
+  ridgeline generate --file prompt.txt --model path/to/hf-checkpoint --json
+  echo "There was a king" | ridgeline generate - --seed 7
+  ridgeline chat --model path/to/hf-checkpoint
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+      argv: arguments after the program's name; `sys.argv` by default.
+
+    Returns:
+      The exit code: 0 success (a run ended by Ctrl-C included), 1 a failure at run time, 2 bad usage.
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as exit:  # argparse has printed what was wrong, or the help
+        return exit.code if isinstance(exit.code, int) else USAGE
+    try:
+        return args.run(args)
+    except UsageError as error:
+        return _fail(error, USAGE)
+    except BrokenPipeError:  # whoever read the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return OK
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        return _fail(error, FAILURE)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"ridgeline: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ridgeline",
+        description="Run language models with JAX. A small story-telling model is included; no download is needed.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ridgeline {version('ridgeline')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in (generate, chat):
+        command.add_parser(commands)
+    return parser

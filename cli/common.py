@@ -1,0 +1,111 @@
+"""What the commands share: exit codes, the model and sampling options, loading, and the terminal."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from ..decode.generate import default_sampling, warm_up
+from ..decode.sampling_params import SamplingParams
+from ..model.loading import Model, load_model
+
+OK, FAILURE, USAGE = 0, 1, 2
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done as asked; the message says what to change."""
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn what the library refuses into bad usage, where its arguments are the user's own."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+
+
+def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """Add the options of model, sampling and output; those of sampling have `SamplingParams`' names."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default="bundled",
+        metavar="DIR",
+        help="a Hugging Face checkpoint directory, or 'bundled' for the included model (default)",
+    )
+    model.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and activations (default: the checkpoint's own)",
+    )
+
+    sampling = parser.add_argument_group("sampling (where no default is given, the model's own applies)")
+    add = sampling.add_argument
+    add("--max-tokens", type=int, default=max_tokens, metavar="N", help="most tokens to make (default: %(default)s)")
+    add("--min-tokens", type=int, metavar="N", help="do not stop before N tokens")
+    add("--temperature", type=float, metavar="T", help="0 always takes the likeliest token; higher is more varied")
+    add("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens; 0 is no limit")
+    add("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that reach probability P together")
+    add("--min-p", type=float, metavar="P", help="drop tokens less likely than P times the likeliest")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1 discourages tokens already in prompt or output")
+    add("--presence-penalty", type=float, metavar="A", help="subtract A from the logits of tokens already made")
+    add("--frequency-penalty", type=float, metavar="A", help="subtract A for each time a token was made")
+    add("--logit-bias", action="append", type=_bias, metavar="ID=BIAS", help="add BIAS to a token's logit; repeatable")
+    add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: drawn anew)")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    add("--stop-token-ids", action="append", type=int, metavar="ID", help="end at this token; repeatable")
+    add("--ignore-eos", action="store_true", default=None, help="go on past the end-of-sequence token")
+    add("--include-stop-str-in-output", action="store_true", default=None, help="keep the stop text in the output")
+    add("--logprobs", type=int, metavar="N", help="report log-probabilities and the N likeliest tokens (with --json)")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of running text")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, such as 42=-5") from None
+
+
+def load(args: argparse.Namespace) -> tuple[Model, SamplingParams]:
+    """The model and the sampling that the options of `add_options` ask for."""
+    _cache_compilations()
+    with usage_errors():
+        names = {field.name for field in dataclasses.fields(SamplingParams)} & vars(args).keys()
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if "logit_bias" in given:
+            given["logit_bias"] = dict(given["logit_bias"])
+        SamplingParams(**given)  # refused before a model is loaded
+    model = load_model(args.model, dtype=args.dtype)
+    return model, default_sampling(model, **given)
+
+
+def _cache_compilations() -> None:
+    """Keep compiled programs between runs, unless the user has chosen a place for them already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "ridgeline" / "jax"))
+
+
+def warm_up_programs(model: Model, prompt: Any, params: SamplingParams) -> float:
+    """Compile what the request will run, and say for how long."""
+    started = time.perf_counter()
+    with terminal(stderr=True).status("compiling"):  # shown on terminals only
+        warm_up(model, prompt, params)
+    return time.perf_counter() - started
+
+
+def terminal(stderr: bool = False) -> Console:
+    """Where text for people goes."""
+    return Console(stderr=stderr)

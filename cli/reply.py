@@ -1,0 +1,70 @@
+"""One streamed completion on the command line."""
+
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+from ..decode.generate import make_requests, stream
+from ..decode.sampling_params import SamplingParams
+from ..model.loading import Model
+from .common import terminal, usage_errors
+
+
+class Reply:
+    """Printed as it comes, kept for the summary, whole or cut short by Ctrl-C."""
+
+    def __init__(self, show: bool):
+        self.show = show
+        self.text, self.tokens, self.output = "", [], None
+        self.started = self.first = self.last = time.perf_counter()
+        self.prompt_tokens = 0
+        self.compile_seconds: float | None = None
+
+    def run(self, model: Model, prompt: Any, params: SamplingParams) -> None:
+        """Generate, until the end or Ctrl-C."""
+        with usage_errors():
+            self.prompt_tokens = len(make_requests(model, prompt, params)[0].prompt)
+            chunks = stream(model, prompt, params)
+        self.started = time.perf_counter()
+        with contextlib.suppress(KeyboardInterrupt):
+            for chunk in chunks:
+                self.last = time.perf_counter()
+                self.first = self.last if not self.tokens else self.first
+                self.text, self.output = self.text + chunk.text, chunk.output
+                self.tokens += chunk.tokens
+                if self.show:
+                    print(chunk.text, end="", flush=True)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The completion for JSON; an interrupted one has the finish reason "abort"."""
+        details = {"finish_reason": "abort"} if self.output is None else dataclasses.asdict(self.output)
+        for derived in ("prompt_tokens", "text", "tokens", "ttft", "tpot"):
+            details.pop(derived, None)
+        return {"text": self.text, "tokens": self.tokens, **details, "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        new = len(self.tokens)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": new,
+            "ttft_seconds": self.first - self.started if new else None,
+            "tpot_seconds": (self.last - self.first) / (new - 1) if new > 1 else None,
+            "tokens_per_second": new / (self.last - self.started) if new else None,
+        }
+
+    def print_summary(self) -> None:
+        """One line on standard error: tokens, times, and compilation where it was measured."""
+        usage = self._usage()
+        parts = [f"{usage['prompt_tokens']} prompt tokens", f"{usage['new_tokens']} new tokens"]
+        if usage["ttft_seconds"] is not None:
+            parts.append(f"TTFT {usage['ttft_seconds'] * 1e3:.1f} ms")
+        if usage["tpot_seconds"] is not None:
+            parts.append(f"TPOT {usage['tpot_seconds'] * 1e3:.2f} ms")
+        if usage["tokens_per_second"] is not None:
+            parts.append(f"{usage['tokens_per_second']:.0f} tokens/s")
+        if self.compile_seconds is not None:
+            parts.append(f"compiled in {self.compile_seconds:.1f} s before")
+        if self.output is None:
+            parts.append("interrupted")
+        terminal(stderr=True).print(", ".join(parts), style="dim", markup=False, highlight=False, soft_wrap=True)
