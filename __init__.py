@@ -20,9 +20,11 @@ from .model.checkpoint import CheckpointError
 from .model.config import LayerConfig, ModelConfig, RopeConfig
 from .model.hf import config_from_hf
 from .model.loading import GenerationDefaults, Model, load_model
-from .model.params import ParamSpec, count_parameters, init_params, param_specs
+from .model.params import ParamSpec, count_parameters, init_params, param_shardings, param_specs
+from .model.presets import preset
 from .model.tokenizer import StreamDecoder, Tokenizer
 from .model.transformer import AttentionSpec, forward, transformer, unembed
+from .sharding.mesh import make_mesh
 
 __all__ = [
     "AttentionSpec",
@@ -52,9 +54,12 @@ __all__ = [
     "init_cache",
     "init_params",
     "load_model",
+    "make_mesh",
     "make_sampling_state",
+    "param_shardings",
     "param_specs",
     "prefill",
+    "preset",
     "sample",
     "stream",
     "transformer",

@@ -26,7 +26,7 @@ class KVCache:
       max_lengths: [B] int32, positions at which a row is full. Length-dependent RoPE kinds (dynamic, longrope) read it
         as the row's context length, so set it to the longest the row will become.
       identity_table: whether block_tables is 0, 1, 2 ... in row order (static), which spares a gather.
-      mesh: where it lies (static): rows and their pages over "data", KV heads over "tensor"; None is one device. A row's
+      mesh: where it lies (static): rows and pages over "data", KV heads over "tensor"; None is one device. A row's
         pages must lie on the row's own data shard.
     """
 
@@ -84,10 +84,18 @@ def init_cache(
       page_size: positions a page.
       dtype: of keys and values. None is the model's dtype on accelerators, and float32 on a CPU, where XLA has
         neither 16-bit updates in place nor 16-bit batched products and would convert the cache at every step.
+
+    Raises:
+      ValueError: a size that is not positive, or that does not divide over the mesh.
     """
     for name, value in (("batch_size", batch_size), ("max_length", max_length), ("page_size", page_size)):
         if value <= 0:
             raise ValueError(f"init_cache: {name} is {value}; it must be positive")
+    if mesh is not None and batch_size % mesh.shape["data"]:
+        raise ValueError(
+            f"init_cache: batch_size is {batch_size} and mesh axis 'data' has {mesh.shape['data']} devices; make it a "
+            "multiple of them"
+        )
     if dtype is None:
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         dtype = "float32" if platform == "cpu" else config.dtype

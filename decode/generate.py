@@ -191,12 +191,13 @@ class _Batch:
 
     def __init__(self, model: Model, requests: Sequence[Request]):
         self.model, self.requests = model, requests
-        rows = buckets.batch_bucket(len(requests))
+        data = 1 if model.mesh is None else model.mesh.shape["data"]
+        rows = -(-buckets.batch_bucket(len(requests)) // data) * data
         totals = [len(r.prompt) + r.max_tokens for r in requests]
         # Padding rows have no room: nothing is ever written for them.
-        max_lengths = jnp.array(totals + [0] * (rows - len(totals)), jnp.int32)
-        cache = init_cache(model.config, rows, buckets.cache_bucket(max(totals)))
-        self.cache = cache.replace(max_lengths=max_lengths)
+        max_lengths = np.array(totals + [0] * (rows - len(totals)), np.int32)
+        cache = init_cache(model.config, rows, buckets.cache_bucket(max(totals)), mesh=model.mesh)
+        self.cache = cache.replace(max_lengths=jax.device_put(max_lengths, cache.max_lengths.sharding))
         self.state, self.plan = make_sampling_state(
             [r.params for r in requests],
             [r.prompt for r in requests],
@@ -204,6 +205,7 @@ class _Batch:
             model.config.vocab_size,
             model.generation.eos_token_ids,
             batch_size=rows,
+            mesh=model.mesh,
         )
 
     def prefill(self) -> _Made:

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
+from ..sharding.rules import shard_map
 from .sampling_params import SamplingParams
 
 _MAX = float(np.finfo(np.float32).max)
@@ -33,8 +35,11 @@ class SamplingPlan:
       min_tokens: some row may not end yet.
       bias: some row has a logit bias.
       penalties: some row has a repetition, presence or frequency penalty.
+      candidates: how many of the likeliest tokens the filters look at, where the top-k of every row that draws is no
+        larger; None for all, which costs a sort of the vocabulary.
       logprobs: width of the lists of top log probabilities: what the rows ask for, rounded up to one of few widths so
         that few programs are compiled; 0 for the chosen token's alone, None for none.
+      mesh: over whose tensor axis the vocabulary is split: each device finds its own best, and only those are gathered.
     """
 
     random: bool = False
@@ -43,6 +48,8 @@ class SamplingPlan:
     bias: bool = False
     penalties: bool = False
     logprobs: int | None = None
+    candidates: int | None = None
+    mesh: Mesh | None = None
 
 
 # Unchecked at run time: JAX also rebuilds a pytree with shardings, shapes or stacked arrays for leaves.
@@ -105,6 +112,7 @@ def make_sampling_state(
     vocab_size: int,
     eos_token_ids: Collection[int] = (),
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[SamplingState, SamplingPlan]:
     """Lay a batch's requests out as arrays, on the host, and find which steps they need.
 
@@ -115,6 +123,7 @@ def make_sampling_state(
       vocab_size: V.
       eos_token_ids: the model's end-of-sequence tokens.
       batch_size: B, the requests' number by default; rows past the requests are greedy and ask for nothing.
+      mesh: the model's, or None for one device.
 
     Raises:
       ValueError: the sequences differ in length, or do not fit in `batch_size`.
@@ -129,6 +138,8 @@ def make_sampling_state(
     plan = SamplingPlan(
         random=bool(drawn),
         filters=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in drawn),
+        candidates=_candidates([p.top_k for p in drawn], V),
+        mesh=mesh,
         min_tokens=any(p.min_tokens > 0 for p in params),
         bias=any(p.logit_bias for p in params),
         penalties=any(
@@ -189,6 +200,12 @@ def _logprobs_width(asked: list[int], vocab_size: int) -> int | None:
     return min(width, vocab_size)
 
 
+def _candidates(top_k: list[int], vocab_size: int) -> int | None:
+    if not top_k or min(top_k) <= 0:
+        return None
+    return next((width for width in (64, 1024) if max(top_k) <= width < vocab_size), None)
+
+
 def sample(
     logits: Float[Array, "B V"], state: SamplingState, positions: Int[Array, "B"], plan: SamplingPlan
 ) -> tuple[Int32[Array, "B"], SampleLogprobs | None, SamplingState]:
@@ -214,11 +231,11 @@ def sample(
         if plan.random:
             scores = _scaled_logits(scores, state)
             if plan.filters:
-                scores = filtered_logits(scores, state)
+                scores = filtered_logits(scores, state, plan)
             drawn = jnp.argmax(scores + _gumbel(state, positions, logits.shape[-1]), axis=-1)
             tokens = jnp.where(state.temperature > 0, drawn, tokens)
         tokens = jnp.where(broken, 0, tokens).astype(jnp.int32)
-        logprobs = None if plan.logprobs is None else _logprobs(logits, tokens, plan.logprobs)
+        logprobs = None if plan.logprobs is None else _logprobs(logits, tokens, plan)
         if plan.penalties:
             sampled = _token_ids(logits) == tokens[:, None]
             state = state.replace(output_counts=state.output_counts + sampled)
@@ -253,7 +270,9 @@ def _scaled_logits(logits, state):
     return (logits - best) / jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
 
 
-def filtered_logits(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
+def filtered_logits(
+    logits: Float[Array, "B V"], state: SamplingState, plan: SamplingPlan = SamplingPlan()
+) -> Float[Array, "B V"]:
     """Logits, after temperature, with -inf for every token that min-p, top-k or top-p takes out of the draw.
 
     The tokens are ranked once, best first, of equals the lowest id first. Each filter keeps the head of that list:
@@ -263,9 +282,8 @@ def filtered_logits(logits: Float[Array, "B V"], state: SamplingState) -> Float[
     Source: `MinPLogitsProcessor` of `vllm/v1/sample/logits_processor/builtin.py` and `apply_top_k_top_p_pytorch` of
     `vllm/v1/sample/ops/topk_topp_sampler.py` (whose top-k keeps every token equal to the k-th).
     """
-    ids, rank = _token_ids(logits), jnp.arange(logits.shape[-1])
-    ranked, ranked_ids = lax.sort((-logits, ids), num_keys=1, is_stable=True)
-    ranked = -ranked
+    ranked, ranked_ids = _ranked(logits, plan)
+    rank = jnp.arange(ranked.shape[-1])
     kept = rank < state.top_k[:, None]
     kept &= ranked >= ranked[:, :1] + state.log_min_p[:, None]
     probs = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
@@ -274,7 +292,40 @@ def filtered_logits(logits: Float[Array, "B V"], state: SamplingState) -> Float[
     kept &= (better < state.top_p[:, None]) | (state.top_p[:, None] >= 1)
     last = jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True), 1) - 1
     bound, bound_id = (jnp.take_along_axis(x, last, axis=-1) for x in (ranked, ranked_ids))
-    return jnp.where((logits > bound) | ((logits == bound) & (ids <= bound_id)), logits, -jnp.inf)
+    below = (logits < bound) | ((logits == bound) & (_token_ids(logits) > bound_id))
+    return jnp.where(below, -jnp.inf, logits)
+
+
+def _ranked(logits, plan):
+    """The head of the list of tokens, best first, of equals the lowest id first: logits and ids."""
+    if plan.candidates is not None:
+        return _top(logits, plan.candidates, plan.mesh)
+
+    def ranked(logits):
+        best, ids = lax.sort((-logits, _token_ids(logits)), num_keys=1, is_stable=True)
+        return -best, ids
+
+    rows = ("batch", None)  # whole rows: one gather of the logits, and nothing after it
+    return shard_map(ranked, plan.mesh, (rows,), (rows, rows))(logits)
+
+
+def _top(logits, count, mesh):
+    """`lax.top_k`, of which each device sends no more than `count` candidates of its own."""
+    if mesh is None:
+        return lax.top_k(logits, count)
+
+    def local(logits):
+        values, ids = lax.top_k(logits, min(count, logits.shape[-1]))
+        return values, ids + lax.axis_index("tensor") * logits.shape[-1]
+
+    def merged(values, ids):
+        # Candidates are in the order of their devices' ids, so that of equals the lowest id still comes first.
+        best, where = lax.top_k(values, count)
+        return best, jnp.take_along_axis(ids, where, axis=-1)
+
+    split, rows = ("batch", "vocab"), ("batch", None)
+    candidates = shard_map(local, mesh, (split,), (split, split))(logits)
+    return shard_map(merged, mesh, (rows, rows), (rows, rows))(*candidates)
 
 
 def _gumbel(state, positions, vocab_size):
@@ -293,13 +344,13 @@ def _gumbel(state, positions, vocab_size):
     return -jnp.log(-jnp.log1p(-uniform))
 
 
-def _logprobs(logits, tokens, width):
+def _logprobs(logits, tokens, plan):
     # Ranked by logits: subtracting the normaliser can round two of them to one value.
     ids, chosen = _token_ids(logits), tokens[:, None]
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     score = jnp.take_along_axis(logits, chosen, axis=-1)
     better = (logits > score) | ((logits == score) & (ids < chosen))
-    top_ids = lax.top_k(logits, width)[1]
+    top_ids = _top(logits, plan.logprobs, plan.mesh)[1]
     return SampleLogprobs(
         chosen=jnp.take_along_axis(logprobs, chosen, axis=-1)[:, 0],
         rank=1 + jnp.sum(better, axis=-1, dtype=jnp.int32),

@@ -1,4 +1,4 @@
-"""`load_model`: a directory in Hugging Face layout -> configuration, parameters, tokenizer, generation defaults."""
+"""`load_model`: a directory -> configuration, parameters, tokenizer, generation defaults."""
 
 import dataclasses
 import math
@@ -9,13 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from ..sharding.mesh import AXES
+from .checkpoint.description import is_converted, read_description
 from .checkpoint.files import CheckpointError, listing, read_object, read_optional
 from .checkpoint.load import checkpoint_dtype, load_params
+from .checkpoint.orbax import convert, restore
 from .checkpoint.safetensors import Checkpoint
 from .config import DTYPES, ModelConfig
 from .hf import config_from_hf, family_of
-from .params import Params
+from .params import Params, param_shardings
 from .tokenizer import Tokenizer, load_tokenizer
 
 _BUNDLED = Path(__file__).parent / "bundled"
@@ -54,6 +58,7 @@ class Model:
       tokenizer: text <-> ids; None where the directory has no tokenizer.json.
       generation: the checkpoint's own stop ids and sampling defaults.
       directory: where it was loaded from.
+      mesh: where the parameters lie; None is one device.
     """
 
     config: ModelConfig
@@ -61,6 +66,7 @@ class Model:
     tokenizer: Tokenizer | None
     generation: GenerationDefaults
     directory: Path
+    mesh: Mesh | None = None
 
     @property
     def name(self) -> str:
@@ -68,20 +74,79 @@ class Model:
         return self.directory.name
 
 
-def load_model(path: str | os.PathLike[str], *, dtype: jax.typing.DTypeLike | None = None) -> Model:
-    """Load a checkpoint in Hugging Face layout onto the default device. No network is used.
+def load_model(
+    path: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike | None = None
+) -> Model:
+    """Load a checkpoint onto the default device, or onto the devices of a mesh. No network is used.
+
+    On a mesh every device's shards go from the file straight to it, and a process reads those of its own devices only.
+    With more devices on the "tensor" axis than KV heads, KV heads are copied: `Model.config` then counts the copies.
 
     Args:
-      path: a directory with config.json and model.safetensors, or its shards and their index; or "bundled" or
-        "bundled-draft", the models that come with the package ("./bundled" is a directory of that name).
+      path: a directory in Hugging Face layout, with config.json and model.safetensors or its shards and their index;
+        or one that `ridgeline convert` wrote; or "bundled" or "bundled-draft", the models that come with the package
+        ("./bundled" is a directory of that name).
+      mesh: as `make_mesh` returns it; None is one device.
       dtype: "float32", "bfloat16" or "float16", of weights, activations and KV cache; the checkpoint's own by default.
 
     Raises:
       CheckpointError: a file or tensor that is missing, damaged or not supported; it names the file and the remedy.
+      ValueError: an unknown dtype, or a mesh that the model does not divide over; nothing has been read then.
+    """
+    chosen = None if dtype is None else _dtype_name(dtype)
+    directory, raw, stated = _open(path)
+    converted = is_converted(directory)
+    if mesh is not None:
+        _check_mesh(stated, mesh)
+    # Read before the weights, so that a damaged small file is told before minutes of loading.
+    generation = generation_defaults(directory)
+    tokenizer = load_tokenizer(directory)
+
+    if converted:
+        stored = read_description(directory, stated)
+        config = _on_mesh(stored.replace(dtype=chosen or stored.dtype), mesh)
+        params = restore(directory, stored, config, mesh)
+    else:
+        checkpoint, config = _open_weights(directory, raw, stated, chosen)
+        config = _on_mesh(config, mesh)
+        params = load_params(checkpoint, config, family_of(config).tensors(config), mesh)
+    return Model(config, params, tokenizer, generation, directory, mesh)
+
+
+def convert_model(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, dtype: jax.typing.DTypeLike | None = None
+) -> Path:
+    """Write a checkpoint in Hugging Face layout as one that loads faster: the parameters as this package holds them.
+
+    It holds for any mesh. A conversion that is cut short leaves no `out`.
+
+    Args:
+      path: as `load_model` takes it.
+      out: the directory to make.
+      dtype: of the weights written; the checkpoint's own by default.
+
+    Returns:
+      `out`.
+
+    Raises:
+      CheckpointError: as `load_model`; or `path` is a converted checkpoint itself, or `out` exists.
       ValueError: an unknown dtype.
     """
     chosen = None if dtype is None else _dtype_name(dtype)
+    directory, raw, stated = _open(path)
+    if is_converted(directory):
+        raise CheckpointError(f"{directory} is a converted checkpoint already; give the original to convert it anew")
+    generation_defaults(directory)
+    load_tokenizer(directory)
+    checkpoint, config = _open_weights(directory, raw, stated, chosen)
+    convert(checkpoint, config, family_of(config).tensors(config), out := Path(out).expanduser().absolute())
+    return out
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], ModelConfig]:
+    """The directory, its config.json, and what that says."""
     directory = BUNDLED[path] if isinstance(path, str) and path in BUNDLED else _directory(Path(path).expanduser())
+    is_converted(directory)  # refuses half a conversion, whose config.json may be absent as well
     config_file = directory / "config.json"
     if not config_file.exists():
         raise CheckpointError(
@@ -89,20 +154,30 @@ def load_model(path: str | os.PathLike[str], *, dtype: jax.typing.DTypeLike | No
         )
     raw = read_object(config_file)
     try:
-        config = config_from_hf(raw)
+        return directory, raw, config_from_hf(raw)
     except ValueError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
-    # Read before the weights, so that a damaged small file is told before minutes of loading.
-    generation = generation_defaults(directory)
-    tokenizer = load_tokenizer(directory)
 
+
+def _open_weights(
+    directory: Path, raw: dict[str, Any], config: ModelConfig, dtype: str | None
+) -> tuple[Checkpoint, ModelConfig]:
+    """The safetensors files, and the configuration in the dtype asked for, stated, or that of the tensors."""
     checkpoint = Checkpoint(directory)
-    tensors = family_of(config).tensors(config)
-    if chosen is None and raw.get("dtype") is None and raw.get("torch_dtype") is None:
-        chosen = checkpoint_dtype(checkpoint, tensors)
-    if chosen is not None:
-        config = config.replace(dtype=chosen)
-    return Model(config, load_params(checkpoint, config, tensors), tokenizer, generation, directory)
+    if dtype is None and raw.get("dtype") is None and raw.get("torch_dtype") is None:
+        dtype = checkpoint_dtype(checkpoint, family_of(config).tensors(config))
+    return checkpoint, config if dtype is None else config.replace(dtype=dtype)
+
+
+def _check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Raise ValueError if the mesh lacks an axis, or the model does not divide over it."""
+    if mesh.axis_names != AXES:
+        raise ValueError(f"the mesh has axes {mesh.axis_names}, expected {AXES}; make it with ridgeline.make_mesh")
+    param_shardings(_on_mesh(config, mesh), mesh)
+
+
+def _on_mesh(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
+    return config if mesh is None else config.replicate_kv_heads(mesh.shape["tensor"])
 
 
 def generation_defaults(directory: Path) -> GenerationDefaults:

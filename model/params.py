@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ..sharding.rules import named_sharding
 from .config import ModelConfig
@@ -107,7 +107,7 @@ def _norm(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) ->
     return ParamSpec(shape, config.dtype, axes, init="zeros" if config.norm_offset else "ones")
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """The pytree of `NamedSharding` that places a model's parameters on a mesh.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str, str | None] = {
     "batch": "data",
@@ -24,7 +24,9 @@ RULES: dict[str, str | None] = {
 """The mesh axis that each logical axis is split over; None is not split."""
 
 
-def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(
+    name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """How an array is split over a mesh.
 
     Args:
@@ -61,7 +63,9 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str | None, ..
     return PartitionSpec(*spec)
 
 
-def named_sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+def named_sharding(
+    name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh
+) -> NamedSharding:
     """`partition_spec` on its mesh."""
     return NamedSharding(mesh, partition_spec(name, shape, axes, mesh))
 

@@ -9,6 +9,9 @@ import pytest
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+# These run in a process of their own: see test_multi_device.py.
+collect_ignore = ["multi_device"] if jax.device_count() < 8 else []
+
 import ridgeline as rl  # noqa: E402
 from tiny import tiny_model  # noqa: E402
 

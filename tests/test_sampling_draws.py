@@ -240,3 +240,17 @@ def test_state_refuses_what_does_not_fit():
         make_sampling_state(one, [[1], [2]], [0], 8)
     with pytest.raises(ValueError, match="for a batch of 1"):
         make_sampling_state(one * 2, [[1], [2]], [0, 0], 8, batch_size=1)
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 64, 65, 900])
+def test_few_candidates_draw_what_the_whole_vocabulary_draws(top_k):
+    # The same rows with a batch mate that needs the full sort, and without it.
+    rng = np.random.default_rng(top_k)
+    logits = jnp.asarray(np.round(rng.standard_normal((3, 2000)), 1), jnp.float32)  # many equals
+    params = [SamplingParams(top_k=top_k, top_p=0.8, seed=n) for n in range(2)]
+    drawn = []
+    for mate in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.9)):
+        state, plan = make_sampling_state([*params, mate], [[]] * 3, [0] * 3, 2000)
+        assert (plan.candidates is None) == (not mate.greedy)
+        drawn.append([jitted_sample(logits, state, jnp.full(3, n), plan=plan)[0][:2].tolist() for n in range(20)])
+    assert drawn[0] == drawn[1]

@@ -115,7 +115,7 @@ def _check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
     changed = [key for key, value in now["settings"].items() if saved["settings"].get(key) != value]
     if changed:
         raise SystemExit(f"{path} was made with another {', '.join(changed)}; delete it, or choose another --out")
-    limit = min(saved["plateau_end"], now["plateau_end"])
+    limit = min(saved["plateau_end"], now["plateau_end"]) + 1  # the step that begins there is the last at full rate
     if saved["epochs"] != now["epochs"] and saved["step"] > limit:
         raise SystemExit(
             f"{path} stands at step {saved['step']} of {saved['epochs']} epochs; --epochs can be changed only up to "

@@ -1,16 +1,21 @@
-"""Checkpoint tensors -> parameters: the tensors are checked against the configuration, then read one by one."""
+"""Checkpoint tensors -> parameters: the tensors are checked against the configuration, then read shard by shard."""
 
+import dataclasses
+import math
 import re
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..hf.family import Piece, TensorMap
-from ..params import Params, ParamSpec, param_name, param_specs
+from ..params import Params, ParamSpec, param_name, param_shardings, param_specs
 from .files import CheckpointError, listing
 from .safetensors import DTYPES, Checkpoint, check_dtype
 
@@ -18,41 +23,76 @@ from .safetensors import DTYPES, Checkpoint, check_dtype
 _HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 _UNEMBEDDING = "lm_head.weight"
 
+THREADS = 8
+"""Shards read at once: a drive answers several requests at a time, and pages of a mapped file are asked for singly."""
 
-def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap) -> Params:
-    """Every parameter, in the dtype of the configuration, on the default device.
 
-    Parameters are assembled one at a time, so host memory stays near one parameter above the file cache. A progress
-    bar is drawn on a terminal's stderr once loading has taken a second.
+def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, mesh: Mesh | None = None) -> Params:
+    """Every parameter, in the dtype of the configuration, on the default device or over a mesh.
+
+    Each shard is a slice of the mapped file, read by one of several threads and put on its device; replicas of it are
+    read once, shards of other processes not at all. The shards in flight never exceed the largest parameter in bytes
+    (nor a shard fewer than one), which bounds host memory above the file cache. A progress bar is drawn on a
+    terminal's stderr once loading has taken a second.
 
     Args:
       checkpoint: the open checkpoint.
       config: the model; `config.dtype` may differ from the checkpoint's.
       tensors: where the family keeps each parameter.
+      mesh: as `make_mesh` returns it, or None for the default device.
 
     Raises:
       CheckpointError: as `check_tensors`, or a value that float16 cannot hold.
+      ValueError: a parameter that the mesh does not divide; nothing has been read then.
     """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(param_specs(config))
+    names, specs = [param_name(path) for path, _ in paths], [spec for _, spec in paths]
+    shardings = [None] * len(specs) if mesh is None else jax.tree.leaves(param_shardings(config, mesh))
     check_tensors(checkpoint, config, tensors)
-    specs, treedef = jax.tree_util.tree_flatten_with_path(param_specs(config))
-    leaves = []
-    with tqdm(
-        total=sum(_bytes_read(checkpoint, tensors[param_name(path)]) for path, _ in specs),
-        desc=f"loading {checkpoint.directory.name}",
+    default = jax.config.jax_default_device  # a thread's own setting, which the workers would not see
+
+    def load(shard: _Shard) -> list[jax.Array]:
+        spec = specs[shard.parameter]
+        host = read_parameter(checkpoint, spec, tensors[names[shard.parameter]], shard.index)
+        with jax.default_device(default):
+            arrays = [jax.device_put(host, device) for device in shard.devices]
+        # Transfers are queued: without waiting, the host would hold more than is accounted for.
+        return jax.block_until_ready(arrays)
+
+    shards = [
+        _Shard(number, index, devices, _shape_size(index, spec) * spec.nbytes // spec.size)
+        for number, (spec, sharding) in enumerate(zip(specs, shardings, strict=True))
+        for index, devices in _local_shards(spec, sharding)
+    ]
+
+    def bytes_of(shard: _Shard) -> int:
+        whole = _bytes_read(checkpoint, tensors[names[shard.parameter]])
+        return whole * shard.nbytes // specs[shard.parameter].nbytes
+
+    arrays: list[list[jax.Array]] = [[] for _ in specs]
+    limit = max(spec.nbytes for spec in specs)
+    with progress(f"loading {checkpoint.directory.name}", sum(map(bytes_of, shards))) as bar:
+        for shard, loaded in _in_parallel(load, shards, limit):
+            arrays[shard.parameter] += loaded
+            bar.update(bytes_of(shard))
+    return treedef.unflatten(
+        found[0] if sharding is None else jax.make_array_from_single_device_arrays(spec.shape, sharding, found)
+        for spec, sharding, found in zip(specs, shardings, arrays, strict=True)
+    )
+
+
+def progress(title: str, total: int) -> tqdm:
+    """A bar of `total` bytes with its rate, on a terminal's stderr once it has taken a second."""
+    return tqdm(
+        total=total,
+        desc=title,
         unit="B",
         unit_scale=True,
         delay=1.0,
         disable=None,
         leave=False,
         file=sys.stderr,
-    ) as bar:
-        for path, spec in specs:
-            pieces = tensors[param_name(path)]
-            array = jax.device_put(read_parameter(checkpoint, spec, pieces, (slice(None),) * len(spec.shape)))
-            # Transfers are queued: without waiting, every parameter would be held on the host at once.
-            leaves.append(jax.block_until_ready(array))
-            bar.update(_bytes_read(checkpoint, pieces))
-    return treedef.unflatten(leaves)
+    )
 
 
 def read_parameter(
@@ -67,15 +107,15 @@ def read_parameter(
       index: one slice an axis, of step 1, such as `jax.make_array_from_callback` asks for.
 
     Returns:
-      An array of its own memory, never a view of the file: XLA:CPU aliases the arrays that it is given, and
-      parameters must not change or vanish with the file.
+      An array of its own memory, never a view of the file: XLA:CPU aliases the arrays that it is given where they are
+      aligned, as this one is, and parameters must not change or vanish with the file.
 
     Raises:
       CheckpointError: a value that float16 cannot hold.
       ValueError: an index that is not one slice of step 1 an axis, or pieces that do not cover the slice.
     """
     wanted = _ranges(index, spec.shape)
-    out = np.empty([stop - start for start, stop in wanted], jax.numpy.dtype(spec.dtype))
+    out = _aligned(tuple(stop - start for start, stop in wanted), jax.numpy.dtype(spec.dtype))
     filled = 0
     for piece in pieces:
         index_of_piece = piece.index + (slice(None),) * (len(spec.shape) - len(piece.index))
@@ -88,8 +128,13 @@ def read_parameter(
             tensor = tensor[slice(*piece.rows)]
         part = tensor.reshape([stop - start for start, stop in region])[_within(shared, region)]
         target = out[_within(shared, wanted)]
-        with np.errstate(over="ignore"):
-            target[...] = part
+        if part.dtype == target.dtype:
+            # numpy copies bfloat16, which is not its own, one element at a time and without letting other threads run.
+            bits = f"u{target.itemsize}"
+            target.view(bits)[...] = part.view(bits)
+        else:
+            with np.errstate(over="ignore"):
+                target[...] = part
         if out.dtype == np.float16 and part.dtype != np.float16 and np.isinf(target).any():
             raise CheckpointError(
                 f"{checkpoint.tensors[piece.tensor].file}: tensor {piece.tensor!r} holds values beyond float16's "
@@ -155,6 +200,59 @@ def checkpoint_dtype(checkpoint: Checkpoint, tensors: TensorMap) -> str | None:
     return DTYPES[info.dtype].name if info is not None and info.dtype in DTYPES else None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """One slice to read: of parameter number `parameter`, for `devices` (None is the default one)."""
+
+    parameter: int
+    index: tuple[slice, ...]
+    devices: tuple[jax.Device | None, ...]
+    nbytes: int
+
+
+def _local_shards(
+    spec: ParamSpec, sharding: NamedSharding | None
+) -> list[tuple[tuple[slice, ...], tuple[jax.Device | None, ...]]]:
+    """The different slices that devices of this process hold, each with the devices that hold it."""
+    if sharding is None:
+        return [((slice(None),) * len(spec.shape), (None,))]
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        holders.setdefault(tuple(_ranges(index, spec.shape)), []).append(device)
+    return [(tuple(slice(*part) for part in ranges), tuple(devices)) for ranges, devices in holders.items()]
+
+
+def _in_parallel(
+    load: Callable[[_Shard], list[jax.Array]], shards: list[_Shard], limit: int
+) -> Iterator[tuple[_Shard, list[jax.Array]]]:
+    """Each shard and what `load` makes of it, as they come, with at most `limit` bytes under way."""
+    running: dict[Future, _Shard] = {}
+    with ThreadPoolExecutor(THREADS, "ridgeline-load") as pool:
+        for shard in (*shards, None):
+            while running and (
+                shard is None
+                or len(running) == 2 * THREADS
+                or sum(other.nbytes for other in running.values()) + shard.nbytes > limit
+            ):
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield running.pop(future), future.result()
+            if shard is not None:
+                running[pool.submit(load, shard)] = shard
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array on a 64-byte boundary: XLA:CPU takes it over as it is, and would copy any other."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _shape_size(index: tuple[slice, ...], spec: ParamSpec) -> int:
+    return math.prod(stop - start for start, stop in _ranges(index, spec.shape))
+
+
 def _ranges(index: tuple[slice | int, ...], shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """[start, stop) of an index on each axis; an integer is a range of one."""
     ranges = []
@@ -186,6 +284,7 @@ def _where(checkpoint: Checkpoint) -> Path:
 def _sizes(config: ModelConfig) -> str:
     return (
         f"vocab_size {config.vocab_size}, hidden_size {config.embed_dim}, intermediate_size {config.ffn_dim}, "
-        f"num_attention_heads {config.num_heads}, num_key_value_heads {config.num_kv_heads}, "
+        f"num_attention_heads {config.num_heads}, num_key_value_heads "
+        f"{config.num_kv_heads // config.kv_replicas}, "
         f"head_dim {config.head_dim}"
     )

@@ -1,0 +1,77 @@
+"""Prefill and decode lowered without arrays: programs to compile and look at, on devices that need not be there.
+
+compiled = lower_decode(config, target_mesh("h200", tensor=8), batch_size=16, max_length=8192).compile()
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ..model.config import ModelConfig
+from ..model.params import Params, param_shardings, param_specs
+from ..sharding.rules import named_sharding
+from .cache import KVCache, init_cache
+from .prefill import prefill
+from .step import decode_step
+
+_CACHE_AXES = {
+    4: ("pages", "kv_heads", "page_size", "head_dim"),
+    2: ("batch", "entries"),
+    1: ("batch",),
+}
+"""Logical axes of the arrays of a `KVCache`, which their rank tells apart."""
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
+    """A model's parameters as `jax.ShapeDtypeStruct`s that lie on a mesh."""
+    return jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
+        param_specs(config),
+        param_shardings(config, mesh),
+    )
+
+
+def abstract_cache(config: ModelConfig, mesh: Mesh, batch_size: int, max_length: int) -> KVCache:
+    """What `init_cache` returns for a mesh, as `jax.ShapeDtypeStruct`s."""
+    cache = jax.eval_shape(lambda: init_cache(config, batch_size, max_length, mesh=mesh))
+    return jax.tree.map(lambda leaf: _abstract(leaf.shape, leaf.dtype, _CACHE_AXES[leaf.ndim], mesh), cache)
+
+
+def lower_prefill(
+    config: ModelConfig, mesh: Mesh, *, batch_size: int, max_length: int, tokens: int
+) -> jax.stages.Lowered:
+    """`prefill` of `tokens` tokens a row, lowered for a mesh.
+
+    Args:
+      config: the model, its KV heads replicated where the tensor axis needs it (`replicate_kv_heads`).
+      mesh: as `make_mesh` or `target_mesh` returns it.
+      batch_size: rows.
+      max_length: positions a row of the cache holds.
+      tokens: new tokens a row.
+
+    Raises:
+      ValueError: a size that the mesh does not divide.
+    """
+    new = _abstract((batch_size, tokens), jnp.int32, ("batch", None), mesh)
+    lengths = _abstract((batch_size,), jnp.int32, ("batch",), mesh)
+    cache = abstract_cache(config, mesh, batch_size, max_length)
+    return prefill.lower(abstract_params(config, mesh), config, new, lengths, cache)
+
+
+def lower_decode(config: ModelConfig, mesh: Mesh, *, batch_size: int, max_length: int) -> jax.stages.Lowered:
+    """`decode_step` lowered for a mesh; arguments and errors as in `lower_prefill`."""
+    tokens = _abstract((batch_size,), jnp.int32, ("batch",), mesh)
+    cache = abstract_cache(config, mesh, batch_size, max_length)
+    return decode_step.lower(abstract_params(config, mesh), config, tokens, cache)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What a pytree of placed arrays, abstract or not, takes on each device."""
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding("argument", shape, axes, mesh))

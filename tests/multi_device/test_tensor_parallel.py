@@ -1,0 +1,133 @@
+"""Every family on meshes of eight devices: the logits and greedy tokens of one device."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import ridgeline as rl
+from ridgeline.model.hf import config_from_hf, family_of
+
+FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "parity"
+FAMILIES = ["llama3", "llama_bias", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"]
+# Divisible by 8 and by 3, so that every mesh below is legal.
+SIZES = {"vocab_size": 528, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+PROMPTS = [list(range(1, 24)), [5], [7, 11, 300, 2], list(range(200, 212))]
+GREEDY = rl.SamplingParams(temperature=0.0, max_tokens=8)
+
+
+def write_checkpoint(directory: pathlib.Path, family: str, heads: int, kv_heads: int) -> pathlib.Path:
+    """A random checkpoint of a family, in sizes that divide; norms and biases are perturbed too."""
+    hf = json.loads((FIXTURES / family / "config.json").read_text()) | SIZES
+    hf |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "torch_dtype": "float32"}
+    if "layer_types" in hf:
+        hf["layer_types"] = hf["layer_types"][-2:]
+    config = config_from_hf(hf)
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for pieces in family_of(config).tensors(config).values():
+        for piece in pieces:
+            scale = piece.shape[-1] ** -0.5 if len(piece.shape) > 1 else 0.2
+            tensors[piece.tensor] = (rng.standard_normal(piece.shape) * scale).astype(np.float32)
+            if len(piece.shape) == 1 and not config.norm_offset:
+                tensors[piece.tensor] += 1
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(hf))
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def outputs(model: rl.Model) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Logits of forward, prefill and two decode steps, and greedy tokens; each program is awaited before the next."""
+    tokens = np.zeros((4, 23), np.int32)
+    for row, prompt in enumerate(PROMPTS):
+        tokens[row, : len(prompt)] = prompt
+    tokens, lengths = jnp.asarray(tokens), jnp.asarray([len(p) for p in PROMPTS], jnp.int32)
+    logits = [np.asarray(rl.forward(model.params, model.config, tokens))]
+    cache = rl.init_cache(model.config, 4, 40, page_size=16, mesh=model.mesh)
+    step, cache = jax.block_until_ready(rl.prefill(model.params, model.config, tokens, lengths, cache))
+    logits.append(np.asarray(step))
+    for position in range(2):
+        step, cache = jax.block_until_ready(rl.decode_step(model.params, model.config, tokens[:, position], cache))
+        logits.append(np.asarray(step))
+    return logits, [output.tokens for output in rl.generate(model, PROMPTS, GREEDY)]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """One device's outputs and the checkpoint, by family and heads."""
+    made = {}
+
+    def reference(family: str, heads: int, kv_heads: int):
+        key = family, heads, kv_heads
+        if key not in made:
+            directory = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / family, *key)
+            made[key] = directory, outputs(rl.load_model(directory))
+        return made[key]
+
+    return reference
+
+
+CASES = [
+    *[(family, 8, 4, mesh) for family in FAMILIES for mesh in ({"tensor": 2}, {"tensor": 4}, {"tensor": 8})],
+    *[("llama3", 8, 4, mesh) for mesh in ({"tensor": 1}, {"data": 2, "tensor": 4}, {"data": 4, "tensor": 2})],
+    ("gemma2", 8, 4, {"data": 2, "tensor": 4}),
+    ("phi3", 8, 4, {"data": 4}),
+    ("llama3", 8, 1, {"tensor": 8}),
+    ("llama3", 8, 2, {"data": 2, "tensor": 4}),
+    ("llama3", 6, 3, {"tensor": 3}),
+    ("llama3", 6, 3, {"tensor": 6}),
+    ("llama3", 8, 8, {"tensor": 8}),
+    ("phi3", 8, 2, {"tensor": 8}),
+]
+
+
+@pytest.mark.parametrize(("family", "heads", "kv_heads", "mesh"), CASES, ids=str)
+def test_a_mesh_computes_what_one_device_does(references, family, heads, kv_heads, mesh):
+    directory, (expected, tokens) = references(family, heads, kv_heads)
+    model = rl.load_model(directory, mesh=rl.make_mesh(**mesh))
+    found, found_tokens = outputs(model)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert found_tokens == tokens
+
+
+def test_seeded_sampling_on_a_split_vocabulary(references):
+    directory, _ = references("llama3", 8, 4)
+    params = [
+        rl.SamplingParams(seed=1, max_tokens=8),
+        rl.SamplingParams(seed=2, max_tokens=8, top_k=20, logprobs=3),
+        rl.SamplingParams(seed=3, max_tokens=8, top_p=0.8, min_p=0.01),
+        rl.SamplingParams(seed=4, max_tokens=8, repetition_penalty=1.3, logit_bias={4: 3.0}, min_tokens=2),
+    ]
+    one, split = rl.load_model(directory), rl.load_model(directory, mesh=rl.make_mesh(data=2, tensor=4))
+    for batch in (params, [params[1]] * 4, [params[0]] * 4):
+        for a, b in zip(rl.generate(one, PROMPTS, batch), rl.generate(split, PROMPTS, batch), strict=True):
+            assert a.tokens == b.tokens
+            for x, y in zip(a.logprobs or [], b.logprobs or [], strict=True):
+                assert (x.rank, list(x.top)) == (y.rank, list(y.top))
+
+
+def test_each_device_holds_only_its_part(references):
+    directory, _ = references("llama3", 8, 4)
+    model = rl.load_model(directory, mesh=rl.make_mesh(tensor=4))
+    whole = rl.load_model(directory)
+    for (path, leaf), full in zip(
+        jax.tree_util.tree_leaves_with_path(model.params), jax.tree.leaves(whole.params), strict=True
+    ):
+        split = leaf.addressable_shards[0].data.size
+        norm = "norm" in jax.tree_util.keystr(path)
+        assert split == (full.size if norm else full.size // 4), path
+        np.testing.assert_array_equal(leaf, full)
+
+
+def test_rows_that_do_not_divide_are_refused(references):
+    directory, _ = references("llama3", 8, 4)
+    model = rl.load_model(directory, mesh=rl.make_mesh(data=4))
+    with pytest.raises(ValueError, match="batch_size is 6 and mesh axis 'data' has 4 devices"):
+        rl.init_cache(model.config, 6, 32, mesh=model.mesh)
+    assert len(rl.generate(model, PROMPTS[:3], GREEDY)) == 3  # which pads its batches
