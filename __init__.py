@@ -24,6 +24,7 @@ from .model.params import ParamSpec, count_parameters, init_params, param_shardi
 from .model.presets import preset
 from .model.tokenizer import StreamDecoder, Tokenizer
 from .model.transformer import AttentionSpec, forward, transformer, unembed
+from .sharding.distributed import initialize_distributed
 from .sharding.mesh import make_mesh
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "generate",
     "init_cache",
     "init_params",
+    "initialize_distributed",
     "load_model",
     "make_mesh",
     "make_sampling_state",

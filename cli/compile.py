@@ -17,7 +17,7 @@ from ..model.config import DTYPES, ModelConfig
 from ..model.hf import config_from_hf
 from ..model.presets import PRESETS, preset
 from ..sharding.hlo import Collective, collectives, parse
-from ..sharding.targets import CHIPS, Chip, find_chip, target_mesh
+from ..sharding.targets import CHIPS, Chip, compile_for_target, find_chip, target_mesh
 from .common import OK, UsageError, terminal, usage_errors
 
 _MEMORY_FRACTION = 0.75  # of a GPU's memory, which JAX takes at start unless it is told otherwise
@@ -31,7 +31,7 @@ class Compiled:
       tokens: new tokens a row.
       alias_bytes: of the arguments, what the results reuse in place.
       temporary_bytes: what the program needs besides arguments and results.
-      peak_bytes: the most it holds at once, arguments and results included.
+      peak_bytes: arguments, results and temporaries together, what is reused counted once.
       fits: whether that is less than the device's memory.
       collectives: what one run communicates.
       compile_seconds: lowering and compiling.
@@ -124,15 +124,18 @@ def _config(model: str) -> ModelConfig:
 
 def _compile(lower: Any, tokens: int, chip: Chip) -> Compiled:
     started = time.perf_counter()
-    compiled = lower().compile()
+    compiled = compile_for_target(lower())
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
+    # XLA's own peak counts temporaries only while they live, but they are allocated as one block for the whole run.
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
     return Compiled(
         tokens=tokens,
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
-        fits=memory.peak_memory_in_bytes < chip.memory,
+        peak_bytes=peak,
+        fits=peak < chip.memory,
         collectives=collectives(parse(compiled.as_text())),
         compile_seconds=seconds,
     )
@@ -165,7 +168,7 @@ def _communication(program: Compiled, kind: str) -> str:
 
 
 def _notes(programs: dict[str, Compiled], chip: Chip) -> list[str]:
-    notes = [f"The memory of one {chip.name} is {_size(chip.memory)}; peak is weights, cache, results and temporaries."]
+    notes = [f"The memory of one {chip.name} is {_size(chip.memory)}; peak is weights, cache, logits and temporaries."]
     if any(program.collectives for program in programs.values()):
         notes.append("Collectives: how many a step, and the bytes of their operands on one GPU.")
     peak = max(program.peak_bytes for program in programs.values())

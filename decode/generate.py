@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Int
 
 from ..model.loading import Model
 from . import buckets
@@ -122,10 +124,18 @@ def make_requests(
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
     if len(params) != len(prompts):
         raise ValueError(f"got {len(prompts)} prompts and {len(params)} SamplingParams; give one, or one a prompt")
-    return [_request(model, i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+    rows = zip(prompts, params, _new_seeds(len(prompts)), strict=True)
+    return [_request(model, index, *row) for index, row in enumerate(rows)]
 
 
-def _request(model: Model, index: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+def _new_seeds(count: int) -> list[int]:
+    seeds = np.array([secrets.randbits(32) for _ in range(count)], np.uint32)
+    if jax.process_count() > 1:  # every process must run the same request
+        seeds = multihost_utils.broadcast_one_to_all(seeds)
+    return seeds.tolist()
+
+
+def _request(model: Model, index: int, prompt: str | Sequence[int], params: SamplingParams, seed: int) -> Request:
     config = model.config
     if len(prompt) == 0:
         raise ValueError(f"prompt {index} is empty; give it at least one token")
@@ -151,7 +161,7 @@ def _request(model: Model, index: int, prompt: str | Sequence[int], params: Samp
         prompt=tokens,
         params=params,
         max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-        seed=secrets.randbits(32) if params.seed is None else params.seed,
+        seed=seed if params.seed is None else params.seed,
         eos_token_ids=model.generation.eos_token_ids,
         tokenizer=model.tokenizer,
     )
@@ -197,7 +207,8 @@ class _Batch:
         # Padding rows have no room: nothing is ever written for them.
         max_lengths = np.array(totals + [0] * (rows - len(totals)), np.int32)
         cache = init_cache(model.config, rows, buckets.cache_bucket(max(totals)), mesh=model.mesh)
-        self.cache = cache.replace(max_lengths=jax.device_put(max_lengths, cache.max_lengths.sharding))
+        place = None if model.mesh is None else cache.max_lengths.sharding
+        self.cache = cache.replace(max_lengths=jax.device_put(max_lengths, place))
         self.state, self.plan = make_sampling_state(
             [r.params for r in requests],
             [r.prompt for r in requests],
@@ -218,16 +229,14 @@ class _Batch:
             for row, request in enumerate(self.requests):
                 part = request.prompt[start : start + width]
                 tokens[row, : len(part)], lengths[row] = part, len(part)
-            chunk, self.cache = prefill(
-                self.model.params, self.model.config, jnp.asarray(tokens), jnp.asarray(lengths), self.cache
-            )
-            logits = chunk if logits is None else jnp.where(lengths[:, None] > 0, chunk, logits)
-        self.tokens, logprobs, self.state = sample_first(logits, self.state, self.cache.lengths, self.plan)
-        return self._to_host(*jax.tree.map(lambda x: x[None], (self.tokens, logprobs)))
+            chunk, self.cache = prefill(self.model.params, self.model.config, tokens, lengths, self.cache)
+            logits = chunk if logits is None else _newer(lengths, chunk, logits)
+        made, logprobs, self.tokens, self.state = sample_first(logits, self.state, self.cache.lengths, self.plan)
+        return self._to_host(made, logprobs)
 
     def decode(self) -> _Made:
         """Make the next block of tokens of every row."""
-        made, logprobs, self.cache, self.state = decode_steps(
+        made, logprobs, self.tokens, self.cache, self.state = decode_steps(
             self.model.params,
             self.model.config,
             self.tokens,
@@ -236,7 +245,6 @@ class _Batch:
             self.plan,
             steps=buckets.DECODE_STEPS,
         )
-        self.tokens = made[-1]
         return self._to_host(made, logprobs)
 
     def _to_host(self, tokens: jax.Array, logprobs: SampleLogprobs | None) -> _Made:
@@ -248,6 +256,12 @@ class _Batch:
             ]
             for row, request in enumerate(self.requests)
         ]
+
+
+@jax.jit
+def _newer(lengths: Int[Array, "B"], new: Float[Array, "B V"], old: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """The logits of the last chunk that had tokens of a row."""
+    return jnp.where(lengths[:, None] > 0, new, old)
 
 
 def _token_logprobs(

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
 from ..model.params import Params
+from ..sharding.rules import constrain
 from .cache import KVCache
 from .sampling import SampleLogprobs, SamplingPlan, SamplingState, sample
 from .step import decode_step
@@ -23,7 +24,7 @@ def decode_steps(
     state: SamplingState,
     plan: SamplingPlan,
     steps: int,
-) -> tuple[Int[Array, "N B"], SampleLogprobs | None, KVCache, SamplingState]:
+) -> tuple[Int[Array, "N B"], SampleLogprobs | None, Int[Array, "B"], KVCache, SamplingState]:
     """Decode and sample `steps` tokens a row without coming back to the host.
 
     The trip count is known when it compiles: on a GPU a loop that asks whether to go on costs a round trip to the host
@@ -39,7 +40,8 @@ def decode_steps(
       steps: how many tokens to make (static).
 
     Returns:
-      The sampled tokens and their log-probabilities (None where no row asks), step by step, then cache and state.
+      The sampled tokens and their log-probabilities (None where no row asks), step by step; then what the next call
+      takes: the last tokens, cache and state.
     """
 
     def step(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -48,9 +50,21 @@ def decode_steps(
         tokens, logprobs, state = sample(logits, state, cache.lengths, plan)
         return (tokens, cache, state), (tokens, logprobs)
 
-    (_, cache, state), (made, logprobs) = lax.scan(step, (tokens, cache, state), length=steps)
-    return made, logprobs, cache, state
+    (tokens, cache, state), made = lax.scan(step, (tokens, cache, state), length=steps)
+    made, logprobs = for_host(made, plan)
+    return made, logprobs, tokens, cache, state
 
 
-sample_first = functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")(sample)
-"""`sample` as a program of its own, for the token that follows prefill."""
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def sample_first(
+    logits: Float[Array, "B V"], state: SamplingState, positions: Int[Array, "B"], plan: SamplingPlan
+) -> tuple[Int[Array, "1 B"], SampleLogprobs | None, Int[Array, "B"], SamplingState]:
+    """Sample the token that follows prefill; returns what `decode_steps` of one step would, without a cache."""
+    tokens, logprobs, state = sample(logits, state, positions, plan)
+    made, logprobs = for_host(jax.tree.map(lambda x: x[None], (tokens, logprobs)), plan)
+    return made, logprobs, tokens, state
+
+
+def for_host(made: Any, plan: SamplingPlan) -> Any:
+    """Results that the host reads: whole on every device, so that each process of a mesh can read them."""
+    return jax.tree.map(lambda x: constrain(x, plan.mesh), made)

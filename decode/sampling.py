@@ -6,6 +6,7 @@ whatever it is batched with.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Sequence
 from typing import no_type_check
@@ -18,7 +19,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
-from ..sharding.rules import shard_map
+from ..sharding.rules import named_sharding, shard_map
 from .sampling_params import SamplingParams
 
 _MAX = float(np.finfo(np.float32).max)
@@ -188,7 +189,14 @@ def make_sampling_state(
         prompt_mask=prompt_mask,
         output_counts=output_counts,
     )
-    return jax.tree.map(jnp.asarray, state), plan
+    return jax.tree.map(functools.partial(_place, vocab_size=V, mesh=mesh), state), plan
+
+
+def _place(array, vocab_size, mesh):
+    if mesh is None:
+        return jnp.asarray(array)
+    axes = ("batch", "vocab" if array.shape[1:] == (vocab_size,) else None)[: array.ndim]
+    return jax.device_put(array, named_sharding("sampling state", array.shape, axes, mesh))
 
 
 def _logprobs_width(asked: list[int], vocab_size: int) -> int | None:

@@ -1,5 +1,6 @@
 """The bundled model and its draft: the files that ship, what they predict, and the recipe that makes them."""
 
+import dataclasses
 import json
 import math
 import os
@@ -345,7 +346,7 @@ TINY = {"vocab-size": 300, "length": 32, "batch-size": 2, "embed-dim": 16, "num-
 
 def command(text: Path, out: Path, *more: str) -> list[str]:
     tiny = [f"--{name}={value}" for name, value in TINY.items()]
-    return ["--text", str(text), "--out", str(out), "--eval-every", "7", *tiny, *more]
+    return ["--text", str(text), "--out", str(out), "--model", "story", "--eval-every", "7", *tiny, *more]
 
 
 def checkpoint(out: Path) -> dict[str, np.ndarray]:
@@ -355,41 +356,63 @@ def checkpoint(out: Path) -> dict[str, np.ndarray]:
 
 
 def test_killed_training_resumes_to_the_same_weights(tmp_path, capsys):
-    text = write_text(tmp_path / "text", books=3)
-    train.main(command(text, tmp_path / "whole"))
-    for name in NAMES:
-        curve = json.loads((tmp_path / "whole" / name / "training.json").read_text())
-        assert curve[-1]["held_out_nats_per_token"] < curve[0]["held_out_nats_per_token"] < math.log(300) + 0.5
-        assert (tmp_path / "whole" / name / "model.safetensors").exists()
+    text, whole, killed = write_text(tmp_path / "text", books=3), tmp_path / "whole", tmp_path / "killed"
+    train.main(command(text, whole))
+    curve = json.loads((whole / "story" / "training.json").read_text())
+    assert curve[-1]["held_out_nats_per_token"] < curve[0]["held_out_nats_per_token"] < math.log(300) + 0.5
 
-    out = tmp_path / "killed"
-    program = [sys.executable, "-m", "ridgeline.model.bundled.train", *command(text, out, "--model", "story")]
+    program = [sys.executable, "-m", "ridgeline.model.bundled.train", *command(text, killed)]
     with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
-        while not (out / "story.checkpoint.safetensors").exists():
+        while not (killed / "story.checkpoint.safetensors").exists():
             assert process.poll() is None, "training ended before its first checkpoint"
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
-    stopped_at = json.loads(str(checkpoint(out)["progress"]))["step"]
+    stopped_at = json.loads(str(checkpoint(killed)["progress"]))["step"]
     capsys.readouterr()
-    train.main(command(text, out, "--model", "story"))
+    train.main(command(text, killed))
     assert f"beginning at step {stopped_at}\n" in capsys.readouterr().out
-    resumed, whole = checkpoint(out), checkpoint(tmp_path / "whole")
-    assert stopped_at < json.loads(str(resumed["progress"]))["step"]
-    assert resumed.keys() == whole.keys()
-    for key in whole:
-        np.testing.assert_array_equal(resumed[key], whole[key], err_msg=key)
+    actual, expected = checkpoint(killed), checkpoint(whole)
+    assert stopped_at < json.loads(str(actual["progress"]))["step"]
+    assert actual.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_array_equal(actual[key], expected[key], err_msg=key)
     for file in set(FILES) - {"README.md"}:
-        assert (out / "story" / file).read_bytes() == (tmp_path / "whole" / "story" / file).read_bytes(), file
+        assert (killed / "story" / file).read_bytes() == (whole / "story" / file).read_bytes(), file
 
     with pytest.raises(SystemExit, match=r"made with another .*seed"):
-        train.main(command(text, out, "--seed", "1"))
+        train.main(command(text, killed, "--seed", "1"))
     with pytest.raises(SystemExit, match="--epochs can be changed only up to step"):
-        train.main(command(text, out, "--epochs", "9"))
-    (out / "story.checkpoint.safetensors").write_bytes(b"\0" * 100)
+        train.main(command(text, killed, "--epochs", "9"))
+    (killed / "story.checkpoint.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(SystemExit, match="is not a checkpoint of this program"):
-        train.main(command(text, out))
+        train.main(command(text, killed))
+
+
+def test_a_shorter_run_goes_through_the_same_steps_until_its_rate_falls():
+    chosen = dataclasses.replace(recipe.RECIPES["story"], warmup=4)
+    schedules = [objective.make_optimizer(chosen, steps) for steps in (20, 40)]
+    params = {"w": jnp.ones((2, 2))}
+    steps = []
+    for optimizer, plateau_end in schedules:
+        state = optimizer.init(params)
+        rates = []
+        for _ in range(plateau_end + 2):
+            updates, state = optimizer.update({"w": jnp.ones((2, 2))}, state, params)
+            rates.append(float(updates["w"][0, 0]))
+        steps.append(rates)
+    limit = schedules[0][1] + 1
+    assert steps[0][:limit] == steps[1][:limit]
+    assert steps[0][limit] != steps[1][limit]
+
+
+def test_both_models_are_trained_by_default(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(train, "train", lambda name, recipe, *rest: trained.append((name, recipe.num_layers)))
+    text = write_text(tmp_path / "text")
+    train.main(["--text", str(text), "--out", str(tmp_path), "--vocab-size=300", "--length=32", "--num-layers=1"])
+    assert trained == [("story", 1), ("draft", 1)]
 
 
 @pytest.mark.parametrize(

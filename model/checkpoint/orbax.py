@@ -175,6 +175,8 @@ def _check_arrays(directory: Path, specs: dict[str, ParamSpec]) -> None:
         found = v1.metadata(directory / ARRAYS).metadata
     except Exception as error:  # of many kinds, by what is missing
         raise _damaged(directory, error) from error
+    if not isinstance(found, dict):  # it says None of some kinds of damage, and logs the reason
+        raise _damaged(directory, ValueError("orbax finds no description of the arrays"))
     for difference, names in (("lack", specs.keys() - found.keys()), ("have besides", found.keys() - specs.keys())):
         if names:
             raise CheckpointError(
@@ -192,10 +194,13 @@ def _check_arrays(directory: Path, specs: dict[str, ParamSpec]) -> None:
 
 
 def _damaged(directory: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines() or [""]
+    innermost: BaseException = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    reason = str(innermost).strip().splitlines() or [type(innermost).__name__]
     return CheckpointError(
-        f"the arrays in {directory / ARRAYS} cannot be read ({type(error).__name__}: {reason[0][:300]}); convert the "
-        "checkpoint again (ridgeline convert)"
+        f"the arrays in {directory / ARRAYS} cannot be read ({reason[0][:300]}); convert the checkpoint again "
+        "(ridgeline convert)"
     )
 
 

@@ -1,7 +1,7 @@
 """GPUs that are not there: programs compile for them on any machine, and nothing runs.
 
     mesh = target_mesh("h200", tensor=8)
-    compiled = lower_decode(config, mesh, batch_size=16, max_length=8192).compile()
+    compiled = compile_for_target(lower_decode(config, mesh, batch_size=16, max_length=8192))
     compiled.memory_analysis()  # bytes a device
     compiled.as_text()          # optimised HLO: every kernel and every collective
 
@@ -44,6 +44,17 @@ def target_mesh(target: str, *, data: int = 1, expert: int = 1, tensor: int = 1)
     return make_mesh(**sizes, devices=topology.devices)
 
 
+def compile_for_target(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """`lowered.compile()`, kept out of the persistent compilation cache, which cannot read such a program back."""
+    setting = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, math.inf)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(setting, before)
+
+
 def find_chip(target: str) -> Chip:
     """The chip of a target's name; ValueError where there is none."""
     if target not in CHIPS:
@@ -51,4 +62,4 @@ def find_chip(target: str) -> Chip:
     return CHIPS[target]
 
 
-__all__ = ["CHIPS", "Chip", "find_chip", "target_mesh"]
+__all__ = ["CHIPS", "Chip", "compile_for_target", "find_chip", "target_mesh"]

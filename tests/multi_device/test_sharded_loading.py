@@ -1,11 +1,5 @@
-"""Loading onto meshes of eight CPU devices, straight from a checkpoint and from its conversion.
+"""Loading onto meshes of eight devices, straight from a checkpoint and from its conversion."""
 
-JAX fixes the number of devices when it starts, so one test runs the others in a process of their own.
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,10 +13,6 @@ from ridgeline.model.loading import convert_model, load_model
 from ridgeline.model.params import param_name, param_shardings
 from ridgeline.sharding.mesh import make_mesh
 
-on_eight_devices = pytest.mark.skipif(
-    len(jax.devices()) < 8, reason="run on eight forced devices by test_on_eight_devices"
-)
-
 SIZES = {"vocab_size": 32, "intermediate_size": 32, "num_attention_heads": 16, "num_key_value_heads": 8}
 OLMO2 = LLAMA | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False}
 FAMILIES = {"llama": LLAMA | SIZES, "phi3": PHI3 | SIZES, "olmo2": OLMO2 | SIZES}
@@ -34,23 +24,6 @@ MESHES = {
     "data 2 x tensor 2": {"data": 2, "tensor": 2},
     "data 8": {"data": 8},
 }
-
-
-def test_on_eight_devices():
-    if len(jax.devices()) >= 8:
-        pytest.skip("this process has them")
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert " passed" in ran.stdout
-    assert "1 skipped" in ran.stdout  # this test and no other
 
 
 @pytest.fixture(params=["as it came", "converted"])
@@ -82,7 +55,6 @@ def assert_placed(model: rl.Model, mesh) -> None:
             assert shard.data.size == spec.size // (mesh.shape["tensor"] if split else 1), param_name(path)
 
 
-@on_eight_devices
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_that_of_one_device(source, family, sizes):
@@ -95,7 +67,6 @@ def test_every_parameter_is_that_of_one_device(source, family, sizes):
     jax.tree.map(np.testing.assert_array_equal, split.params, whole.params)
 
 
-@on_eight_devices
 @pytest.mark.parametrize(("heads", "sizes"), [(2, {"tensor": 4}), (2, {"tensor": 8}), (1, {"data": 2, "tensor": 4})])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kv_heads_are_copied_to_the_devices_that_share_them(source, family, heads, sizes):
@@ -123,7 +94,6 @@ def test_kv_heads_are_copied_to_the_devices_that_share_them(source, family, head
     np.testing.assert_array_equal(split.params["unembedding"], whole.params["unembedding"])
 
 
-@on_eight_devices
 @pytest.mark.parametrize("asked", ["float32", "float16"])
 def test_dtypes_on_a_mesh(source, asked):
     directory, mesh = source(FAMILIES["phi3"], "float16"), make_mesh(data=2, tensor=4)
@@ -133,7 +103,6 @@ def test_dtypes_on_a_mesh(source, asked):
     jax.tree.map(np.testing.assert_array_equal, split.params, whole.params)
 
 
-@on_eight_devices
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_every_element_is_read_once_and_replicas_not_again(tmp_path, monkeypatch, sizes):
     save(tmp_path, FAMILIES["phi3"])
@@ -147,7 +116,6 @@ def test_every_element_is_read_once_and_replicas_not_again(tmp_path, monkeypatch
         )
 
 
-@on_eight_devices
 def test_what_does_not_divide_is_said_before_anything_is_read(source, monkeypatch):
     directory = source(FAMILIES["llama"] | {"vocab_size": 30})
     monkeypatch.setattr(load, "read_parameter", lambda *args: pytest.fail("read"))
@@ -155,7 +123,6 @@ def test_what_does_not_divide_is_said_before_anything_is_read(source, monkeypatc
         load_model(directory, mesh=make_mesh(tensor=4))
 
 
-@on_eight_devices
 def test_kv_heads_that_cannot_be_shared(source):
     directory = source(FAMILIES["llama"] | {"num_attention_heads": 12, "num_key_value_heads": 4})
     with pytest.raises(
@@ -164,7 +131,6 @@ def test_kv_heads_that_cannot_be_shared(source):
         load_model(directory, mesh=make_mesh(tensor=8))
 
 
-@on_eight_devices
 def test_a_mesh_of_other_axes_is_refused(source):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(
@@ -173,7 +139,6 @@ def test_a_mesh_of_other_axes_is_refused(source):
         load_model(source(FAMILIES["llama"]), mesh=mesh)
 
 
-@on_eight_devices
 def test_the_default_device_of_the_calling_thread_is_used(source):
     device = jax.devices()[3]
     with jax.default_device(device):
@@ -181,7 +146,6 @@ def test_the_default_device_of_the_calling_thread_is_used(source):
     assert {d for leaf in jax.tree.leaves(model.params) for d in leaf.devices()} == {device}
 
 
-@on_eight_devices
 def test_a_value_beyond_float16_is_told_from_whichever_thread(tmp_path):
     tensors = random_tensors(FAMILIES["llama"])
     tensors["model.layers.1.mlp.down_proj.weight"][5, 30] = 1e6
