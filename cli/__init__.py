@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import chat, compile, generate
+from . import chat, compile, convert, generate
 from .common import FAILURE, OK, USAGE, UsageError
 
 EXAMPLES = """\
@@ -16,6 +16,7 @@ examples:
   ridgeline generate --file prompt.txt --model path/to/hf-checkpoint --json
   echo "There was a king" | ridgeline generate - --seed 7
   ridgeline chat --model path/to/hf-checkpoint
+  ridgeline convert path/to/hf-checkpoint path/to/converted
   ridgeline compile llama-3.1-8b --target h200 --devices 8
 """
 
@@ -60,6 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ridgeline {version('ridgeline')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, compile):
+    for command in (generate, chat, convert, compile):
         command.add_parser(commands)
     return parser

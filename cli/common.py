@@ -15,6 +15,7 @@ from rich.console import Console
 from ..decode.generate import default_sampling, warm_up
 from ..decode.sampling_params import SamplingParams
 from ..model.loading import Model, load_model
+from ..sharding.mesh import make_mesh
 
 OK, FAILURE, USAGE = 0, 1, 2
 
@@ -46,6 +47,8 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of weights and activations (default: the checkpoint's own)",
     )
+    model.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share every layer (default: 1)")
+    model.add_argument("--data", type=int, default=1, metavar="N", help="copies that share out the rows (default: 1)")
 
     sampling = parser.add_argument_group("sampling (where no default is given, the model's own applies)")
     add = sampling.add_argument
@@ -87,7 +90,8 @@ def load(args: argparse.Namespace) -> tuple[Model, SamplingParams]:
         if "logit_bias" in given:
             given["logit_bias"] = dict(given["logit_bias"])
         SamplingParams(**given)  # refused before a model is loaded
-    model = load_model(args.model, dtype=args.dtype)
+        mesh = None if args.tensor == args.data == 1 else make_mesh(data=args.data, tensor=args.tensor)
+    model = load_model(args.model, mesh=mesh, dtype=args.dtype)
     return model, default_sampling(model, **given)
 
 
