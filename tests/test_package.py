@@ -1,0 +1,39 @@
+"""What is installed is what the tree holds."""
+
+import pathlib
+import re
+import tomllib
+
+import ridgeline as rl
+
+ROOT = pathlib.Path(__file__).parent.parent
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_package_is_listed():
+    tops = [path.parent for path in ROOT.glob("*/__init__.py")]
+    folders = [path.parent.relative_to(ROOT) for top in tops for path in top.rglob("__init__.py")]
+    found = {"ridgeline"} | {".".join(("ridgeline", *folder.parts)) for folder in folders}
+    assert found == set(SETUPTOOLS["packages"])
+
+
+def test_the_public_face_is_whole():
+    assert sorted(rl.__all__) == list(rl.__all__)
+    for name in rl.__all__:
+        assert getattr(rl, name).__doc__, name
+
+
+def test_arrows_point_down():
+    """Folders import only what stands below them."""
+    allowed = {
+        "pallas_kernels": set(),
+        "sharding": set(),
+        "model": {"sharding", "pallas_kernels"},
+        "decode": {"model", "sharding", "pallas_kernels"},
+    }
+    for folder, below in allowed.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            depth = len(file.relative_to(ROOT).parts)
+            for dots, module in re.findall(r"^\s*from (\.+)(\w*)", file.read_text(), flags=re.MULTILINE):
+                if len(dots) == depth:  # reaches the root of the package
+                    assert module in below | {folder}, f"{file.relative_to(ROOT)} imports {module or 'the root'}"
