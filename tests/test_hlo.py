@@ -42,7 +42,7 @@ replica_groups=mesh['axis_0'=8] {'axis_0'}, to_apply=%add.1.clone
   %all-reduce-done = f32[32]{0} all-reduce-done(%all-reduce-start)
   %y.1 = f32[16,1]{1,0} slice(%all-reduce-done)
   %y.2 = f32[16,1]{1,0} slice(%all-reduce-done)
-  %all-reduce.9 = (f32[16,1]{1,0}, /*index=1*/f32[16,1]{1,0}) all-reduce(%y.1, %y.2), channel_id=5, to_apply=%add.1.clone
+  %all-reduce.9 = (f32[16,1]{1,0}, /*index=1*/f32[16,1]{1,0}) all-reduce(%y.1, %y.2), to_apply=%add.1.clone
   %fusion.2 = bf16[2048,1,64,128]{3,2,1,0} fusion(%param.2, %param.3, %fusion.1), kind=kInput, calls=%fused_scatter
   %all-gather-start = (bf16[16,1,4096]{2,1,0}, bf16[128,1,4096]{2,1,0}) all-gather-start(%fusion.1), dimensions={0}
   %all-gather-done = bf16[128,1,4096]{2,1,0} all-gather-done(%all-gather-start)
