@@ -50,8 +50,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "compile",
         help="compile a model for GPUs that need not be there",
-        description="Compile prefill and decode of a model for a number of GPUs of one host, on any machine and without "
-        "weights, and print what they take of each GPU's memory and what the GPUs send each other.",
+        description="Compile prefill and decode of a model for a number of GPUs of one host, on any machine and "
+        "without weights, and print what they take of each GPU's memory and what the GPUs send each other.",
         epilog=f"presets: {', '.join(PRESETS)}",
     )
     add = parser.add_argument
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     console = terminal()
     console.print(_table(title, weights, cache, programs))
     for line in _notes(programs, chip):
-        console.print(line, style="dim", highlight=False)
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
     return OK
 
 
