@@ -35,5 +35,5 @@ def run(args: argparse.Namespace) -> int:
         return FAILURE
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{args.out}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s")
+    print(f"{args.out}: {size / 1e9:.3g} GB in {seconds:.1f} s, {size / 1e9 / seconds:.3g} GB/s")
     return OK
