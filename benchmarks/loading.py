@@ -3,7 +3,8 @@
 Every contender runs in a process of its own, which has imported what it needs and loaded a tiny checkpoint before; they
 take turns. "Warm" finds the files in the page cache, "cold" has asked the system to drop them before every run and is
 left out where the system does not. After loading, one byte in 4096 is touched, so that a loader which only maps the
-files is not done before the bytes are there.
+files is not done before the bytes are there; such a loader copies nothing, which its peak of memory shows, and its
+weights stay the page cache's.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 CHUNK = 16 * 2**20
+LOAD_BEFORE = round(os.getloadavg()[0], 2)
 
 TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 SIZES = {"vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 5632}
@@ -46,11 +48,26 @@ LLAMA = {
 
 
 def raw(directory: Path) -> Any:
+    """Into one small buffer, again and again: nothing is kept."""
     buffer = memoryview(bytearray(CHUNK))
     for file in sorted(directory.glob("*.safetensors")):
         with file.open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
                 pass
+
+
+def raw_kept(directory: Path) -> Any:
+    """Into fresh memory, which the system has to clear page by page: what every loader that copies does at least."""
+    import numpy as np
+
+    files = sorted(directory.glob("*.safetensors"))
+    contents = [np.empty(file.stat().st_size, np.uint8) for file in files]
+    for file, content in zip(files, contents, strict=True):
+        with file.open("rb", buffering=0) as stream:
+            start = 0
+            while read := stream.readinto(memoryview(content)[start : start + CHUNK]):
+                start += read
+    return contents
 
 
 def ridgeline(directory: Path) -> Any:
@@ -99,16 +116,17 @@ def transformers(directory: Path) -> Any:
     return model
 
 
-CONTENDERS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
-    "raw read": (raw, 1, ""),
-    "ridgeline": (ridgeline, 1, "ridgeline"),
-    "ridgeline, 8 devices": (ridgeline_mesh, 8, "ridgeline"),
-    "ridgeline, converted": (ridgeline, 1, "ridgeline"),
-    "safetensors.numpy": (safetensors_numpy, 1, "safetensors"),
-    "safetensors.flax": (safetensors_flax, 1, "flax"),
-    "transformers": (transformers, 1, "transformers"),
+CONTENDERS: dict[str, tuple[Callable[[Path], Any], int]] = {
+    "raw read": (raw, 1),
+    "raw read, kept": (raw_kept, 1),
+    "ridgeline": (ridgeline, 1),
+    "ridgeline, 8 devices": (ridgeline_mesh, 8),
+    "ridgeline, converted": (ridgeline, 1),
+    "safetensors.numpy": (safetensors_numpy, 1),
+    "safetensors.flax": (safetensors_flax, 1),
+    "transformers": (transformers, 1),
 }
-"""Name -> function, devices that XLA's CPU backend is to show, and the package that it needs."""
+"""Name -> function, and the devices that XLA's CPU backend is to show."""
 
 
 def jax_leaves(model: Any) -> list[Any]:
@@ -299,6 +317,7 @@ def hardware() -> dict[str, Any]:
         "cpu": model.group(1) if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(int(memory.group(1)) / 1e6, 1),
+        "load_average_before": LOAD_BEFORE,  # above 0, others had their share of the cores
     }
 
 
@@ -349,7 +368,7 @@ def main() -> None:
         action="append",
         choices=list(CONTENDERS),
         metavar="NAME",
-        help="run these and the raw read; repeatable",
+        help="run these and the raw reads; repeatable",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where to store the results (default: results/loading-DATE.json)"
@@ -374,7 +393,8 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     if args.checkpoint is None:
         write_checkpoint(directory, args.gigabytes)
     write_checkpoint(scratch / "tiny", 0, TINY)
-    names = ["raw read", *[name for name in CONTENDERS if name != "raw read" and (not args.only or name in args.only)]]
+    raws = ("raw read", "raw read, kept")
+    names = [name for name in CONTENDERS if name in raws or not args.only or name in args.only]
     converted, converting = scratch / "converted", None
     if "ridgeline, converted" in names:
         started = time.perf_counter()
@@ -392,16 +412,17 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
             skipped[name] = str(error)
             print(f"{name} is left out: {error}", file=sys.stderr)
     results: dict[str, dict[str, Any]] = {contender.name: {} for contender in contenders}
+    for contender in contenders:  # before any run has left memory behind that the next would take up again
+        results[contender.name]["memory"] = contender.ask("memory")
     for kind in ("warm", "cold"):
         for name, found in measure(contenders, size, args.repeats, cold=kind == "cold").items():
             results[name][kind] = found
     for contender in contenders:
-        results[contender.name]["memory"] = contender.ask("memory")
         contender.close()
 
     print(f"{size / 1e9:.2f} GB in {len(checkpoint.files)} files, median of {args.repeats} runs in turns")
     print(table(results))
-    arguments = [arg if not Path(arg).exists() else "HF_DIR" for arg in sys.argv[1:]]
+    arguments = ["HF_DIR" if arg == str(args.checkpoint) else Path(arg).name for arg in sys.argv[1:]]
     report = {
         "benchmark": "loading",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from ..decode.generate import make_requests, stream
@@ -27,7 +30,7 @@ class Reply:
             self.prompt_tokens = len(make_requests(model, prompt, params)[0].prompt)
             chunks = stream(model, prompt, params)
         self.started = time.perf_counter()
-        with contextlib.suppress(KeyboardInterrupt):
+        with _ctrl_c() as pressed, contextlib.suppress(KeyboardInterrupt):
             for chunk in chunks:
                 self.last = time.perf_counter()
                 self.first = self.last if not self.tokens else self.first
@@ -35,6 +38,8 @@ class Reply:
                 self.tokens += chunk.tokens
                 if self.show:
                     print(chunk.text, end="", flush=True)
+                if pressed.is_set():
+                    break
 
     def as_dict(self) -> dict[str, Any]:
         """The completion for JSON; an interrupted one has the finish reason "abort"."""
@@ -68,3 +73,19 @@ class Reply:
         if self.output is None:
             parts.append("interrupted")
         terminal(stderr=True).print(", ".join(parts), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that it ends the work between two programs and not inside one; a second raises."""
+    pressed = threading.Event()
+
+    def handle(signum: int, frame: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -116,9 +116,10 @@ def load_model(
 def convert_model(
     path: str | os.PathLike[str], out: str | os.PathLike[str], *, dtype: jax.typing.DTypeLike | None = None
 ) -> Path:
-    """Write a checkpoint in Hugging Face layout as one that loads faster: the parameters as this package holds them.
+    """Write a checkpoint in Hugging Face layout as one that holds the parameters as this package does.
 
-    It holds for any mesh. A conversion that is cut short leaves no `out`.
+    It loads onto one device or any mesh, and other programs read its arrays with orbax. A conversion that is cut short
+    leaves no `out`.
 
     Args:
       path: as `load_model` takes it.

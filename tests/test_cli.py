@@ -111,7 +111,7 @@ def test_ctrl_c_ends_cleanly_with_what_there_is(environment):
     started = process.stdout.read(1)  # the first text is there
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0
+    assert process.returncode == 0, err
     assert started + out
     assert b"interrupted" in err
     assert b"Traceback" not in err

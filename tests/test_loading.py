@@ -1,6 +1,8 @@
 """What `load_model` returns, how it reads slices, and real checkpoints."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 
 import ridgeline as rl
 from checkpoints import DOWN, EMBEDDING, FIXTURES, LLAMA, PHI3, assert_same, random_tensors, refused, save, save_shards
-from ridgeline.model.checkpoint import Checkpoint, read_parameter
+from ridgeline.model.checkpoint import Checkpoint, load, read_parameter
 from ridgeline.model.hf import config_from_hf, family_of
 from ridgeline.model.hf.family import Piece
 from ridgeline.model.loading import BUNDLED, GenerationDefaults, generation_defaults, load_model
@@ -195,6 +197,27 @@ def test_incomplete_pieces_and_steps_are_refused(tmp_path):
         read_parameter(Checkpoint(tmp_path), spec, (piece,), (slice(None), slice(None)))
     with pytest.raises(ValueError, match="step of 2"):
         read_parameter(Checkpoint(tmp_path), spec, (piece,), (slice(0, 20, 2), slice(None)))
+
+
+def test_large_slices_are_read_in_blocks(tmp_path, monkeypatch):
+    """Whichever axis a block boundary falls on, by one thread or by several."""
+    save(tmp_path, PHI3)
+    whole = load_model(tmp_path).params
+    for block in (1, 100, 1000):
+        monkeypatch.setattr(load, "BLOCK", block)
+        assert_same(load_model(tmp_path).params, whole)
+
+
+def test_progress_shows_gigabytes_and_their_rate(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    with load.progress("loading llama", 16_000_000_000) as bar:
+        bar.n, bar.start_t = 4_000_000_000, bar.start_t - 2
+        assert re.fullmatch(r"loading llama:  25%\|.*\| 4\.00GB of 16\.0GB, [12]\.\d+GB/s, 00:0\d left", str(bar))
+    assert terminal.getvalue().strip("\r") == ""  # not drawn within its first second
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert load.progress("loading llama", 100).disable
 
 
 # --- generation defaults ---

@@ -71,7 +71,15 @@ def directories(tmp_path_factory):
 def test_peak_host_memory(directories, devices, dtype):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     ran = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(directories / "large"), str(devices), dtype, str(directories / "small")],
+        [
+            sys.executable,
+            "-c",
+            MEASURE,
+            directories / "large",
+            str(devices),
+            dtype,
+            directories / "small",
+        ],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -82,4 +90,7 @@ def test_peak_host_memory(directories, devices, dtype):
     assert total > 10 * largest
     assert 0.9 * total < after < 1.2 * total  # the measure sees the parameters, and they are there once
     assert peak < 2 * largest
-    print(f"peak {peak / 1e6:.1f} MB, largest parameter {largest / 1e6:.1f} MB, parameters {total / 1e6:.1f} MB")
+    print(
+        f"{devices} devices, {dtype}: peak {peak / 1e6:.1f} MB, largest {largest / 1e6:.1f} MB, "
+        f"parameters {total / 1e6:.1f} MB, grown {after / 1e6:.1f} MB"
+    )

@@ -1,4 +1,4 @@
-"""Reading checkpoints."""
+"""Reading checkpoints, and converting them."""
 
 from .files import CheckpointError
 from .load import load_params, read_parameter

@@ -25,12 +25,17 @@ _UNEMBEDDING = "lm_head.weight"
 
 THREADS = 8
 """Shards read at once: a drive answers several requests at a time, and pages of a mapped file are asked for singly."""
+BLOCK = 8 * 2**20
+"""Bytes of a large shard that one thread reads."""
+
+_Ranges = list[tuple[int, int]]
+"""[start, stop) on each axis."""
 
 
 def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, mesh: Mesh | None = None) -> Params:
     """Every parameter, in the dtype of the configuration, on the default device or over a mesh.
 
-    Each shard is a slice of the mapped file, read by one of several threads and put on its device; replicas of it are
+    Each shard is a slice of the mapped file, read by several threads and put on its device; replicas of it are
     read once, shards of other processes not at all. The shards in flight never exceed the largest parameter in bytes
     (nor a shard fewer than one), which bounds host memory above the file cache. A progress bar is drawn on a
     terminal's stderr once loading has taken a second.
@@ -53,7 +58,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
 
     def load(shard: _Shard) -> list[jax.Array]:
         spec = specs[shard.parameter]
-        host = read_parameter(checkpoint, spec, tensors[names[shard.parameter]], shard.index)
+        host = read_parameter(checkpoint, spec, tensors[names[shard.parameter]], shard.index, readers)
         with jax.default_device(default):
             arrays = [jax.device_put(host, device) for device in shard.devices]
         # Transfers are queued: without waiting, the host would hold more than is accounted for.
@@ -71,7 +76,9 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
 
     arrays: list[list[jax.Array]] = [[] for _ in specs]
     limit = max(spec.nbytes for spec in specs)
-    with progress(f"loading {checkpoint.directory.name}", sum(map(bytes_of, shards))) as bar:
+    title, total = f"loading {checkpoint.directory.name}", sum(map(bytes_of, shards))
+    # Readers of their own: shards that wait for their blocks must not take the threads that read them.
+    with ThreadPoolExecutor(THREADS, "ridgeline-read") as readers, progress(title, total) as bar:
         for shard, loaded in _in_parallel(load, shards, limit):
             arrays[shard.parameter] += loaded
             bar.update(bytes_of(shard))
@@ -88,6 +95,7 @@ def progress(title: str, total: int) -> tqdm:
         desc=title,
         unit="B",
         unit_scale=True,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
         delay=1.0,
         disable=None,
         leave=False,
@@ -96,7 +104,11 @@ def progress(title: str, total: int) -> tqdm:
 
 
 def read_parameter(
-    checkpoint: Checkpoint, spec: ParamSpec, pieces: tuple[Piece, ...], index: tuple[slice, ...]
+    checkpoint: Checkpoint,
+    spec: ParamSpec,
+    pieces: tuple[Piece, ...],
+    index: tuple[slice, ...],
+    pool: ThreadPoolExecutor | None = None,
 ) -> np.ndarray:
     """A slice of one parameter, in the parameter's dtype: only the bytes of that slice are read.
 
@@ -105,6 +117,7 @@ def read_parameter(
       spec: the parameter.
       pieces: where its parts lie in the checkpoint.
       index: one slice an axis, of step 1, such as `jax.make_array_from_callback` asks for.
+      pool: threads that share the reading of a large slice.
 
     Returns:
       An array of its own memory, never a view of the file: XLA:CPU aliases the arrays that it is given where they are
@@ -116,6 +129,21 @@ def read_parameter(
     """
     wanted = _ranges(index, spec.shape)
     out = _aligned(tuple(stop - start for start, stop in wanted), jax.numpy.dtype(spec.dtype))
+
+    def fill(block: _Ranges) -> None:
+        _fill(out[_within(block, wanted)], checkpoint, spec, pieces, block)
+
+    blocks = _blocks(wanted, out.itemsize)
+    if pool is None or len(blocks) == 1:
+        fill(wanted)
+    else:
+        for _ in pool.map(fill, blocks):
+            pass
+    return out
+
+
+def _fill(out: np.ndarray, checkpoint: Checkpoint, spec: ParamSpec, pieces: tuple[Piece, ...], wanted: _Ranges) -> None:
+    """Read the ranges `wanted` of a parameter into `out`, which has their shape."""
     filled = 0
     for piece in pieces:
         index_of_piece = piece.index + (slice(None),) * (len(spec.shape) - len(piece.index))
@@ -146,7 +174,17 @@ def read_parameter(
             f"{[piece.tensor for piece in pieces]} cover {filled} of the {out.size} elements that were asked of a "
             f"parameter of shape {spec.shape}; the family's tensor map is wrong"
         )
-    return out
+
+
+def _blocks(wanted: _Ranges, itemsize: int) -> list[_Ranges]:
+    """Ranges cut into parts of about BLOCK bytes along the longest axis but the last, whose elements lie together."""
+    sizes = [stop - start for start, stop in wanted]
+    axis = max(range(max(1, len(sizes) - 1)), key=sizes.__getitem__)
+    step = max(1, BLOCK * sizes[axis] // (math.prod(sizes) * itemsize))
+    first, last = wanted[axis]
+    return [
+        [*wanted[:axis], (start, min(start + step, last)), *wanted[axis + 1 :]] for start in range(first, last, step)
+    ]
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap) -> None:
@@ -253,8 +291,8 @@ def _shape_size(index: tuple[slice, ...], spec: ParamSpec) -> int:
     return math.prod(stop - start for start, stop in _ranges(index, spec.shape))
 
 
-def _ranges(index: tuple[slice | int, ...], shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """[start, stop) of an index on each axis; an integer is a range of one."""
+def _ranges(index: tuple[slice | int, ...], shape: tuple[int, ...]) -> _Ranges:
+    """The ranges of an index; an integer is a range of one."""
     ranges = []
     for part, size in zip(index, shape, strict=True):
         start, stop, step = part.indices(size) if isinstance(part, slice) else (part, part + 1, 1)
@@ -264,7 +302,7 @@ def _ranges(index: tuple[slice | int, ...], shape: tuple[int, ...]) -> list[tupl
     return ranges
 
 
-def _within(inner: list[tuple[int, int]], outer: list[tuple[int, int]]) -> tuple[slice, ...]:
+def _within(inner: _Ranges, outer: _Ranges) -> tuple[slice, ...]:
     return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(inner, outer, strict=True))
 
 

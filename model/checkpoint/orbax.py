@@ -80,6 +80,9 @@ def convert(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, out
 def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mesh | None) -> Params:
     """The parameters of a converted checkpoint, on the default device or over a mesh; each device reads its shards.
 
+    Host memory is orbax's affair: it reads as many bytes at once as the largest parameter has, and holds a few times
+    that until their transfers are done, which it does not wait for.
+
     Args:
       directory: of the converted checkpoint.
       stored: the configuration that it was written for.
@@ -92,6 +95,7 @@ def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mes
     """
     from orbax.checkpoint import v1  # late, here and below: it takes a second, and most runs have no use for it
 
+    directory = directory.absolute()  # orbax takes no other path
     wanted, specs = _flat(param_specs(config)), _flat(param_specs(stored))
     final = dict.fromkeys(wanted, _default_sharding()) if mesh is None else _flat(param_shardings(config, mesh))
     copies = config.kv_replicas // stored.kv_replicas
@@ -108,9 +112,8 @@ def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mes
         for name, spec in specs.items()
     }
     context = v1.Context()
-    # It wants each read to be smaller than the limit, not equal, so one parameter's size would be too little.
     largest = max(max(spec.nbytes, wanted[name].nbytes) for name, spec in specs.items())
-    context.memory.read_concurrent_bytes = 2 * largest
+    context.memory.read_concurrent_bytes = largest + 1  # orbax wants each read to be smaller than the limit
     try:
         with context:
             found = jax.block_until_ready(v1.load(directory / ARRAYS, abstract))
