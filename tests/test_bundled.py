@@ -167,17 +167,15 @@ def test_chat_template_tells_one_story():
     assert template.render(messages=[{"role": "user", "content": ""}] * 2, bos_token="") == ""
 
 
-@pytest.mark.parametrize(("name", "nats"), [("story", 3.4), ("draft", 3.9)])
-def test_model_knows_english_prose(name, nats):
+@pytest.mark.parametrize(("name", "nats"), [("story", 2.6), ("draft", 3.2)])
+def test_model_knows_the_prose_of_fairy_tales(name, nats):
     params, config = load(name)
     tokenizer = Tokenizer.from_file(str(BUNDLED / name / "tokenizer.json"))
     ids = np.array(tokenizer.encode(PASSAGE).ids)
     shuffled = np.concatenate([ids[:1], np.random.default_rng(0).permutation(ids[1:])])
-    loss = nats_per_token(params, config, ids)
-    assert loss < nats  # 7.62 is chance
-    assert nats_per_token(params, config, shuffled) > loss + 2.5
-    in_bits_per_byte = loss * (len(ids) - 1) / math.log(2) / len(PASSAGE.encode())
-    assert in_bits_per_byte < 1.9
+    chance = math.log(config.vocab_size)  # 7.6 nats a token
+    assert nats_per_token(params, config, ids) < nats
+    assert nats_per_token(params, config, shuffled) > chance - 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -38,7 +38,7 @@ RECIPES = {
     "story": Recipe(embed_dim=256, num_layers=5, ffn_dim=768, learning_rate=2e-3, dropout=0.1),
     "draft": Recipe(embed_dim=96, num_layers=2, ffn_dim=192, learning_rate=4e-3, dropout=0.0),
 }
-EPOCHS = {"story": 9, "draft": 12}
+EPOCHS = {"story": 9, "draft": 6}
 
 
 def model_config(recipe: Recipe, vocab_size: int, max_position: int) -> ModelConfig:
