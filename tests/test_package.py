@@ -37,3 +37,14 @@ def test_arrows_point_down():
             for dots, module in re.findall(r"^\s*from (\.+)(\w*)", file.read_text(), flags=re.MULTILINE):
                 if len(dots) == depth:  # reaches the root of the package
                     assert module in below | {folder}, f"{file.relative_to(ROOT)} imports {module or 'the root'}"
+
+
+def test_every_data_file_is_shipped():
+    for package, patterns in SETUPTOOLS["package-data"].items():
+        folder = ROOT.joinpath(*package.split(".")[1:])
+        shipped = {path for pattern in patterns for path in folder.glob(pattern)}
+        assert all(any(True for _ in folder.glob(pattern)) for pattern in patterns), package
+        if folder != ROOT:
+            packages = {path.parent for path in folder.rglob("__init__.py")}
+            data = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+            assert {p for p in data if p.parent not in packages - {folder}} <= shipped, package
