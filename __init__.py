@@ -19,7 +19,7 @@ from .decode.step import decode_step
 from .model.checkpoint import CheckpointError
 from .model.config import LayerConfig, ModelConfig, RopeConfig
 from .model.hf import config_from_hf
-from .model.loading import GenerationDefaults, Model, load_model
+from .model.loading import GenerationDefaults, Model, convert_model, load_model
 from .model.params import ParamSpec, count_parameters, init_params, param_shardings, param_specs
 from .model.presets import preset
 from .model.tokenizer import StreamDecoder, Tokenizer
@@ -46,6 +46,7 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "config_from_hf",
+    "convert_model",
     "count_parameters",
     "decode_step",
     "decode_steps",
