@@ -58,7 +58,7 @@ def decoder_config(
         "num_kv_heads": kv_heads(hf),
         "head_dim": head_dim(hf),
         "layers": tuple(LayerConfig(rope, window) for rope, window in zip(ropes, windows, strict=True)),
-        "max_position": count(hf, "max_position_embeddings"),
+        "max_position": _max_position(hf, ropes),
         "norm_eps": number(hf, "rms_norm_eps"),
         "query_scale": head_dim(hf) ** -0.5,
         "activation": _activation(hf, activation_key),
@@ -66,6 +66,13 @@ def decoder_config(
         "dtype": _dtype(hf),
     }
     return ModelConfig(family=family, **(shared | fields))
+
+
+def _max_position(hf: HFConfig, ropes: Sequence[RopeConfig]) -> int:
+    # Dynamic scaling is for going past max_position_embeddings, by its factor; the other kinds' configs state the
+    # stretched length themselves.
+    stretch = max(rope.factor if rope.kind == "dynamic" else 1.0 for rope in ropes)
+    return int(count(hf, "max_position_embeddings") * stretch)
 
 
 def required(hf: HFConfig, key: str) -> Any:
