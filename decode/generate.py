@@ -86,10 +86,7 @@ def stream(
 
     The arguments are checked when it is called, before the first chunk is asked for.
     """
-    requests = make_requests(model, prompts, sampling)
-    if max_batch_size <= 0:
-        raise ValueError(f"max_batch_size is {max_batch_size}; it must be positive")
-    return _stream(model, requests, max_batch_size)
+    return _stream(model, _batches(make_requests(model, prompts, sampling), max_batch_size))
 
 
 def warm_up(
@@ -100,9 +97,8 @@ def warm_up(
     max_batch_size: int = 32,
 ) -> None:
     """Compile the programs that `generate` with these arguments will run, so that none is compiled while it runs."""
-    requests = make_requests(model, prompts, sampling)
-    for first in range(0, len(requests), max_batch_size):
-        batch = _Batch(model, requests[first : first + max_batch_size])
+    for requests in _batches(make_requests(model, prompts, sampling), max_batch_size):
+        batch = _Batch(model, requests)
         batch.prefill()
         batch.decode()
 
@@ -167,9 +163,15 @@ def _request(model: Model, index: int, prompt: str | Sequence[int], params: Samp
     )
 
 
-def _stream(model: Model, requests: list[Request], max_batch_size: int) -> Iterator[StreamChunk]:
-    for first in range(0, len(requests), max_batch_size):
-        rows = requests[first : first + max_batch_size]
+def _batches(requests: list[Request], max_batch_size: int) -> list[list[Request]]:
+    if max_batch_size <= 0:
+        raise ValueError(f"max_batch_size is {max_batch_size}; it must be positive")
+    return [requests[first : first + max_batch_size] for first in range(0, len(requests), max_batch_size)]
+
+
+def _stream(model: Model, batches: list[list[Request]]) -> Iterator[StreamChunk]:
+    first = 0
+    for rows in batches:
         for request in rows:
             request.start_clock()
         batch = _Batch(model, rows)
@@ -190,6 +192,7 @@ def _stream(model: Model, requests: list[Request], max_batch_size: int) -> Itera
             if all(request.finished for request in rows):
                 break
             made = batch.decode()
+        first += len(rows)
 
 
 _Made = list[list[tuple[int, TokenLogprobs | None]]]

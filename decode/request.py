@@ -8,7 +8,7 @@ from typing import Literal
 from ..model.tokenizer import StreamDecoder, Tokenizer
 from .sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,8 @@ class RequestOutput:
       prompt_tokens: the prompt's token ids.
       tokens: the new token ids, a stop token included.
       text: their text, cut at a stop string; None where the model has no tokenizer.
-      finish_reason: "stop" (a stop token or string) or "length" (max_tokens, or the model's longest sequence).
+      finish_reason: "stop" (a stop token or string), "length" (max_tokens, or the model's longest sequence), or "abort"
+        (cut short before either).
       stop_reason: the stop token id or stop string that ended it, or None.
       logprobs: one entry a new token where asked for, else None.
       seed: gives the same tokens again.
@@ -128,14 +129,14 @@ class Request:
         return new
 
     def output(self) -> RequestOutput:
-        """The result so far; of an unfinished request (an interrupted one) its finish reason is "length"."""
+        """The result so far; of an unfinished request its finish reason is "abort"."""
         first = self._first_token if self._first_token is not None else self._last_token
         count = len(self.tokens)
         return RequestOutput(
             prompt_tokens=self.prompt,
             tokens=list(self.tokens),
             text=self.text,
-            finish_reason=self.finish_reason or "length",
+            finish_reason=self.finish_reason or "abort",
             stop_reason=self.stop_reason,
             logprobs=None if self.logprobs is None else list(self.logprobs),
             seed=self.seed,

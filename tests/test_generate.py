@@ -172,5 +172,11 @@ def test_bad_requests_are_refused_before_device_work(model, prompts, params, mes
         rl.stream(model, prompts, params)  # not even iterated
 
 
+@pytest.mark.parametrize("call", [rl.stream, rl.warm_up])
+def test_batches_of_nothing_are_refused(model, call):
+    with pytest.raises(ValueError, match="max_batch_size is 0"):
+        call(model, [[1]], GREEDY, max_batch_size=0)
+
+
 def test_no_prompts_no_outputs(model):
     assert rl.generate(model, [], GREEDY) == []

@@ -98,3 +98,4 @@ def test_without_a_tokenizer_there_is_no_text():
     request = Request([1], SamplingParams(), 2, 0, [], None)
     request.push(5)
     assert (request.take_text(), request.output().text) == ("", None)
+    assert request.output().finish_reason == "abort"  # of two tokens it has one
