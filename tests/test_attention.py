@@ -1,98 +1,180 @@
-"""The reference attention ops against a dense softmax in NumPy float64."""
+"""The reference attention ops against a dense softmax in NumPy float64, and who serves an op."""
 
+import dataclasses
+import warnings
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import BF16, F16, F32, FP8, INT8, Case, assert_close, dense
+from jax.sharding import AxisType
 
+from ridgeline.pallas_kernels import dispatch
 from ridgeline.pallas_kernels.attention import causal_attention, decode_attention, prefill_attention
 
-B, K, G, H, S = 3, 2, 3, 20, 16
-VARIANTS = [{}, {"window": 9}, {"soft_cap": 2.0}, {"window": 1}, {"window": 50, "soft_cap": 5.0}]
+BASE = Case(H=20, S=16, K=2, G=3, dtype=F32, lengths=(0, 1, 100))
+CASES = [
+    BASE,
+    dataclasses.replace(BASE, window=9),
+    dataclasses.replace(BASE, soft_cap=2.0, scale=1.5),
+    dataclasses.replace(BASE, window=1),
+    dataclasses.replace(BASE, window=50, soft_cap=5.0, sinks=True),
+    dataclasses.replace(BASE, sinks=True),
+    dataclasses.replace(BASE, shared=1, lengths=(30, 100, 17)),
+    dataclasses.replace(BASE, kv=INT8, window=30),
+    dataclasses.replace(BASE, kv=FP8, sinks=True),
+    dataclasses.replace(BASE, dtype=BF16),
+    dataclasses.replace(BASE, dtype=F16, kv=INT8),
+    dataclasses.replace(BASE, lengths=(900, 300)),
+]
 
 
-def dense(q, k, v, starts, lengths, *, scale, window=None, soft_cap=None):
-    """q [B, T, K, G, H] at starts + t over k, v [B, L, K, H], of which lengths are valid."""
-    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    scores = np.einsum("btkgh,bskh->bkgts", q, k) * scale
-    if soft_cap is not None:
-        scores = soft_cap * np.tanh(scores / soft_cap)
-    queries = starts[:, None, None] + np.arange(q.shape[1])[:, None]
-    keys = np.arange(k.shape[1])
-    seen = (keys <= queries) & (keys < lengths[:, None, None])
-    if window is not None:
-        seen &= keys > queries - window
-    seen = seen[:, None, None]
-    scores = np.where(seen, scores, -1e300)
-    weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0.0)
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    return np.einsum("bkgts,bskh->btkgh", weights, v)
+def in_row_order(arrays):
+    """The same batch with pages of its own for each row, in order."""
+    tables = jnp.clip(arrays["block_tables"], 0, arrays["k_pages"].shape[0] - 1)
+    paged = {name: x[tables].reshape(-1, *x.shape[1:]) for name, x in arrays.items() if name[2:] in ("pages", "scales")}
+    return arrays | paged | {"block_tables": jnp.arange(tables.size, dtype=jnp.int32).reshape(tables.shape)}
 
 
-def random(rng, *shape):
-    return rng.standard_normal(shape).astype(np.float32)
-
-
-def paged(rng, k, v, identity):
-    """k, v [B, L, K, H] as pages and a table; the pages of a shuffled table lie among others full of garbage."""
-    per_row = k.shape[1] // S
-    spare = 0 if identity else 4
-    order = np.arange(B * per_row) if identity else rng.permutation(B * per_row + spare)[: B * per_row]
-    tables = order.reshape(B, per_row).astype(np.int32)
-    pages = []
-    for a in (k, v):
-        out = np.full((B * per_row + spare, K, S, H), 1e3, np.float32)
-        out[tables] = a.reshape(B, per_row, S, K, H).transpose(0, 1, 3, 2, 4)
-        pages.append(out)
-    return *pages, tables
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", [{}, {"window": 9}, {"soft_cap": 2.0}, {"window": 50, "soft_cap": 5.0}], ids=str)
 @pytest.mark.parametrize("T", [1, 37, 1100])
 def test_causal_attention(T, variant):
-    rng = np.random.default_rng(T)
-    q, k, v = random(rng, B, T, K, G, H), random(rng, B, T, K, H), random(rng, B, T, K, H)
-    out = causal_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), scale=0.3, **variant)
-    expected = dense(q, k, v, np.zeros(B, int), np.full(B, T), scale=0.3, **variant)
-    np.testing.assert_allclose(out, expected, atol=2e-5)
+    case = Case(H=20, S=T, K=2, G=3, T=T, lengths=(T, T), dtype=F32, scale=0.3, **variant)
+    arrays = case.arrays(T)
+    k, v = (jnp.swapaxes(arrays[f"{name}_pages"][arrays["block_tables"][:, 0]], 1, 2) for name in "kv")
+    out = causal_attention(arrays["q"], k, v, **case.options)
+    assert_close(out, dense(**arrays, starts=np.zeros(2, int), **case.options), F32)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("identity", [True, False], ids=["identity", "shuffled"])
-@pytest.mark.parametrize("pages", [1, 7, 48])
-def test_prefill_attention(pages, identity, variant):
-    rng = np.random.default_rng(pages)
-    L, T = pages * S, 11
-    lengths = rng.integers(T, L + 1, B)
-    starts = lengths - T
-    k, v = random(rng, B, L, K, H), random(rng, B, L, K, H)
-    for b in range(B):
-        k[b, lengths[b] :] = v[b, lengths[b] :] = 1e3  # what an earlier owner of the page left
-    q = random(rng, B, T, K, G, H)
-    k_pages, v_pages, tables = paged(rng, k, v, identity)
-    arrays = [jnp.asarray(a) for a in (q, k_pages, v_pages, tables, starts, lengths)]
-    out = prefill_attention(*arrays, scale=0.3, identity_table=identity, **variant)
-    np.testing.assert_allclose(out, dense(q, k, v, starts, lengths, scale=0.3, **variant), atol=2e-5)
+@pytest.mark.parametrize("T", [1, 11])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prefill_attention(case, T, identity):
+    case = dataclasses.replace(case, T=T)
+    arrays = case.arrays(T, garbage=100.0)
+    arrays["starts"] = jnp.maximum(arrays["lengths"] - T, 0)
+    expected = dense(**arrays, **case.options)
+    if identity:
+        arrays = in_row_order(arrays)
+    out = prefill_attention(**arrays, **case.options, identity_table=identity)
+    padding = arrays["starts"][:, None] + jnp.arange(T) >= arrays["lengths"][:, None]
+    assert_close(jnp.where(padding[:, :, None, None, None], 0, out), expected, case.dtype)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("identity", [True, False], ids=["identity", "shuffled"])
-def test_decode_attention(identity, variant):
-    rng = np.random.default_rng(5)
-    L = 7 * S
-    lengths = np.array([0, 1, 100])
-    k, v = random(rng, B, L, K, H), random(rng, B, L, K, H)
-    for b in range(B):
-        k[b, lengths[b] :] = v[b, lengths[b] :] = 1e3
-    q = random(rng, B, K, G, H)
-    k_pages, v_pages, tables = paged(rng, k, v, identity)
-    arrays = [jnp.asarray(a) for a in (q, k_pages, v_pages, tables, lengths)]
-    out = decode_attention(*arrays, scale=0.3, identity_table=identity, **variant)
-    expected = dense(q[:, None], k, v, lengths - 1, lengths, scale=0.3, **variant)[:, 0]
-    np.testing.assert_allclose(out, expected, atol=2e-5)
-    assert not out[0].any()  # a row of length 0 sees nothing
+@pytest.mark.parametrize("T", [None, 1, 5])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decode_attention(case, T, identity):
+    case = dataclasses.replace(case, T=T or 1)
+    arrays = case.arrays(3, garbage=100.0)
+    expected = dense(**arrays, starts=np.asarray(case.lengths) - case.T, **case.options)
+    if T is None:  # one token a row needs no axis
+        arrays["q"], expected = arrays["q"][:, 0], expected[:, 0]
+    if identity:
+        arrays = in_row_order(arrays)
+    out = decode_attention(**arrays, **case.options, identity_table=identity)
+    assert_close(out, expected, case.dtype)
+    assert not np.asarray(out, np.float32)[np.asarray(case.lengths) == 0].any()
 
 
 def test_an_unknown_implementation_is_refused():
-    q = jnp.zeros((1, 4, 1, 1, 8))
+    arrays = Case().arrays(0)
     with pytest.raises((ValueError, TypeError), match="mosaik"):
-        causal_attention(q, q[:, :, 0], q[:, :, 0], scale=1.0, implementation="mosaik")
+        decode_attention(**arrays, scale=1.0, implementation="mosaik")
+
+
+@pytest.mark.parametrize(("kv", "drop"), [(INT8, "k_scales"), (FP8, "v_scales")])
+def test_quantised_pages_want_scales(kv, drop):
+    arrays = Case(kv=kv).arrays(0)
+    del arrays[drop]
+    with pytest.raises(ValueError, match=drop):
+        decode_attention(**arrays, scale=1.0)
+
+
+def test_scales_want_quantised_pages():
+    arrays = Case(kv=INT8).arrays(0) | Case().arrays(0)
+    with pytest.raises(ValueError, match="k_scales go with int8"):
+        decode_attention(**arrays, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"H": 72}, "head_dim is 72"),
+        ({"S": 24}, "page_size is 24"),
+        ({"G": 17}, "17 queries share a KV head"),
+        ({"T": 17}, "17 new tokens a row"),
+        ({"dtype": F32}, "queries are float32"),
+        ({"kv": F16}, "pages are float16 and queries bfloat16"),
+    ],
+    ids=str,
+)
+def test_what_the_decode_kernel_does_not_serve_is_refused(change, reason):
+    case = dataclasses.replace(Case(), **change)
+    with pytest.raises(NotImplementedError, match=reason):
+        decode_attention(**case.arrays(0), **case.options, implementation="mosaic")
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What `serve` says to a user, on a device of the test's choice."""
+
+    def serve_on(device, case):
+        dispatch._say_once.cache_clear()
+        monkeypatch.setattr(dispatch, "current_device", lambda: device)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                text = jax.jit(lambda: decode_attention(**case.arrays(0), **case.options)).trace().jaxpr
+        return [str(w.message) for w in caught if issubclass(w.category, UserWarning)], "split_kernel" in str(text)
+
+    yield serve_on
+    dispatch._say_once.cache_clear()
+
+
+def test_a_hopper_gpu_gets_the_kernel(told):
+    assert told(dispatch.Device("gpu", "NVIDIA H200", 132), Case()) == ([], True)
+
+
+def test_another_gpu_gets_the_reference_and_one_warning(told):
+    (message,), kernel = told(dispatch.Device("gpu", "NVIDIA A100-SXM4-80GB", 108), Case())
+    assert "need a Hopper GPU" in message and "A100" in message and not kernel  # noqa: PT018
+
+
+def test_a_case_that_the_kernel_refuses_gets_the_reference_and_one_warning(told):
+    (message,), kernel = told(dispatch.Device("gpu", "NVIDIA H100 80GB HBM3", 132), Case(H=72))
+    assert "head_dim is 72" in message and not kernel  # noqa: PT018
+
+
+def test_a_cpu_is_not_warned(told):
+    assert told(dispatch.Device("cpu", "cpu", None), Case()) == ([], False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hopper"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H200", True),
+        ("NVIDIA GH200 480GB", True),
+        ("NVIDIA H20", True),
+        ("NVIDIA A100-SXM4-80GB", False),
+        ("NVIDIA B200", False),
+        ("NVIDIA L40S", False),
+    ],
+)
+def test_hopper_is_told_by_its_name(kind, hopper):
+    assert dispatch.Device("gpu", kind, None).is_hopper == hopper
+
+
+def test_the_device_is_that_of_the_mesh_in_shard_map():
+    mesh = jax.make_mesh((1,), ("tensor",), axis_types=(AxisType.Auto,))
+    seen = []
+
+    def local(x):
+        seen.append(dispatch.current_device())
+        return x
+
+    spec = jax.sharding.PartitionSpec()
+    jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(jnp.zeros(2))
+    assert seen[0].platform == "cpu"

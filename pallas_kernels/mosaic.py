@@ -1,0 +1,129 @@
+"""What the Mosaic GPU kernels share: one spelling of an interface that JAX still moves, and layout arithmetic."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+NEVER = -1e30  # a finite "minus infinity": a row that sees nothing yields zeros, not NaN
+
+SHARED_BYTES = 228 * 1024  # of shared memory a multiprocessor of Hopper has
+RESERVED_BYTES = 1024  # of it that each thread block takes for itself
+SCRATCH_BYTES = 3072  # that Mosaic takes for reductions across warps and for barriers
+
+_LOG2E = math.log2(math.e)
+_NEW = jax.__version_info__ >= (0, 11)
+
+
+def scores_in_bits(products: Any, scale: float, soft_cap: float | None) -> Any:
+    """Scaled, capped scores times log2(e), so that exponentials are powers of two.
+
+    tanh is written out: the hardware's own is exact to 11 bits, which a cap of 50 turns into an error of 2 %.
+    """
+    if soft_cap is None:
+        return products * (scale * _LOG2E)
+    grown = jnp.exp2(products * (2 * _LOG2E * scale / soft_cap))
+    return (soft_cap * _LOG2E) - (2 * soft_cap * _LOG2E) / (grown + 1.0)
+
+
+def between(shape: Sequence[int], first: Any, end: Any) -> Any:
+    """Whether an element lies in rows first to end - 1."""
+    row = iota(shape, 0, plgpu.Layout.WGMMA)
+    return (row >= first) & (row < end)
+
+
+def widen(narrow: Any, wide: Any, row_weights: Any = None, rows: tuple[Any, Any] = (0, 64)) -> None:
+    """Writes a tile of int8 or fp8 to one of 16 bits, in blocks of columns, for which registers suffice.
+
+    Args:
+      narrow, wide: [64, columns] references of shared memory.
+      row_weights: [64] float32; each row is multiplied by its own.
+      rows: the first row and the end of those that are real, with `row_weights`; the others become zeros.
+    """
+    columns = narrow.shape[1]
+    block = columns if columns % 64 else 64
+    for start in range(0, columns, block):
+        part = load(narrow.at[:, pl.ds(start, block)], plgpu.Layout.WGMMA, optimized=False)
+        if row_weights is not None:
+            weighted = part.astype(jnp.float32) * lax.broadcast_in_dim(row_weights, part.shape, [0])
+            part = jnp.where(between(part.shape, *rows), weighted, 0.0)
+        elif part.dtype != jnp.int8 and wide.dtype == jnp.bfloat16:
+            part = part.astype(jnp.float32)  # Hopper converts fp8 to float16 and float32 only
+        store(wide.at[:, pl.ds(start, block)], part.astype(wide.dtype))
+
+
+def transposed(ref: Any) -> Any:
+    """A view of a two-dimensional reference with its axes exchanged."""
+    return ref.T if _NEW else plgpu.transpose_ref(ref, (1, 0))
+
+
+def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
+    """All of a reference as an array in `layout`."""
+    if jax.__version_info__ >= (0, 12):
+        return plgpu.load(ref, layout=layout, optimized=optimized)
+    return plgpu.load(ref, (), layout=layout, optimized=optimized)
+
+
+def store(ref: Any, value: Any) -> None:
+    """Writes an array to all of a reference, conflict-free or not."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def store_transposed(ref: Any, value: Any, transforms: tuple[Any, ...]) -> None:
+    """Writes [n, m], in wgmma's layout and of 16 bits, to an [m, n] reference of shared memory with `transforms`."""
+    value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref.T, value)
+        return
+
+    from jax.experimental.mosaic import gpu as mgpu
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.Layout.WGMMA_TRANSPOSED))
+    def write(_, tiles, array):
+        mgpu.warpgroup_barrier()
+        swizzle = transforms[1].swizzle
+        array.store_tiled(mgpu.memref_transpose(tiles, (1, 0, 3, 2)), swizzle=swizzle, optimized=False)
+
+    write(ref, value)
+
+
+def iota(shape: Sequence[int], dimension: int, layout: Any) -> Any:
+    return plgpu.broadcasted_iota(jnp.int32, tuple(shape), dimension, layout=layout)
+
+
+def filled(shape: Sequence[int], value: float, layout: Any) -> Any:
+    return plgpu.layout_cast(jnp.full(tuple(shape), value, jnp.float32), layout)
+
+
+def swizzle_bytes(columns: int, itemsize: int) -> int:
+    """Bytes of the widest swizzle that divides a row of `columns` elements, and of at most 64 of them."""
+    return next(width for width in (64 * itemsize, 32 * itemsize, 16 * itemsize) if columns * itemsize % width == 0)
+
+
+def tiled(columns: int, itemsize: int) -> tuple[Any, ...]:
+    """The shared-memory transforms of a matrix with `columns`, for wgmma where elements have 16 bits."""
+    swizzle = swizzle_bytes(columns, itemsize)
+    if swizzle == 16:  # no swizzle at all
+        return ()
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def row_blocks(rows: int) -> list[int]:
+    """Where blocks of 64 rows, which is what wgmma multiplies, start; the last overlaps where 64 does not divide."""
+    return [min(start, rows - 64) for start in range(0, rows, 64)]
+
+
+def kernel(body: Callable[..., None], *, interpret: Any = None, **options: Any) -> Callable[..., Any]:
+    """`plgpu.kernel`, compiled for Hopper unless `interpret` says otherwise."""
+    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    if interpret is not None:
+        options["interpret"] = interpret
+    return plgpu.kernel(body, compiler_params=params, **options)
