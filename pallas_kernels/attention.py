@@ -92,7 +92,7 @@ def prefill_attention(
         more = {"sinks": sinks, "k_scales": k_scales, "v_scales": v_scales, "identity_table": identity_table}
         return reference.prefill_attention(q, k_pages, v_pages, tables, starts, lengths, **more, **options)
 
-    check = functools.partial(check_case, q, k_pages, k_scales, v_pages)
+    check = functools.partial(check_case, q, k_pages, v_pages, k_scales, scale=scale)
     arrays = (q, k_pages, v_pages, block_tables, starts, lengths, sinks, k_scales, v_scales)
     return serve("prefill_attention", implementation, mosaic, plain, check, *arrays)
 
@@ -140,7 +140,7 @@ def decode_attention(
         more = {"sinks": sinks, "k_scales": k_scales, "v_scales": v_scales, "identity_table": identity_table}
         return reference.decode_attention(q, k_pages, v_pages, tables, lengths, **more, **options)
 
-    check = functools.partial(check_case, q, k_pages, k_scales, v_pages, max_tokens=_MAX_DECODE_TOKENS)
+    check = functools.partial(check_case, q, k_pages, v_pages, k_scales, scale=scale, max_tokens=_MAX_DECODE_TOKENS)
     rows = jnp.moveaxis(q, 1, 2) if T else q  # [B, K, T, G, H]
     arrays = (rows.reshape(-1, K, options["queries"] * G, H), k_pages, v_pages, block_tables, lengths)
     out = serve("decode_attention", implementation, mosaic, plain, check, *arrays, sinks, k_scales, v_scales)

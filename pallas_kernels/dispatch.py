@@ -49,7 +49,13 @@ def current_device() -> Device:
 
 
 def check_case(
-    q: jax.Array, k_pages: jax.Array, k_scales: jax.Array | None, v_pages: jax.Array, *, max_tokens: int | None = None
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k_scales: jax.Array | None,
+    *,
+    scale: float,
+    max_tokens: int | None = None,
 ) -> None:
     """NotImplementedError, with the reason, unless the attention kernels serve such queries and pages."""
     *tokens, _, group, head_dim = q.shape[1:]
@@ -64,6 +70,8 @@ def check_case(
         raise NotImplementedError(f"page_size is {page_size}; the kernel takes {_listed(_PAGE_SIZES)}")
     if group > _MAX_GROUP:
         raise NotImplementedError(f"{group} queries share a KV head; the kernel takes up to {_MAX_GROUP}")
+    if not scale > 0:
+        raise NotImplementedError(f"scale is {scale}; the kernel takes positive scales")
     if max_tokens is not None and tokens and tokens[0] > max_tokens:
         raise NotImplementedError(f"{tokens[0]} new tokens a row; the kernel takes up to {max_tokens}")
 

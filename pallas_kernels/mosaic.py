@@ -121,9 +121,21 @@ def row_blocks(rows: int) -> list[int]:
     return [min(start, rows - 64) for start in range(0, rows, 64)]
 
 
-def kernel(body: Callable[..., None], *, interpret: Any = None, **options: Any) -> Callable[..., Any]:
-    """`plgpu.kernel`, compiled for Hopper unless `interpret` says otherwise."""
-    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+def kernel(
+    body: Callable[..., None], *, reduction_scratch_bytes: int = 2048, interpret: Any = None, **options: Any
+) -> Callable[..., Any]:
+    """`plgpu.kernel`, compiled for Hopper unless `interpret` says otherwise.
+
+    Args:
+      body, options: as `plgpu.kernel` takes them.
+      reduction_scratch_bytes: shared memory for reductions across the warps of a warpgroup.
+      interpret: parameters of Mosaic's interpreter, None to compile.
+    """
+    params = plgpu.CompilerParams(
+        approx_math=True,
+        reduction_scratch_bytes=reduction_scratch_bytes,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+    )
     if interpret is not None:
         options["interpret"] = interpret
     return plgpu.kernel(body, compiler_params=params, **options)

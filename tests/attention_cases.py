@@ -14,9 +14,9 @@ BOUND = {BF16: 2e-2, F16: 2e-3, F32: 1e-5}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A batch: one row a length; its T newest tokens ask. `kv` is the pages' dtype where it is not the queries' own.
+    """A batch: one row a length. Its T newest tokens ask, or, with `starts`, those that stand there.
 
-    The first `shared` pages are the same in all rows.
+    `kv` is the pages' dtype where it is not the queries' own. The first `shared` pages are the same in all rows.
     """
 
     H: int = 64
@@ -25,6 +25,7 @@ class Case:
     G: int = 1
     T: int = 1
     lengths: tuple[int, ...] = (100,)
+    starts: tuple[int, ...] | None = None
     dtype: type = BF16
     kv: type | None = None
     window: int | None = None
@@ -57,9 +58,10 @@ class Case:
         tables = rng.permutation(P)[: B * N].reshape(B, N)
         tables[:, : self.shared] = tables[0, : self.shared]
         valid = np.zeros((P, S), bool)
-        for row, length in zip(tables, self.lengths, strict=True):
+        starts = self.starts or tuple(length - self.T for length in self.lengths)
+        for row, start, length in zip(tables, starts, self.lengths, strict=True):
             used = -(-length // S)
-            oldest = 0 if self.window is None else max(0, length - self.T + 1 - self.window)
+            oldest = 0 if self.window is None else max(0, start + 1 - self.window)
             for n in range(used):
                 valid[row[n], max(0, oldest - n * S) : length - n * S] = True
             row[used:] = np.resize([2**30, -7, P, int(np.argmin(valid.any(axis=1)))], N - used)
@@ -68,6 +70,8 @@ class Case:
             "block_tables": jnp.asarray(tables, jnp.int32),
             "lengths": jnp.asarray(self.lengths, jnp.int32),
         }
+        if self.starts is not None:
+            arrays["starts"] = jnp.asarray(starts, jnp.int32)
         if self.sinks:
             arrays["sinks"] = jnp.asarray(rng.standard_normal((K, self.G)) * 2, jnp.float32)
         for name in "kv":

@@ -1,0 +1,375 @@
+"""Paged flash attention of new tokens over a cache that already holds them: a Mosaic GPU kernel for Hopper.
+
+A thread block serves 128 query rows of one KV head. A row is a query head at a token, so that all heads of a group
+share each read of K and V. Two warpgroups attend, 64 rows each; a third brings K and V into shared memory some tiles
+ahead of them, page by page, and widens them there if they are quantised. The two take turns at the tensor cores, one
+multiplying while the other is in its softmax, as in FlashAttention-3 (Shah et al. 2024). The softmax is online
+(Milakov and Gimelshein 2018), in float32 and base 2.
+
+Shapes: B rows, T new tokens, K KV heads, G queries per KV head, H head dim, P pages, S positions a page, N pages a
+row; R = T * G query rows of a KV head, padded to whole blocks, of which row r is head r % G at token r // G.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int, Num
+
+from . import mosaic
+from .prefill_copy import STAGES, Tiles, copy_and_widen, copy_tiles
+
+_ATTENDING = 2  # warpgroups
+_ROWS = 64  # query rows a warpgroup: the height of one wgmma, and all that fits in registers at 256 dims
+_BLOCK = _ATTENDING * _ROWS
+_LOG2E = math.log2(math.e)
+_LAYOUT = plgpu.Layout.WGMMA
+
+
+# Jitted, so that the layers of a model share one trace of the kernel.
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "interpret"))
+def prefill_attention_mosaic(
+    q: Float[Array, "B T K G H"],
+    k_pages: Num[Array, "P K S H"],
+    v_pages: Num[Array, "P K S H"],
+    block_tables: Int[Array, "B N"],
+    starts: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    *,
+    k_scales: Float[Array, "P K S"] | None = None,
+    v_scales: Float[Array, "P K S"] | None = None,
+    sinks: Float[Array, "K G"] | None = None,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    interpret: Any = None,
+) -> Float[Array, "B T K G H"]:
+    """Causal attention of T new tokens over cached pages that already hold those tokens' keys and values.
+
+    Row b's query t stands at position starts[b] + t and sees the positions up to its own, below lengths[b], of which
+    the last `window` where that is given. A query that stands at or past the length yields zeros. Neither table entries
+    past a row's length nor what pages hold past it reach the result, whatever they are.
+
+    Args:
+      q: queries, bfloat16 or float16.
+      k_pages, v_pages: the cache of one layer, in the queries' dtype, or int8 or float8_e4m3fn with scales.
+      block_tables: page of each stretch of S positions.
+      starts, lengths: positions cached before these tokens, and with them.
+      k_scales, v_scales: float32; what a position of a KV head holds is its stored values times these.
+      sinks: float32; one more logit a head, which joins the softmax's denominator and has no value.
+      scale: multiplies q . k.
+      window: positions a query sees, its own included; None sees all.
+      soft_cap: scores become soft_cap * tanh(score / soft_cap).
+      interpret: parameters of Mosaic's interpreter, to run on a CPU; None compiles.
+
+    Returns:
+      [B, T, K, G, H] in the queries' dtype.
+    """
+    quantised = k_scales is not None
+    B, T, K, G, H = q.shape
+    P, _, S, _ = k_pages.shape
+    N, R = block_tables.shape[1], -(-T * G // _BLOCK) * _BLOCK
+    case = _Case(
+        B, T, K, G, H, P, S, N, R, q.dtype, k_pages.dtype, quantised, scale, window, soft_cap, interpret is not None
+    )
+    rows = jnp.pad(q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H), ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
+    if sinks is not None:
+        sinks = jnp.pad(jnp.tile(sinks.astype(jnp.float32), (1, T)), ((0, 0), (0, R - T * G)))
+    scales = None
+    if quantised:
+        scales = [of if case.paged_scales else _in_row_order(of, block_tables, case) for of in (k_scales, v_scales)]
+    out = mosaic.kernel(
+        functools.partial(_body, case),
+        out_type=jax.ShapeDtypeStruct(rows.shape, q.dtype),
+        grid=(B, K, R // _BLOCK),  # the last varies fastest: blocks that run together share K and V in L2
+        grid_names=("row", "kv_head", "block"),
+        num_threads=_ATTENDING + 1,
+        thread_name="warpgroup",
+        scratch_types=case.scratch(),
+        reduction_scratch_bytes=0,  # a row of wgmma's layout is reduced within a warp
+        kernel_name="prefill_attention",
+        interpret=interpret,
+    )(rows, (k_pages, v_pages), scales, block_tables, starts, lengths, sinks)
+    return out[:, :, : T * G].reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4)
+
+
+def _in_row_order(scales: Float[Array, "P K S"], block_tables: Int[Array, "B N"], case: Any) -> Float[Array, "B K C"]:
+    """The scales of each row's positions, in whole tiles."""
+    taken = scales[jnp.clip(block_tables, 0, case.P - 1)].transpose(0, 2, 1, 3).reshape(case.B, case.K, -1)
+    return jnp.pad(taken, ((0, 0), (0, 0), (0, -taken.shape[2] % case.keys)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """What the kernel is compiled for: the sizes of the module's glossary, dtypes, and what scores go through."""
+
+    B: int
+    T: int
+    K: int
+    G: int
+    H: int
+    P: int
+    S: int
+    N: int
+    R: int
+    dtype: Any
+    kv_dtype: Any
+    quantised: bool
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    interpreted: bool
+
+    @property
+    def keys(self) -> int:
+        """Positions a tile.
+
+        A thread holds H / 2 accumulators, half as many scores as a tile has keys, and a quarter as many registers of
+        probabilities: 128 keys fit up to 128 dims, in registers and in 227 KB of shared memory, 64 beyond.
+        """
+        return 128 if self.H <= 128 else 64
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread that attends and of one that copies: 504 in all for the three warpgroups.
+
+        Widening is done on 64 x 64 values a time, 32 float32 a thread, beside the numbers of the next tile's pages.
+        """
+        if not self.quantised:
+            return 232, 40
+        return (192, 120) if self.H <= 128 else (224, 56)
+
+    @property
+    def piece(self) -> int:
+        """Positions a copy: a page, or as much of it as a tile takes."""
+        return min(self.S, self.keys)
+
+    @property
+    def paged_scales(self) -> bool:
+        """Whether scales are copied from their pages: TMA writes to multiples of 128 bytes, which are 32 scales."""
+        return self.S >= 32
+
+    @property
+    def columns(self) -> int:
+        """Head dims a tile of the shared-memory layout, in 16 bits and in 8."""
+        return mosaic.swizzle_bytes(self.H, 2) // 2
+
+    def scratch(self) -> dict[str, Any]:
+        """Shared memory and barriers of a block, by the names that `_body` takes."""
+        transforms = mosaic.tiled(self.H, 2)
+        copies = self.keys // self.piece
+        tiles = Tiles(
+            plgpu.SMEM((STAGES, self.keys, self.H), self.dtype, transforms=transforms),
+            plgpu.Barrier(num_arrivals=1 if self.quantised else copies, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=_ATTENDING, num_barriers=STAGES),
+        )
+        if self.quantised:
+            tiles = tiles._replace(
+                raw=plgpu.SMEM((self.keys, self.H), self.kv_dtype, transforms=mosaic.tiled(self.H, 1)),
+                scales=plgpu.SMEM((self.keys,), jnp.float32),
+                arrived=plgpu.Barrier(num_arrivals=copies + (copies if self.paged_scales else 1)),
+            )
+        probs = plgpu.SMEM((_ATTENDING, _ROWS, self.keys), self.dtype, transforms=transforms)
+        return {
+            "q_s": plgpu.SMEM((_ATTENDING, _ROWS, self.H), self.dtype, transforms=transforms),
+            "q_filled": plgpu.Barrier(num_barriers=_ATTENDING),
+            "k_s": tiles,
+            "v_s": tiles,
+            "turn": plgpu.Barrier(num_arrivals=_ATTENDING),
+            "probs_s": probs if self.interpreted else None,
+        }
+
+
+class _Block:
+    """Where a thread block stands: its KV head, query rows and positions, and the tiles of keys that those see."""
+
+    def __init__(self, case: _Case, tables: Any, starts: Any, lengths: Any):
+        self.case, self.tables = case, tables
+        self.row, self.head = lax.axis_index("row"), lax.axis_index("kv_head")
+        self.first_row = (case.R // _BLOCK - 1 - lax.axis_index("block")) * _BLOCK  # those that see most start first
+        self.start = starts[self.row]
+        self.length = jnp.minimum(lengths[self.row], case.N * case.S)
+        self.first_query = self.start + _div(self.first_row, case.G)
+        self.last_query = self.start + jnp.minimum(_div(self.first_row + _BLOCK - 1, case.G), case.T - 1)
+        self.low = jnp.int32(0)
+        if case.window is not None:
+            self.low = _div(jnp.maximum(self.first_query - case.window + 1, 0), case.keys)
+        high = _div(jnp.minimum(self.last_query + 1, self.length) + case.keys - 1, case.keys)
+        self.high = jnp.where(self.first_query < self.length, high, self.low)
+
+    def slot(self, tile: Any) -> Any:
+        return lax.rem(tile - self.low, jnp.int32(STAGES))
+
+    def pieces(self, tile: Any) -> list[tuple[Any, Any]]:
+        """Page, and offset in it, of each copy that makes up the tile; of any page where the table has none."""
+        keys, S, N = self.case.keys, self.case.S, self.case.N
+        if S <= keys:
+            taken = [(jnp.minimum(tile * (keys // S) + i, N - 1), 0) for i in range(keys // S)]
+        else:
+            taken = [(jnp.minimum(_div(tile, S // keys), N - 1), lax.rem(tile, jnp.int32(S // keys)) * keys)]
+        return [(jnp.clip(self.tables[self.row, index], 0, self.case.P - 1), offset) for index, offset in taken]
+
+    def sees_all(self, tile: Any) -> Any:
+        """Whether every query of the block sees every key of the tile."""
+        end = (tile + 1) * self.case.keys
+        seen = (end - 1 <= self.first_query) & (end <= self.length)
+        return seen if self.case.window is None else seen & (tile * self.case.keys > self.last_query - self.case.window)
+
+    def real_rows(self, tile: Any) -> tuple[Any, Any]:
+        """The first row of the tile and the end of those that some query sees. Others may be anybody's, even NaN."""
+        oldest = 0 if self.case.window is None else self.first_query + 1 - self.case.window
+        return oldest - tile * self.case.keys, self.length - tile * self.case.keys
+
+    def masked(self, tile: Any, first: Any, scores: Any) -> Any:
+        """Scores of the 64 query rows from `first`, those that are not seen never to count.
+
+        The length hides no key from a query below it; looking at it keeps NaN out of the other queries' rows, and the
+        compiler from holding products of `key`'s parts in registers throughout the loop, which spills.
+        """
+        key = mosaic.iota(scores.shape, 1, _LAYOUT) + tile * self.case.keys
+        row = mosaic.iota(scores.shape, 0, _LAYOUT) + first
+        ahead = (key - self.start) * self.case.G  # key <= start + row // G, without the division
+        seen = (ahead <= row) & (key < self.length)
+        if self.case.window is not None:
+            seen &= ahead + self.case.window * self.case.G > row
+        return jnp.where(seen, scores, mosaic.NEVER)
+
+
+def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q_filled, k_s, v_s, turn, probs_s):
+    block = _Block(case, tables, starts, lengths)
+    warpgroup = lax.axis_index("warpgroup")
+    attending, copying = case.registers
+
+    @pl.when(warpgroup == _ATTENDING)
+    def _():
+        plgpu.set_max_registers(copying, action="decrease")
+        if case.quantised:
+            copy_and_widen(block, pages, scales, (k_s, v_s))
+        else:
+            copy_tiles(block, pages, (k_s, v_s))
+
+    @pl.when(warpgroup < _ATTENDING)
+    def _():
+        plgpu.set_max_registers(attending, action="increase")
+        first = block.first_row + warpgroup * _ROWS
+        mine = q_s.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q.at[block.row, block.head, pl.ds(first, _ROWS)], mine, q_filled.at[warpgroup])
+        plgpu.barrier_wait(q_filled.at[warpgroup])
+        probs = probs_s.at[warpgroup] if case.interpreted else None
+        result, highest, total = _attend(block, warpgroup, first, mine, k_s, v_s, turn, probs)
+        if sinks is not None:
+            sink = mosaic.load(sinks.at[block.head, pl.ds(first, _ROWS)], _LAYOUT.reduce(1), optimized=False)
+            total = total + jnp.exp2(sink * _LOG2E - highest)
+        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        result = result * lax.broadcast_in_dim(1 / total, result.shape, [0])
+        row = mosaic.iota(result.shape, 0, _LAYOUT) + first
+        result = jnp.where(row < (block.length - block.start) * case.G, result, 0.0)
+        mine[...] = result.astype(case.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(mine, out.at[block.row, block.head, pl.ds(first, _ROWS)])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
+    """The loop over keys for 64 query rows: unnormalised result, highest score in bits, sum of the exponentials."""
+    case = block.case
+    # Multiplied in the exponential, where it costs nothing; capped scores are in bits already.
+    to_bits = case.scale * _LOG2E if case.soft_cap is None else 1.0
+
+    def next_turn():
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+    def await_keys(tile):
+        pl.when(tile < block.high)(lambda: plgpu.barrier_wait(k_s.filled.at[block.slot(tile)]))
+
+    def times_keys(slot):
+        def product(acc):
+            plgpu.wgmma(acc, q, mosaic.transposed(k_s.ready.at[slot]))
+            next_turn()
+            return acc[...]
+
+        return pl.run_scoped(product, plgpu.ACC((_ROWS, case.keys), jnp.float32))
+
+    def plus_values(result, probs, slot, tile):
+        values = v_s.ready.at[slot]
+        if case.interpreted:  # the interpreter takes neither probabilities in registers nor an accumulator with content
+            probs_s[...] = probs
+            plgpu.commit_smem()
+
+            def product(acc):
+                plgpu.wgmma(acc, probs_s, values)
+                return acc[...]
+
+            result = result + pl.run_scoped(product, plgpu.ACC(result.shape, jnp.float32))
+            await_keys(tile + 1)
+            return result
+
+        def accumulate(acc):
+            plgpu.wgmma(acc, probs, values)
+            await_keys(tile + 1)
+
+        return pl.run_state(accumulate)(plgpu.ACC.init(result))
+
+    def step(tile, carry):
+        result, highest, total = carry
+        slot = block.slot(tile)
+        scores = times_keys(slot)
+        plgpu.barrier_arrive(k_s.freed.at[slot])
+        if case.soft_cap is not None:
+            scores = mosaic.scores_in_bits(scores, case.scale, case.soft_cap)
+        scores = lax.cond(block.sees_all(tile), lambda x: x, functools.partial(block.masked, tile, first), scores)
+        new_highest = jnp.maximum(highest, scores.max(axis=1) * to_bits)
+        kept = jnp.exp2(highest - new_highest)
+        probs = jnp.exp2(scores * to_bits - lax.broadcast_in_dim(new_highest, scores.shape, [0]))
+        result = result * lax.broadcast_in_dim(kept, result.shape, [0])
+        total = total * kept + probs.sum(axis=1)
+        # Else the compiler moves parts of the softmax past the barrier, into the other warpgroup's turn.
+        carried = lax.optimization_barrier((result, new_highest, total, probs.astype(case.dtype)))
+        result, new_highest, total, probs = carried
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(v_s.filled.at[slot])
+        plgpu.barrier_wait(turn)
+        if not case.quantised:
+            real = block.real_rows(tile)
+            pl.when((real[0] > 0) | (real[1] < case.keys))(lambda: _clear(case, v_s.ready.at[slot], real))
+        result = plus_values(result, probs, slot, tile)
+        plgpu.barrier_arrive(v_s.freed.at[slot])
+        return result, new_highest, total
+
+    # A tile that hides all its keys from a row leaves NEVER above this, so that its exponentials are zeros, not ones.
+    lowest = mosaic.NEVER * to_bits / 2
+    carry = (
+        mosaic.filled((_ROWS, case.H), 0.0, _LAYOUT),
+        mosaic.filled((_ROWS,), lowest, _LAYOUT.reduce(1)),
+        mosaic.filled((_ROWS,), 0.0, _LAYOUT.reduce(1)),
+    )
+    await_keys(block.low)
+    pl.when(warpgroup == 1)(next_turn)
+    carry = lax.fori_loop(block.low, block.high, step, carry)
+    pl.when(warpgroup == 0)(next_turn)
+    return carry
+
+
+def _clear(case, values, real):
+    """Zeros for the rows of a tile of V that no query sees: 0 * NaN is NaN.
+
+    Both warpgroups do so, each before it reads the tile: what they write is the same.
+    """
+    for first in range(0, case.keys, _ROWS):
+        for column in range(0, case.H, case.columns):
+            part = values.at[pl.ds(first, _ROWS), pl.ds(column, case.columns)]
+            value = mosaic.load(part, _LAYOUT)
+            kept = mosaic.between(value.shape, *(row - first for row in real))
+            part[...] = jnp.where(kept, value, jnp.zeros_like(value))
+    plgpu.commit_smem()
+
+
+def _div(a: Any, b: int) -> Any:
+    return lax.div(a, jnp.int32(b))
