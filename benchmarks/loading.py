@@ -10,10 +10,8 @@ weights stay the page cache's.
 import argparse
 import datetime
 import gc
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -25,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from environment import RESULTS, command, hardware, now, store, versions
+
 CHUNK = 16 * 2**20
-LOAD_BEFORE = round(os.getloadavg()[0], 2)
 
 TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 SIZES = {"vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 5632}
@@ -309,28 +307,6 @@ def measure(contenders: list[Contender], size: int, repeats: int, cold: bool) ->
     }
 
 
-def hardware() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*:\s*(.*)", cpuinfo)
-    memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
-    return {
-        "cpu": model.group(1) if model else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(int(memory.group(1)) / 1e6, 1),
-        "load_average_before": LOAD_BEFORE,  # above 0, others had their share of the cores
-    }
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("ridgeline", "jax", "numpy", "safetensors", "orbax-checkpoint", "transformers", "torch"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def table(results: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'':24}{'warm GB/s':>12}{'of raw':>8}{'cold GB/s':>12}{'of raw':>8}{'peak MB':>10}{'beyond arrays':>15}"]
     for name, found in results.items():
@@ -422,13 +398,13 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
 
     print(f"{size / 1e9:.2f} GB in {len(checkpoint.files)} files, median of {args.repeats} runs in turns")
     print(table(results))
-    arguments = ["HF_DIR" if arg == str(args.checkpoint) else Path(arg).name for arg in sys.argv[1:]]
+    arguments = ["HF_DIR" if arg == str(args.checkpoint) else arg for arg in sys.argv[1:]]
     report = {
         "benchmark": "loading",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python benchmarks/loading.py", *arguments]),
+        "date": now(),
+        "command": command(__file__, arguments),
         "hardware": hardware(),
-        "versions": versions(),
+        "versions": versions("ridgeline", "jax", "numpy", "safetensors", "orbax-checkpoint", "transformers", "torch"),
         "checkpoint": {
             "bytes": size,
             "files": len(checkpoint.files),
@@ -441,8 +417,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
         "left_out": skipped,
     }
     out = args.out or RESULTS / f"loading-{datetime.date.today():%Y-%m-%d}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    store(report, out)
     print(f"stored in {out}")
 
 

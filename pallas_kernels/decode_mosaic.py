@@ -28,6 +28,8 @@ from .decode_schedule import make_schedule
 from .dispatch import current_device
 
 _TILE = 64  # positions: the rows of one wgmma
+_PADDING_BYTES = 2048  # of shared memory, that barriers take and that buffers lose to alignment
+_REDUCTION_BYTES = 1024  # of shared memory, for maxima and sums across warps
 _MULTIPROCESSORS = 132  # of an H100 or H200 SXM, where JAX does not say
 _LAYOUT = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
@@ -57,7 +59,7 @@ def decode_tiling(head_dim: int, queries: int, *, quantised: bool) -> DecodeTili
     """
     columns = min(-(-queries // 8) * 8, (32 if quantised else 48) if head_dim <= 128 else 24)
     stage = 2 * _TILE * (head_dim + 4 if quantised else 2 * head_dim) + columns * head_dim * 2
-    fixed = columns * (head_dim + _TILE) * 2 + (2 * _TILE * head_dim if quantised else 0) + mosaic.SCRATCH_BYTES
+    fixed = columns * (head_dim + _TILE) * 2 + (2 * _TILE * head_dim if quantised else 0) + _REDUCTION_BYTES + _PADDING_BYTES
     wanted_blocks, wanted_stages = (3, 2) if quantised else (2, 3)
     for blocks in range(wanted_blocks, 0, -1):
         stages = min(6, (mosaic.SHARED_BYTES // blocks - mosaic.RESERVED_BYTES - fixed) // stage)
@@ -319,6 +321,7 @@ def decode_attention_mosaic(
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=scratch,
+        reduction_scratch_bytes=_REDUCTION_BYTES,
         interpret=interpret,
     )(q, k_pages, v_pages, *scales, block_tables, lengths, schedule.work, schedule.rows)
 

@@ -14,7 +14,6 @@ NEVER = -1e30  # a finite "minus infinity": a row that sees nothing yields zeros
 
 SHARED_BYTES = 228 * 1024  # of shared memory a multiprocessor of Hopper has
 RESERVED_BYTES = 1024  # of it that each thread block takes for itself
-SCRATCH_BYTES = 3072  # that Mosaic takes for reductions across warps and for barriers
 
 _LOG2E = math.log2(math.e)
 _NEW = jax.__version_info__ >= (0, 11)

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 BF16, F16, F32, INT8, FP8 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8, jnp.float8_e4m3fn
 BOUND = {BF16: 2e-2, F16: 2e-3, F32: 1e-5}
@@ -122,16 +121,3 @@ def assert_close(out: jax.Array, expected: np.ndarray, dtype: type) -> float:
     error = float(np.linalg.norm(out - expected) / max(np.linalg.norm(expected), 1e-30))
     assert error < BOUND[dtype]
     return error
-
-
-@pytest.fixture
-def interpreter():
-    """Parameters of Mosaic's interpreter, which also watches for races."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip(f"Mosaic's interpreter in JAX {jax.__version__} lacks transposed references")
-    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
-
-    yield plgpu.InterpretGPUParams(detect_races=True)
-    reset_gpu_interpret_mode_state()  # what an exception leaves would fail every case after it

@@ -24,3 +24,16 @@ def model() -> rl.Model:
 @pytest.fixture(scope="session")
 def bundled() -> rl.Model:
     return rl.load_model("bundled", dtype="float32")
+
+
+@pytest.fixture
+def interpreter():
+    """Parameters of Mosaic's interpreter, which also watches for races."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip(f"Mosaic's interpreter in JAX {jax.__version__} lacks transposed references")
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+
+    yield plgpu.InterpretGPUParams(detect_races=True)
+    reset_gpu_interpret_mode_state()  # what an exception leaves would fail every case after it

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import BF16, F16, F32, FP8, INT8, Case, assert_close, dense
 from jax.sharding import AxisType
 
+from attention_cases import BF16, F16, F32, FP8, INT8, Case, assert_close, dense
 from ridgeline.pallas_kernels import dispatch
 from ridgeline.pallas_kernels.attention import causal_attention, decode_attention, prefill_attention
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import BF16, F16, FP8, INT8, Case, assert_close, dense, interpreter  # noqa: F401
 
+from attention_cases import BF16, F16, FP8, INT8, Case, assert_close, dense
 from ridgeline.pallas_kernels.decode_mosaic import decode_attention_mosaic
 from ridgeline.pallas_kernels.decode_schedule import make_schedule
 
@@ -82,7 +82,7 @@ def run(case: Case, seed: int, interpret, blocks: int):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_interpreted_kernel_is_a_dense_softmax(interpreter, case):  # noqa: F811
+def test_interpreted_kernel_is_a_dense_softmax(interpreter, case):
     out, expected = run(case, CASES.index(case), interpreter, blocks=4)
     assert_close(out, expected, case.dtype)
     empty = np.asarray(case.lengths) == 0
@@ -90,14 +90,14 @@ def test_interpreted_kernel_is_a_dense_softmax(interpreter, case):  # noqa: F811
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_any_mixture(interpreter, seed):  # noqa: F811
+def test_any_mixture(interpreter, seed):
     case = drawn(seed)
     out, expected = run(case, seed, interpreter, blocks=int(np.random.default_rng(seed).integers(1, 9)))
     assert_close(out, expected, case.dtype)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 7, 40])
-def test_the_split_does_not_matter(interpreter, blocks):  # noqa: F811
+def test_the_split_does_not_matter(interpreter, blocks):
     case = Case(H=64, S=32, G=4, K=2, lengths=(700, 3, 40))
     out, expected = run(case, 0, interpreter, blocks)
     assert_close(out, expected, case.dtype)

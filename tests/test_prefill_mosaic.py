@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import F16, FP8, INT8, Case, assert_close, dense, interpreter  # noqa: F401
 from jax.sharding import NamedSharding, PartitionSpec
 
+from attention_cases import F16, FP8, INT8, Case, assert_close, dense
 from ridgeline.pallas_kernels.attention import prefill_attention
 from ridgeline.pallas_kernels.prefill_mosaic import prefill_attention_mosaic
 from ridgeline.sharding import targets
@@ -55,13 +55,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_interpreted_kernel_is_a_dense_softmax(interpreter, case):  # noqa: F811
+def test_interpreted_kernel_is_a_dense_softmax(interpreter, case):
     arrays = case.arrays(CASES.index(case))
     out = prefill_attention_mosaic(**arrays, **case.options, interpret=interpreter)
     assert_close(out, dense(**arrays, **case.options), case.dtype)
 
 
-def test_queries_past_the_length_yield_zeros(interpreter):  # noqa: F811
+def test_queries_past_the_length_yield_zeros(interpreter):
     case = case_of(T=12, G=3, starts=(0, 20), lengths=(5, 20), sinks=True)
     out = prefill_attention_mosaic(**case.arrays(0), **case.options, interpret=interpreter)
     assert not np.asarray(out[0, 5:], np.float32).any()

@@ -1,0 +1,119 @@
+"""The attention kernels, compiled for an H200 that is not there: no spills, and blocks that fit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ridgeline.sharding import targets
+from ridgeline.sharding.targets import CHIPS
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def program(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import kernel_resources
+
+    return kernel_resources
+
+
+def test_the_kernels_fit_an_h200(program, tmp_path):
+    if not any(found.name.startswith("xla_cuda") for found in targets.metadata.entry_points(group="jax_plugins")):
+        pytest.skip("no CUDA plugin of JAX")
+    out = tmp_path / "resources.json"
+    script = BENCHMARKS / "kernel_resources.py"  # a process of its own, since a kernel is reported once in each
+    run = subprocess.run(
+        [sys.executable, script, "--cases", "quick", "--output", out], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    report = json.loads(out.read_text())
+    assert [result["case"] for result in report["results"]] == [str(case) for case in program.CASES if case.quick]
+    for result in report["results"]:
+        assert "error" not in result
+        assert result["collectives"] == 0
+        kernels = result["kernels"]
+        assert len(kernels) == (2 if result["op"] == "decode" else 1)
+        for kernel in kernels:
+            assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0)
+            assert 0 < kernel["registers"] <= 255
+            assert 0 < kernel["shared_memory"] <= 232448
+            assert kernel["blocks_per_sm"] >= 1
+        if result["op"] == "decode":
+            assert [kernel["waves"] for kernel in kernels if kernel["waves"]] == [1.0]
+
+
+PRINTED = """\
+ptxas info    : Compiling entry function 'one_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for one_mosaic_gpu_kernel
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 2 barriers, 1 bytes smem
+
+define TYPE @one_mosaic_gpu(ptr %0, ptr %1) {
+  call TYPE @CALL(ptr %0, i32 6, i32 2, i32 1, i32 0, i32 0, i32 0, i32 128, i32 3, i32 1, i32 1000, i32 0)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        ("void", "mosaic_gpu_launch_kernel"),
+        ("i32", "mosaic_gpu_launch_kernel"),
+        ("void", "mosaic_gpu_build_kernel_spec"),
+    ],
+    ids=["0.10", "0.11", "0.12"],
+)
+def test_reports_of_compiler_and_host_code_are_read(program, kind, call):
+    (kernel,) = program.kernels_in(PRINTED.replace("TYPE", kind).replace("CALL", call))
+    assert kernel == {
+        "kernel": "one",
+        "registers": 168,
+        "spill_stores": 4,
+        "spill_loads": 12,
+        "threads": 384,
+        "shared_memory": 1000,
+        "blocks": 12,
+    }
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "shared", "held"),
+    [
+        (128, 128, 2048, 4),  # 4 x 128 x 128 registers are all there are
+        (128, 129, 2048, 3),
+        (384, 168, 2048, 1),
+        (128, 32, 76800, 3),  # 3 x (75 KB + 1 KB) are all of the 228
+        (128, 32, 76801, 2),
+        (1024, 16, 0, 2),
+        (32, 16, 0, 32),
+    ],
+)
+def test_blocks_a_multiprocessor(program, threads, registers, shared, held):
+    kernel = {"kernel": program.FILLS, "threads": threads, "registers": registers, "shared_memory": shared}
+    found = program.occupancy(kernel | {"blocks": 3 * held * 132}, CHIPS["h200"])
+    assert found == {"blocks_per_sm": held, "waves": 3.0}
+
+
+def test_what_does_not_fit_is_a_fault(program):
+    good = {"kernel": "one", "registers": 100, "spill_stores": 0, "spill_loads": 0, "shared_memory": 232448}
+    good |= {"blocks_per_sm": 1, "waves": 1.0}
+
+    def faults(**changes):
+        return program.faults({"case": "c", "collectives": 0, "kernels": [good | changes]}, CHIPS["h200"])
+
+    assert faults() == []
+    assert faults(spill_stores=4) == ["c, one: spills, 4 bytes stored and 0 loaded"]
+    assert faults(shared_memory=232449) == ["c, one: 232449 bytes of shared memory a block; NVIDIA H200 has 232448"]
+    assert faults(waves=1.5) == [
+        "c, one: 1.5 waves, where one was meant; 1 blocks of 232448 bytes fit a multiprocessor"
+    ]
+    assert program.faults({"case": "c", "error": "E: no"}, CHIPS["h200"]) == ["c: E: no"]
+
+
+def test_host_code_of_another_form_is_an_error(program):
+    with pytest.raises(RuntimeError, match="one: no launch was found"):
+        program.kernels_in(PRINTED.replace("CALL", "launch"))
