@@ -59,7 +59,8 @@ def decode_tiling(head_dim: int, queries: int, *, quantised: bool) -> DecodeTili
     """
     columns = min(-(-queries // 8) * 8, (32 if quantised else 48) if head_dim <= 128 else 24)
     stage = 2 * _TILE * (head_dim + 4 if quantised else 2 * head_dim) + columns * head_dim * 2
-    fixed = columns * (head_dim + _TILE) * 2 + (2 * _TILE * head_dim if quantised else 0) + _REDUCTION_BYTES + _PADDING_BYTES
+    wide_tile = 2 * _TILE * head_dim if quantised else 0
+    fixed = columns * (head_dim + _TILE) * 2 + wide_tile + _REDUCTION_BYTES + _PADDING_BYTES
     wanted_blocks, wanted_stages = (3, 2) if quantised else (2, 3)
     for blocks in range(wanted_blocks, 0, -1):
         stages = min(6, (mosaic.SHARED_BYTES // blocks - mosaic.RESERVED_BYTES - fixed) // stage)
