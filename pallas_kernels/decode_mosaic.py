@@ -7,8 +7,9 @@ costs about 4 cycles of shared memory (512 bytes, each read once) against the 24
 memory on an H200: wgmma pays at every group size, and CUDA-core products, which read the same bytes from shared memory
 and add 2 * G fused multiply-adds an element, at none.
 
-int8 and fp8 tiles are widened through registers into a 16-bit tile and released at once; values are multiplied by their
-scales on the way, scores by those of the keys.
+int8 and fp8 tiles are widened through registers into a 16-bit tile and released at once. Scales meet scores and softmax
+weights, 8 numbers a position, and not keys and values, of which there are 16 times as many: what widening costs in
+instructions is what bounds these kernels.
 """
 
 import dataclasses
@@ -115,7 +116,7 @@ def decode_attention_mosaic(
         scales = tuple(_gathered(x, block_tables) for x in scales)
     schedule = make_schedule(lengths, queries=queries, window=window, tile=_TILE, heads=heads, blocks=blocks)
 
-    dtype = q.dtype
+    dtype, kv_dtype = q.dtype, k_pages.dtype
     group = R // queries
     pages = max(1, _TILE // S)  # a tile is this many pages, or a part of one
     copied = min(_TILE, S)
@@ -203,11 +204,6 @@ def decode_attention_mosaic(
             oldest = 0 if window is None else jnp.maximum(length - queries + 1 - window, 0)
             return oldest - base, length - base
 
-        def clear(tile_ref, rows):
-            """Zeros for rows that nobody sees: a weight of zero does not silence a NaN."""
-            kept = mosaic.between((_TILE, H), *rows)
-            mosaic.store(tile_ref, jnp.where(kept, mosaic.load(tile_ref, _LAYOUT), jnp.zeros((), dtype)))
-
         def step(i, carry):
             sums, highest, total, cursor, unit, new_unit, length, ahead, ahead_unit, ahead_new, page_ids = carry
             row, head, *_ = cursor
@@ -231,13 +227,18 @@ def decode_attention_mosaic(
             total = total * kept + p.sum(axis=0)
 
             plgpu.barrier_wait(v_ready.at[slot])
-            rows = real_rows(base, length)
+            rows, weights = real_rows(base, length), p
             if quantised:
-                mosaic.widen(values, wide_s, mosaic.load(v_scales_s.at[slot], _ROW), rows)
+                value_scales = mosaic.load(v_scales_s.at[slot], _ROW)
+                if dtype == jnp.float16:  # weights times scales may leave its range, which values do not
+                    mosaic.widen(values, wide_s, value_scales, rows)
+                else:
+                    mosaic.widen(values, wide_s)
+                    weights = jnp.where(seen, p * lax.broadcast_in_dim(value_scales, p.shape, [0]), 0.0)
                 values = wide_s
-            else:
-                pl.when((rows[0] > 0) | (rows[1] < _TILE))(lambda: clear(values, rows))
-            mosaic.store_transposed(p_s, p.astype(dtype), wide)
+            if kv_dtype != jnp.int8:  # which has no NaN
+                pl.when((rows[0] > 0) | (rows[1] < _TILE))(lambda: mosaic.clear_rows(values, rows))
+            mosaic.store_transposed(p_s, weights.astype(dtype), wide)
             plgpu.commit_smem()
 
             def fetch_next():
@@ -298,7 +299,6 @@ def decode_attention_mosaic(
         first = (cursor, jnp.int32(0), jnp.bool_(True), lengths_ref[row])
         lax.fori_loop(0, count, step, (*nothing, *first, ahead, ahead_unit, ahead_new, page_ids))
 
-    kv_dtype = k_pages.dtype
     narrow = mosaic.tiled(H, kv_dtype.itemsize)  # as loaded
     copies = pages + (pages if scales_paged else 1) * quantised  # of K or V, a tile
     scratch = [

@@ -36,6 +36,19 @@ def between(shape: Sequence[int], first: Any, end: Any) -> Any:
     return (row >= first) & (row < end)
 
 
+def clear_rows(tile: Any, real: tuple[Any, Any]) -> None:
+    """Zeros for the rows of a tile outside `real`, first and end: a weight of zero does not silence a NaN.
+
+    The tile, of 16 bits, has a multiple of 64 rows. It is done in blocks, for which registers suffice.
+    """
+    for first in range(0, tile.shape[0], 64):
+        for column, width in _column_blocks(tile.shape[1]):
+            part = tile.at[pl.ds(first, 64), pl.ds(column, width)]
+            value = load(part, plgpu.Layout.WGMMA)
+            kept = between(value.shape, *(row - first for row in real))
+            store(part, jnp.where(kept, value, jnp.zeros_like(value)))
+
+
 def widen(narrow: Any, wide: Any, row_weights: Any = None, rows: tuple[Any, Any] = (0, 64)) -> None:
     """Writes a tile of int8 or fp8 to one of 16 bits, in blocks of columns, for which registers suffice.
 
@@ -44,16 +57,14 @@ def widen(narrow: Any, wide: Any, row_weights: Any = None, rows: tuple[Any, Any]
       row_weights: [64] float32; each row is multiplied by its own.
       rows: the first row and the end of those that are real, with `row_weights`; the others become zeros.
     """
-    columns = narrow.shape[1]
-    block = columns if columns % 64 else 64
-    for start in range(0, columns, block):
-        part = load(narrow.at[:, pl.ds(start, block)], plgpu.Layout.WGMMA, optimized=False)
+    for start, width in _column_blocks(narrow.shape[1]):
+        part = load(narrow.at[:, pl.ds(start, width)], plgpu.Layout.WGMMA, optimized=False)
         if row_weights is not None:
             weighted = part.astype(jnp.float32) * lax.broadcast_in_dim(row_weights, part.shape, [0])
             part = jnp.where(between(part.shape, *rows), weighted, 0.0)
         elif part.dtype != jnp.int8 and wide.dtype == jnp.bfloat16:
             part = part.astype(jnp.float32)  # Hopper converts fp8 to float16 and float32 only
-        store(wide.at[:, pl.ds(start, block)], part.astype(wide.dtype))
+        store(wide.at[:, pl.ds(start, width)], part.astype(wide.dtype))
 
 
 def transposed(ref: Any) -> Any:
@@ -100,6 +111,12 @@ def iota(shape: Sequence[int], dimension: int, layout: Any) -> Any:
 
 def filled(shape: Sequence[int], value: float, layout: Any) -> Any:
     return plgpu.layout_cast(jnp.full(tuple(shape), value, jnp.float32), layout)
+
+
+def _column_blocks(columns: int) -> list[tuple[int, int]]:
+    """Start and width of blocks of 64 columns, or of one where 64 does not divide."""
+    width = columns if columns % 64 else 64
+    return [(start, width) for start in range(0, columns, width)]
 
 
 def swizzle_bytes(columns: int, itemsize: int) -> int:

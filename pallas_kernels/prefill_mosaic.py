@@ -338,7 +338,12 @@ def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
         plgpu.barrier_wait(turn)
         if not case.quantised:
             real = block.real_rows(tile)
-            pl.when((real[0] > 0) | (real[1] < case.keys))(lambda: _clear(case, v_s.ready.at[slot], real))
+
+            @pl.when((real[0] > 0) | (real[1] < case.keys))
+            def _():  # both warpgroups do so, each before it reads the tile: what they write is the same
+                mosaic.clear_rows(v_s.ready.at[slot], real)
+                plgpu.commit_smem()
+
         result = plus_values(result, probs, slot, tile)
         plgpu.barrier_arrive(v_s.freed.at[slot])
         return result, new_highest, total
@@ -355,20 +360,6 @@ def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
     carry = lax.fori_loop(block.low, block.high, step, carry)
     pl.when(warpgroup == 0)(next_turn)
     return carry
-
-
-def _clear(case, values, real):
-    """Zeros for the rows of a tile of V that no query sees: 0 * NaN is NaN.
-
-    Both warpgroups do so, each before it reads the tile: what they write is the same.
-    """
-    for first in range(0, case.keys, _ROWS):
-        for column in range(0, case.H, case.columns):
-            part = values.at[pl.ds(first, _ROWS), pl.ds(column, case.columns)]
-            value = mosaic.load(part, _LAYOUT)
-            kept = mosaic.between(value.shape, *(row - first for row in real))
-            part[...] = jnp.where(kept, value, jnp.zeros_like(value))
-    plgpu.commit_smem()
 
 
 def _div(a: Any, b: int) -> Any:
