@@ -8,6 +8,7 @@ Prefill and decode are two programs, compiled apart: the first is bound by arith
     print(rl.generate(model, ["Once upon a time"], rl.SamplingParams(max_tokens=64))[0].text)
 """
 
+from . import roofline
 from .decode.cache import KVCache, init_cache
 from .decode.generate import StreamChunk, default_sampling, generate, stream, warm_up
 from .decode.loop import decode_steps
@@ -63,6 +64,7 @@ __all__ = [
     "param_specs",
     "prefill",
     "preset",
+    "roofline",
     "sample",
     "stream",
     "transformer",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import chat, compile, convert, generate
+from . import chat, compile, convert, generate, plan
 from .common import FAILURE, OK, USAGE, UsageError
 
 EXAMPLES = """\
@@ -17,6 +17,7 @@ examples:
   echo "There was a king" | ridgeline generate - --seed 7
   ridgeline chat --model path/to/hf-checkpoint
   ridgeline convert path/to/hf-checkpoint path/to/converted
+  ridgeline plan llama-3.1-8b --hardware h100 --tensor 1,2 --batch 1,8,32
   ridgeline compile llama-3.1-8b --target h200 --devices 8
 """
 
@@ -61,6 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ridgeline {version('ridgeline')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, convert, compile):
+    for command in (generate, chat, convert, plan, compile):
         command.add_parser(commands)
     return parser

@@ -1,0 +1,297 @@
+"""`ridgeline plan`: what a model will do on a machine, before there is either."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich import box
+from rich.table import Table
+
+from ..decode.buckets import PREFILL_CHUNK
+from ..model.checkpoint.description import is_converted, read_description
+from ..model.checkpoint.files import read_object
+from ..model.config import ModelConfig
+from ..model.hf import config_from_hf
+from ..model.loading import BUNDLED
+from ..model.presets import PRESETS, preset
+from ..roofline.deployment import KV_FORMATS, WEIGHT_FORMATS, Deployment
+from ..roofline.hardware import HARDWARE, Hardware, find_hardware
+from ..roofline.measure import measure
+from ..roofline.plan import PlanRow, plan, remedies
+from ..roofline.plot import check_plot, plot_plan
+from ..roofline.predict import Phase
+from .common import OK, UsageError, terminal, usage_errors
+
+HERE = "here"
+_MEMORY_FRACTION = 0.9
+_BOUNDS = {"compute": "compute", "bandwidth": "memory", "communication": "links"}
+
+
+def add_parser(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="predict memory, latency, throughput and cost of a model on given hardware",
+        description="Work out from the model's shapes and the hardware's limits what fits, how fast it can be at best "
+        "and what bounds it, for every combination of tensor degree and batch. Nothing is loaded or compiled.",
+        epilog=f"presets: {', '.join(PRESETS)}",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a preset, a directory with a model's config.json, or 'bundled'")
+    add(
+        "--hardware",
+        choices=(*HARDWARE, HERE),
+        default="h100",
+        metavar="NAME",
+        help=f"one of {', '.join(HARDWARE)} (default: %(default)s), or '{HERE}' to measure this machine",
+    )
+    add("--tensor", type=_integers, default=[1], metavar="N,...", help="devices that share every layer (default: 1)")
+    add("--batch", type=_integers, default=[1, 8, 32], metavar="B,...", help="rows (default: 1,8,32)")
+    add("--context", type=int, metavar="S", help="positions a row holds (default: 8192, or the model's longest)")
+    add("--prompt", type=int, metavar="T", help="of them, prompt tokens (default: half)")
+    add(
+        "--weights",
+        choices=WEIGHT_FORMATS,
+        default="bfloat16",
+        metavar="FORMAT",
+        help=f"{', '.join(WEIGHT_FORMATS)}; int4 has groups of 128, int4-32 of 32 (default: %(default)s)",
+    )
+    add(
+        "--kv",
+        choices=KV_FORMATS,
+        metavar="FORMAT",
+        help=f"of the cache: {', '.join(KV_FORMATS)} (default: unquantised)",
+    )
+    add("--price", type=float, metavar="USD", help="of one device for an hour, to work out the price of a token")
+    add(
+        "--memory-fraction",
+        type=float,
+        default=_MEMORY_FRACTION,
+        metavar="F",
+        help="of a device's memory, for weights and cache (default: %(default)s)",
+    )
+    add(
+        "--efficiency", type=float, default=1.0, metavar="F", help="fraction of each limit that is reached (default: 1)"
+    )
+    add("--plot", type=Path, metavar="FILE", help="draw the roofline, TPOT and throughput to a .png, .pdf or .svg")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.set_defaults(run=run)
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between, such as 1,2,4") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    with usage_errors():
+        _check(args)
+        config = _config(args.model)
+        context = min(8192, config.max_position) if args.context is None else args.context
+        prompt = max(1, context // 2) if args.prompt is None else args.prompt
+        if not 1 <= context <= config.max_position:
+            raise ValueError(
+                f"--context is {context}; it must be between 1 and {config.max_position}, the longest that "
+                f"{args.model} was made for"
+            )
+        if not 1 <= prompt <= context:
+            raise ValueError(f"--prompt is {prompt}; it must be between 1 and --context {context}")
+        if args.plot is not None:
+            check_plot(args.plot)
+        # A weight format leaves activations as they are, and a checkpoint's float32 is not how it is run.
+        config = config.replace(dtype="bfloat16")
+        for tensor in args.tensor:  # a degree that the model cannot be shared by is refused before anything is measured
+            Deployment(config, args.weights, args.kv, tensor)
+    hardware, kv = _hardware(args.hardware), args.kv
+    if args.hardware == HERE and jax.default_backend() == "cpu":
+        kv = kv or "float32"  # as `init_cache` has it on a CPU
+    settings = {"context": context, "weights": args.weights, "kv": kv, "memory_fraction": args.memory_fraction}
+    with usage_errors():
+        rows = plan(
+            config,
+            hardware,
+            tensors=args.tensor,
+            batches=args.batch,
+            prompt=prompt,
+            chunk=PREFILL_CHUNK,
+            efficiency=args.efficiency,
+            price=args.price,
+            **settings,
+        )
+        deployment = Deployment(config, args.weights, kv)
+        dtype = deployment.config.dtype
+        title = f"{args.model} on {hardware.name}: weights {args.weights}, KV {kv or dtype}, context {context:,}"
+        if args.plot is not None:
+            plot_plan(args.plot, title, hardware, dtype, rows)
+    helps = [[] if row.fits else remedies(config, hardware, row, **settings) for row in rows]
+    if args.json:
+        report = {
+            "model": args.model,
+            "hardware": dataclasses.asdict(hardware),
+            "dtype": dtype,
+            "ridge": hardware.ridge(dtype),
+            "prompt": prompt,
+            **(settings | {"kv": kv or dtype}),
+            "efficiency": args.efficiency,
+            "price": args.price,
+            "kv_bytes_per_token": deployment.kv_bytes_per_token,
+            "rows": [_report(row, help) for row, help in zip(rows, helps, strict=True)],
+        }
+        print(json.dumps(report))
+        return OK
+    console = terminal()
+    fitting = [row for row in rows if row.fits]
+    tables = [_memory_table(title, rows, helps)]
+    if fitting:
+        tables += [_phase_table("prefill", fitting), _phase_table("decode", fitting)]
+        if args.price is not None:
+            tables.append(_price_table(fitting))
+    for table in tables:
+        console.print(table)
+    for line in _notes(args, hardware, deployment, fitting, prompt):
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
+    if args.plot is not None:
+        console.print(f"The plot is in {args.plot}.", highlight=False, soft_wrap=True)
+    return OK
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what needs no model to be refused."""
+    for name in ("tensor", "batch"):
+        for value in getattr(args, name):
+            if value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
+    for name in ("memory_fraction", "efficiency"):
+        value = getattr(args, name)
+        if not 0 < value <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and at most 1")
+    if args.price is not None and not 0 < args.price < float("inf"):
+        raise ValueError(f"--price is {args.price}; it must be positive")
+
+
+def _config(model: str) -> ModelConfig:
+    if model in PRESETS:
+        return preset(model)
+    directory = BUNDLED.get(model) or Path(model).expanduser()
+    file = directory / "config.json"
+    converted = is_converted(directory)
+    if not file.exists():
+        names = ", ".join((*BUNDLED, *PRESETS))
+        raise UsageError(f"{model!r} is no directory with a config.json and no preset; presets: {names}")
+    stated = config_from_hf(read_object(file))
+    return read_description(directory, stated) if converted else stated
+
+
+def _hardware(name: str) -> Hardware:
+    if name != HERE:
+        return find_hardware(name)
+    with terminal(stderr=True).status("measuring") as status:
+        return measure(progress=lambda what: status.update(f"measuring {what}"))
+
+
+def _memory_table(title: str, rows: list[PlanRow], helps: list[list[str]]) -> Table:
+    table = _table(f"{title}\n\nMemory of each device, GB", "tensor", "batch", "weights", "KV", "free")
+    table.add_column("fits")
+    for row, help in zip(rows, helps, strict=True):
+        sizes = (_number(size / 1e9) for size in (row.weight_bytes, row.kv_bytes, row.free_bytes))
+        if row.fits:
+            fits = f"yes, up to batch {row.largest_batch:,} or context {row.longest_context:,}"
+        else:
+            fits = f"no, but with {' or '.join(help)}" if help else "no"
+        table.add_row(str(row.tensor), str(row.batch), *sizes, fits, style=None if row.fits else "dim")
+    return table
+
+
+def _phase_table(name: str, rows: list[PlanRow]) -> Table:
+    """The prefill or the decode of every row that fits."""
+    prefill = name == "prefill"
+    speeds = ("TTFT", "tok/s") if prefill else ("TPOT", "tok/s/row", "tok/s")
+    columns = (*speeds, "bound", "MFU", "MBU", "links", "FLOP/byte")
+    table = _table(f"{name.capitalize()}, at best", "tensor", "batch", *columns)
+    for row in rows:
+        phase: Phase = getattr(row, name)
+        rate = phase.counts.tokens / phase.seconds
+        rates = (rate,) if prefill else (rate / row.batch, rate)
+        shares = (phase.mfu, phase.mbu, phase.communication_seconds / phase.seconds)
+        table.add_row(
+            str(row.tensor),
+            str(row.batch),
+            _time(phase.seconds),
+            *map(_number, rates),
+            _BOUNDS[phase.bound],
+            *(f"{share:.1%}" if share < 0.0995 else f"{share:.0%}" for share in shares),
+            _number(phase.intensity),
+        )
+    return table
+
+
+def _price_table(rows: list[PlanRow]) -> Table:
+    table = _table("USD a million tokens", "tensor", "batch", "of prompts", "new")
+    for row in rows:
+        table.add_row(str(row.tensor), str(row.batch), f"{row.cost_input:,.3f}", f"{row.cost_output:,.3f}")
+    return table
+
+
+def _notes(
+    args: argparse.Namespace, hardware: Hardware, deployment: Deployment, fitting: list[PlanRow], prompt: int
+) -> list[str]:
+    dtype, fraction = deployment.config.dtype, args.memory_fraction
+    notes = [
+        f"A device has {_number(hardware.memory / 1e9)} GB, of which {fraction:.0%} is for weights and cache (JAX "
+        f"takes 75% of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:g} is set). A token's keys and values "
+        f"take {deployment.kv_bytes_per_token / 1024:,.4g} KiB, all devices together.",
+    ]
+    if not fitting:
+        return notes
+    row = fitting[0]
+    flops, rate = row.decode.counts.flops, row.decode.counts.flops / row.tpot
+    limits = (
+        "their limits, and nothing runs faster: --efficiency 0.8 leaves a margin"
+        if args.efficiency == 1
+        else f"{args.efficiency:.0%} of their limits"
+    )
+    return [
+        *notes,
+        f"Ridge: {hardware.roof(dtype)}. Left of it a phase waits for memory, right of it for arithmetic.",
+        f"TTFT: {prompt:,} prompt tokens a row, all rows together, in chunks of {PREFILL_CHUNK:,}. TPOT: a decode step "
+        "at the full context, the slowest there is. Links: the part of the time that all-reduces take. "
+        f"Arithmetic, memory and links run at {limits}.",
+        f"MFU and MBU are rates over rates: the decode step of tensor {row.tensor}, batch {row.batch} is "
+        f"{flops / 1e9:,.3g} GFLOP a device, and in {_time(row.tpot)} that is {rate / 1e12:,.3g} TFLOP/s, "
+        f"{row.decode.mfu:.2%} of the peak. Texts that give an 8 B model on an A100 16 GFLOP/s and 0.005% take FLOP a "
+        "token for a rate: at 125 tokens/s it is 2 TFLOP/s, 0.64%.",
+    ]
+
+
+def _report(row: PlanRow, help: list[str]) -> dict[str, Any]:
+    named = ("fits", "ttft", "tpot", "tokens_per_second")
+    plain = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    per_row = {"tokens_per_second_per_row": row.tpot and 1 / row.tpot, "remedies": help}
+    phases = {name: getattr(row, name) and _phase(getattr(row, name)) for name in ("prefill", "decode")}
+    return plain | {name: getattr(row, name) for name in named} | per_row | phases
+
+
+def _phase(phase: Phase) -> dict[str, Any]:
+    return dataclasses.asdict(phase) | {"bound": phase.bound, "intensity": phase.intensity}
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _number(value: float) -> str:
+    """Three digits or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:,.2f} s"
+    return f"{_number(seconds * 1e3)} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"
