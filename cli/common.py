@@ -14,7 +14,12 @@ from rich.console import Console
 
 from ..decode.generate import default_sampling, warm_up
 from ..decode.sampling_params import SamplingParams
-from ..model.loading import Model, load_model
+from ..model.checkpoint.description import is_converted, read_description
+from ..model.checkpoint.files import read_object
+from ..model.config import ModelConfig
+from ..model.hf import config_from_hf
+from ..model.loading import BUNDLED, Model, load_model
+from ..model.presets import PRESETS, preset
 from ..sharding.mesh import make_mesh
 
 OK, FAILURE, USAGE = 0, 1, 2
@@ -113,3 +118,17 @@ def warm_up_programs(model: Model, prompt: Any, params: SamplingParams) -> float
 def terminal(stderr: bool = False) -> Console:
     """Where text for people goes."""
     return Console(stderr=stderr)
+
+
+def model_config(model: str) -> ModelConfig:
+    """The configuration of a preset, a bundled model, or a directory in Hugging Face layout or converted."""
+    if model in PRESETS:
+        return preset(model)
+    directory = BUNDLED.get(model) or Path(model).expanduser()
+    file = directory / "config.json"
+    converted = is_converted(directory)
+    if not file.exists():
+        names = ", ".join((*PRESETS, *BUNDLED))
+        raise UsageError(f"{model!r} is no directory with a config.json and no preset; presets: {names}")
+    stated = config_from_hf(read_object(file))
+    return read_description(directory, stated) if converted else stated

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,13 +11,11 @@ from rich.table import Table
 
 from ..decode.buckets import prefill_bucket
 from ..decode.lowering import abstract_cache, abstract_params, bytes_per_device, lower_decode, lower_prefill
-from ..model.checkpoint.files import read_object
-from ..model.config import DTYPES, ModelConfig
-from ..model.hf import config_from_hf
-from ..model.presets import PRESETS, preset
+from ..model.config import DTYPES
+from ..model.presets import PRESETS
 from ..sharding.hlo import Collective, collectives, parse
 from ..sharding.targets import CHIPS, Chip, compile_for_target, find_chip, target_mesh
-from .common import OK, UsageError, terminal, usage_errors
+from .common import OK, model_config, terminal, usage_errors
 
 _MEMORY_FRACTION = 0.75  # of a GPU's memory, which JAX takes at start unless it is told otherwise
 
@@ -55,7 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         epilog=f"presets: {', '.join(PRESETS)}",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a preset, or a directory that holds a Hugging Face config.json")
+    add("model", metavar="MODEL", help="a preset, a directory with a model's config.json, or 'bundled'")
     add("--target", choices=tuple(CHIPS), default="h200", help="the GPU (default: %(default)s)")
     add("--devices", type=int, default=1, metavar="N", help="GPUs that share every layer (default: %(default)s)")
     add("--batch", type=int, default=16, metavar="B", help="rows (default: %(default)s)")
@@ -75,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         prompt = args.context if args.prompt is None else args.prompt
         if not 1 <= prompt <= args.context:
             raise ValueError(f"--prompt is {prompt}; it must be between 1 and --context {args.context}")
-        config = _config(args.model).replace(dtype=args.dtype).replicate_kv_heads(args.devices)
+        config = model_config(args.model).replace(dtype=args.dtype).replicate_kv_heads(args.devices)
     mesh = target_mesh(args.target, tensor=args.devices)
     chip, sizes = find_chip(args.target), {"batch_size": args.batch, "max_length": args.context}
     with usage_errors():  # a model that so many devices cannot share
@@ -111,15 +108,6 @@ def run(args: argparse.Namespace) -> int:
     for line in _notes(programs, chip):
         console.print(line, style="dim", highlight=False, soft_wrap=True)
     return OK
-
-
-def _config(model: str) -> ModelConfig:
-    if model in PRESETS:
-        return preset(model)
-    file = Path(model).expanduser() / "config.json"
-    if not file.exists():
-        raise UsageError(f"{model!r} is no directory with a config.json and no preset; presets: {', '.join(PRESETS)}")
-    return config_from_hf(read_object(file))
 
 
 def _compile(lower: Any, tokens: int, chip: Chip) -> Compiled:

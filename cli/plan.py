@@ -11,19 +11,14 @@ from rich import box
 from rich.table import Table
 
 from ..decode.buckets import PREFILL_CHUNK
-from ..model.checkpoint.description import is_converted, read_description
-from ..model.checkpoint.files import read_object
-from ..model.config import ModelConfig
-from ..model.hf import config_from_hf
-from ..model.loading import BUNDLED
-from ..model.presets import PRESETS, preset
+from ..model.presets import PRESETS
 from ..roofline.deployment import KV_FORMATS, WEIGHT_FORMATS, Deployment
 from ..roofline.hardware import HARDWARE, Hardware, find_hardware
 from ..roofline.measure import measure
 from ..roofline.plan import PlanRow, plan, remedies
 from ..roofline.plot import check_plot, plot_plan
 from ..roofline.predict import Phase
-from .common import OK, UsageError, terminal, usage_errors
+from .common import OK, model_config, terminal, usage_errors
 
 HERE = "here"
 _MEMORY_FRACTION = 0.9
@@ -90,7 +85,7 @@ def _integers(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> int:
     with usage_errors():
         _check(args)
-        config = _config(args.model)
+        config = model_config(args.model)
         context = min(8192, config.max_position) if args.context is None else args.context
         prompt = max(1, context // 2) if args.prompt is None else args.prompt
         if not 1 <= context <= config.max_position:
@@ -171,19 +166,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and at most 1")
     if args.price is not None and not 0 < args.price < float("inf"):
         raise ValueError(f"--price is {args.price}; it must be positive")
-
-
-def _config(model: str) -> ModelConfig:
-    if model in PRESETS:
-        return preset(model)
-    directory = BUNDLED.get(model) or Path(model).expanduser()
-    file = directory / "config.json"
-    converted = is_converted(directory)
-    if not file.exists():
-        names = ", ".join((*BUNDLED, *PRESETS))
-        raise UsageError(f"{model!r} is no directory with a config.json and no preset; presets: {names}")
-    stated = config_from_hf(read_object(file))
-    return read_description(directory, stated) if converted else stated
 
 
 def _hardware(name: str) -> Hardware:

@@ -8,13 +8,12 @@ memory on an H200: wgmma pays at every group size, and CUDA-core products, which
 and add 2 * G fused multiply-adds an element, at none.
 
 int8 and fp8 tiles are widened through registers into a 16-bit tile and released at once. Scales meet scores and softmax
-weights, 8 numbers a position, and not keys and values, of which there are 16 times as many: what widening costs in
-instructions is what bounds these kernels.
+weights, 8 numbers a position, and not keys and values, of which there are 16 times as many: by their instructions, of
+which widening is the most, these kernels have little room.
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,6 @@ _REDUCTION_BYTES = 1024  # of shared memory, for maxima and sums across warps
 _MULTIPROCESSORS = 132  # of an H100 or H200 SXM, where JAX does not say
 _LAYOUT = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
-_LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +111,7 @@ def decode_attention_mosaic(
     # Copies of under 128 bytes are refused, so that the scales of smaller pages are gathered into tiles beforehand.
     scales_paged = S * 4 >= 128
     if not scales_paged:
-        scales = tuple(_gathered(x, block_tables) for x in scales)
+        scales = tuple(mosaic.scales_in_order(x, block_tables, _TILE) for x in scales)
     schedule = make_schedule(lengths, queries=queries, window=window, tile=_TILE, heads=heads, blocks=blocks)
 
     dtype, kv_dtype = q.dtype, k_pages.dtype
@@ -327,16 +325,8 @@ def decode_attention_mosaic(
     )(q, k_pages, v_pages, *scales, block_tables, lengths, schedule.work, schedule.rows)
 
     if sinks is not None:
-        sinks = jnp.tile(sinks.astype(jnp.float32) * _LOG2E, (1, queries))
+        sinks = jnp.tile(sinks.astype(jnp.float32) * mosaic.LOG2E, (1, queries))
         sinks = jnp.pad(sinks, ((0, 0), (0, splits * columns - R))).reshape(heads, columns)
     rows = R if splits == 1 else columns
     out = combine_partials(sums, stats, schedule.pieces, sinks, rows=rows, dtype=dtype, interpret=interpret)
     return out.reshape(B, K, splits * rows, H)[:, :, :R]
-
-
-def _gathered(scales: Float[Array, "P K S"], block_tables: Int[Array, "B N"]) -> Float[Array, "B K tiles 64"]:
-    """Scales of each row's positions in order, tile by tile."""
-    B, N = block_tables.shape
-    K, S = scales.shape[1:]
-    tables = jnp.pad(block_tables, ((0, 0), (0, -N % (_TILE // S))))
-    return scales[tables].transpose(0, 2, 1, 3).reshape(B, K, -1, _TILE)

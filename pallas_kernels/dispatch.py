@@ -112,7 +112,7 @@ def serve(
     try:
         check()
     except NotImplementedError as refusal:
-        _say_once(f"{op}: {refusal}; XLA serves, more slowly", device.platform)
+        _say_once(f"{op}: {refusal}; XLA serves", device.platform)
         return reference(*arrays)
     return lax.platform_dependent(*arrays, cuda=mosaic, default=reference)
 

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
 
 NEVER = -1e30  # a finite "minus infinity": a row that sees nothing yields zeros, not NaN
 
 SHARED_BYTES = 228 * 1024  # of shared memory a multiprocessor of Hopper has
 RESERVED_BYTES = 1024  # of it that each thread block takes for itself
 
-_LOG2E = math.log2(math.e)
+LOG2E = math.log2(math.e)
 _NEW = jax.__version_info__ >= (0, 11)
 
 
@@ -25,9 +26,9 @@ def scores_in_bits(products: Any, scale: float, soft_cap: float | None) -> Any:
     tanh is written out: the hardware's own is exact to 11 bits, which a cap of 50 turns into an error of 2 %.
     """
     if soft_cap is None:
-        return products * (scale * _LOG2E)
-    grown = jnp.exp2(products * (2 * _LOG2E * scale / soft_cap))
-    return (soft_cap * _LOG2E) - (2 * soft_cap * _LOG2E) / (grown + 1.0)
+        return products * (scale * LOG2E)
+    grown = jnp.exp2(products * (2 * LOG2E * scale / soft_cap))
+    return (soft_cap * LOG2E) - (2 * soft_cap * LOG2E) / (grown + 1.0)
 
 
 def between(shape: Sequence[int], first: Any, end: Any) -> Any:
@@ -130,6 +131,16 @@ def tiled(columns: int, itemsize: int) -> tuple[Any, ...]:
     if swizzle == 16:  # no swizzle at all
         return ()
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def scales_in_order(
+    scales: Float[Array, "P K S"], block_tables: Int[Array, "B N"], tile: int
+) -> Float[Array, "B K tiles tile"]:
+    """The scales of each row's positions in order, in whole tiles: for pages too small to be copied from."""
+    B, N = block_tables.shape
+    K, S = scales.shape[1:]
+    tables = jnp.pad(block_tables, ((0, 0), (0, -N % (tile // S))))
+    return scales[tables].transpose(0, 2, 1, 3).reshape(B, K, -1, tile)
 
 
 def row_blocks(rows: int) -> list[int]:

@@ -62,7 +62,7 @@ def copy_and_widen(block, pages, scales, both):
         if case.paged_scales:
             _fetch(block, pieces, source_scales, tiles.scales, tiles.arrived)
         else:
-            there = source_scales.at[block.row, block.head, pl.ds(tile * case.keys, case.keys)]
+            there = source_scales.at[block.row, block.head, tile]
             plgpu.copy_gmem_to_smem(there, tiles.scales, tiles.arrived)
 
     def widen(tile, tiles, real):

@@ -12,7 +12,6 @@ row; R = T * G query rows of a KV head, padded to whole blocks, of which row r i
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -28,7 +27,6 @@ from .prefill_copy import STAGES, Tiles, copy_and_widen, copy_tiles
 _ATTENDING = 2  # warpgroups
 _ROWS = 64  # query rows a warpgroup: the height of one wgmma, and all that fits in registers at 256 dims
 _BLOCK = _ATTENDING * _ROWS
-_LOG2E = math.log2(math.e)
 _LAYOUT = plgpu.Layout.WGMMA
 
 
@@ -83,7 +81,9 @@ def prefill_attention_mosaic(
         sinks = jnp.pad(jnp.tile(sinks.astype(jnp.float32), (1, T)), ((0, 0), (0, R - T * G)))
     scales = None
     if quantised:
-        scales = [of if case.paged_scales else _in_row_order(of, block_tables, case) for of in (k_scales, v_scales)]
+        scales = [k_scales, v_scales]
+        if not case.paged_scales:
+            scales = [mosaic.scales_in_order(x, block_tables, case.keys) for x in scales]
     out = mosaic.kernel(
         functools.partial(_body, case),
         out_type=jax.ShapeDtypeStruct(rows.shape, q.dtype),
@@ -97,12 +97,6 @@ def prefill_attention_mosaic(
         interpret=interpret,
     )(rows, (k_pages, v_pages), scales, block_tables, starts, lengths, sinks)
     return out[:, :, : T * G].reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4)
-
-
-def _in_row_order(scales: Float[Array, "P K S"], block_tables: Int[Array, "B N"], case: Any) -> Float[Array, "B K C"]:
-    """The scales of each row's positions, in whole tiles."""
-    taken = scales[jnp.clip(block_tables, 0, case.P - 1)].transpose(0, 2, 1, 3).reshape(case.B, case.K, -1)
-    return jnp.pad(taken, ((0, 0), (0, 0), (0, -taken.shape[2] % case.keys)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +259,7 @@ def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q
         result, highest, total = _attend(block, warpgroup, first, mine, k_s, v_s, turn, probs)
         if sinks is not None:
             sink = mosaic.load(sinks.at[block.head, pl.ds(first, _ROWS)], _LAYOUT.reduce(1), optimized=False)
-            total = total + jnp.exp2(sink * _LOG2E - highest)
+            total = total + jnp.exp2(sink * mosaic.LOG2E - highest)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         result = result * lax.broadcast_in_dim(1 / total, result.shape, [0])
         row = mosaic.iota(result.shape, 0, _LAYOUT) + first
@@ -280,7 +274,7 @@ def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
     """The loop over keys for 64 query rows: unnormalised result, highest score in bits, sum of the exponentials."""
     case = block.case
     # Multiplied in the exponential, where it costs nothing; capped scores are in bits already.
-    to_bits = case.scale * _LOG2E if case.soft_cap is None else 1.0
+    to_bits = case.scale * mosaic.LOG2E if case.soft_cap is None else 1.0
 
     def next_turn():
         plgpu.barrier_arrive(turn)

@@ -1,6 +1,7 @@
 """What every test file shares: where compiled programs are kept, and the models."""
 
 import pathlib
+from importlib import metadata
 
 import jax
 import pytest
@@ -25,6 +26,13 @@ def model() -> rl.Model:
 @pytest.fixture(scope="session")
 def bundled() -> rl.Model:
     return rl.load_model("bundled", dtype="float32")
+
+
+@pytest.fixture
+def plugin():
+    """The compiler for GPUs."""
+    if not any(found.name.startswith("xla_cuda") for found in metadata.entry_points(group="jax_plugins")):
+        pytest.skip("no CUDA plugin of JAX")
 
 
 @pytest.fixture

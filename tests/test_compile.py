@@ -19,12 +19,6 @@ def small(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def plugin():
-    if not any(found.name.startswith("xla_cuda") for found in targets.metadata.entry_points(group="jax_plugins")):
-        pytest.skip("no CUDA plugin of JAX")
-
-
 def compile_json(capsys, *args):
     assert main(["compile", *map(str, args), "--json"]) == 0
     return json.loads(capsys.readouterr().out)

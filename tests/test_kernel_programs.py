@@ -12,7 +12,6 @@ import pytest
 
 import ridgeline as rl
 from ridgeline.decode.lowering import abstract_cache, lower_decode, lower_prefill
-from ridgeline.sharding import targets
 from ridgeline.sharding.hlo import num_elements, parse
 from ridgeline.sharding.targets import compile_for_target, target_mesh
 
@@ -33,10 +32,7 @@ PROGRAMS = {"decode": (lower_decode, 2), "prefill": (functools.partial(lower_pre
 """How each is lowered, and its kernels a layer: decode splits the cache and combines the parts."""
 
 
-@pytest.fixture(autouse=True)
-def _plugin():
-    if not any(found.name.startswith("xla_cuda") for found in targets.metadata.entry_points(group="jax_plugins")):
-        pytest.skip("no CUDA plugin of JAX")
+pytestmark = pytest.mark.usefixtures("plugin")
 
 
 def compiled(name, program, target="h200", tensor=1):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ridgeline.sharding import targets
 from ridgeline.sharding.targets import CHIPS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -21,9 +20,7 @@ def program(monkeypatch):
     return kernel_resources
 
 
-def test_the_kernels_fit_an_h200(program, tmp_path):
-    if not any(found.name.startswith("xla_cuda") for found in targets.metadata.entry_points(group="jax_plugins")):
-        pytest.skip("no CUDA plugin of JAX")
+def test_the_kernels_fit_an_h200(plugin, program, tmp_path):
     out = tmp_path / "resources.json"
     script = BENCHMARKS / "kernel_resources.py"  # a process of its own, since a kernel is reported once in each
     run = subprocess.run(

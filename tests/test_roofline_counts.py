@@ -87,12 +87,6 @@ def test_bytes_of_parameters_and_cache_are_those_held():
     assert deployment.kv_bytes_per_token == 2 * 2 * 3 * 20 * 4
 
 
-@pytest.fixture
-def plugin():
-    if not any(found.name.startswith("xla_cuda") for found in targets.metadata.entry_points(group="jax_plugins")):
-        pytest.skip("no CUDA plugin of JAX")
-
-
 @pytest.mark.parametrize("tensor", [1, 2, 8, 16])
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-2-9b", "qwen2.5-7b", "olmo-2-7b"])
 def test_bytes_of_a_device_are_those_of_the_mesh(plugin, name, tensor):

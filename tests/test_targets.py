@@ -10,12 +10,6 @@ from ridgeline.sharding.hlo import collectives, parse
 from ridgeline.sharding.targets import CHIPS, compile_for_target, target_mesh
 
 
-@pytest.fixture
-def plugin():
-    if not any(found.name.startswith("xla_cuda") for found in targets.metadata.entry_points(group="jax_plugins")):
-        pytest.skip("no CUDA plugin of JAX")
-
-
 @pytest.mark.parametrize("target", CHIPS)
 def test_a_split_product_compiles_for_every_target(plugin, target):
     mesh = target_mesh(target, tensor=4)
