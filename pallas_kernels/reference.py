@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
 _NEVER = -1e30  # a finite "minus infinity": a row that sees nothing yields zeros, not NaN
-_QUERY_BLOCK = 512  # queries scored at once, so that long prompts never hold [T, T] scores
+_QUERY_BLOCK = 256  # queries scored at once, so that long prompts never hold [T, T] scores
 _KEY_BLOCK = 256  # cached positions scored at once in prefill
 _TINY = jnp.finfo(jnp.float32).tiny
 
@@ -33,16 +33,9 @@ def causal_attention(
         scores = _scores(q_block, k, scale, soft_cap)
         queries, keys = first + jnp.arange(q_block.shape[1]), jnp.arange(T)
         probs = jax.nn.softmax(jnp.where(_visible(queries[:, None], keys, window), scores, _NEVER), axis=-1)
-        out = jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return out.astype(q.dtype)
+        return jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
-    if T <= _QUERY_BLOCK:
-        return block(q, 0)
-    count = -(-T // _QUERY_BLOCK)
-    padded = jnp.pad(q, ((0, 0), (0, count * _QUERY_BLOCK - T), (0, 0), (0, 0), (0, 0)))
-    blocks = jnp.moveaxis(padded.reshape(q.shape[0], count, _QUERY_BLOCK, *q.shape[2:]), 1, 0)
-    out = lax.map(lambda args: jax.checkpoint(block)(*args), (blocks, jnp.arange(count) * _QUERY_BLOCK))
-    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :T]
+    return _over_queries(block, q)
 
 
 def prefill_attention(
@@ -65,39 +58,47 @@ def prefill_attention(
     S, N = k_pages.shape[2], block_tables.shape[1]
     pages = next(n for n in range(max(1, min(N, _KEY_BLOCK // S)), 0, -1) if N % n == 0)
     width = pages * S
-    queries = starts[:, None] + jnp.arange(T)
+    dtype = k_pages.dtype if k_scales is None else jnp.float32
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def block_of(cache, scales, index):  # [B, width, K, H]
-        def taken(array):  # [B, width, K, ...]
+    def block_of(cache, scales, index):  # [B, K, width, H]
+        def taken(array):  # [B, K, width, ...]
             first = index * pages
             if identity_table:
                 part = lax.dynamic_slice_in_dim(array.reshape(B, N, *array.shape[1:]), first, pages, axis=1)
             else:
                 part = array[lax.dynamic_slice_in_dim(block_tables, first, pages, axis=1)]
-            return jnp.moveaxis(part, 2, 3).reshape(B, width, K, *array.shape[3:])
+            return jnp.moveaxis(part, 1, 2).reshape(B, K, width, *array.shape[3:])
 
-        return taken(cache) if scales is None else taken(cache).astype(jnp.float32) * taken(scales)[..., None]
+        return taken(cache) if scales is None else taken(cache).astype(dtype) * taken(scales)[..., None]
 
-    def step(index, carry):  # online softmax (Milakov and Gimelshein 2018), one block of keys at a time
-        out, total, highest = carry
-        keys = index * width + jnp.arange(width)
-        scores = _scores(q, block_of(k_pages, k_scales, index), scale, soft_cap)
-        visible = _visible(queries[:, :, None], keys, window) & (keys < lengths[:, None, None])
-        scores = jnp.where(visible[:, None, None], scores, _NEVER)
-        new_highest = jnp.maximum(highest, scores.max(axis=-1))
-        kept = jnp.exp(highest - new_highest)
-        probs = jnp.where(visible[:, None, None], jnp.exp(scores - new_highest[..., None]), 0.0)
-        v = block_of(v_pages, v_scales, index)
-        update = jnp.einsum("bkgts,bskh->bkgth", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return out * kept[..., None] + update, total * kept + probs.sum(axis=-1), new_highest
+    def attend(q, first_query):  # [B, T, K, G, H] of a block of queries -> [B, T, K, G, H]
+        T = q.shape[1]
+        R = G * T
+        queries = starts[:, None] + first_query + jnp.arange(R) % T
+        q = q.astype(dtype).transpose(0, 2, 3, 1, 4).reshape(B, K, R, H)
 
-    shape = (B, K, G, T)
-    init = (jnp.zeros((*shape, H), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, _NEVER, jnp.float32))
-    last = -(-lengths.max() // width)
-    first = jnp.zeros_like(last) if window is None else jnp.maximum(starts.min() - window + 1, 0) // width
-    out, total, highest = lax.fori_loop(first, last, step, init)
-    total = _with_sinks(total, highest, None if sinks is None else sinks[..., None])
-    return (out / total[..., None]).transpose(0, 3, 1, 2, 4).astype(q.dtype)
+        def step(index, carry):  # online softmax (Milakov and Gimelshein 2018), one block of keys at a time
+            out, total, highest = carry
+            keys = index * width + jnp.arange(width)
+            scores = product("bkrh,bksh->bkrs", q, block_of(k_pages, k_scales, index))
+            visible = _visible(queries[:, :, None], keys, window) & (keys < lengths[:, None, None])
+            scores = jnp.where(visible[:, None], _capped(scores * scale, soft_cap), _NEVER)
+            new_highest = jnp.maximum(highest, scores.max(axis=-1))
+            kept = jnp.exp(highest - new_highest)
+            probs = jnp.where(visible[:, None], jnp.exp(scores - new_highest[..., None]), 0.0)
+            update = product("bkrs,bksh->bkrh", probs.astype(dtype), block_of(v_pages, v_scales, index))
+            return out * kept[..., None] + update, total * kept + probs.sum(axis=-1), new_highest
+
+        shape = (B, K, R)
+        zeros = jnp.zeros((*shape, H), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, _NEVER, jnp.float32)
+        end = jnp.minimum(lengths.max(), starts.max() + first_query + T)
+        first = 0 if window is None else jnp.maximum(starts.min() + first_query - window + 1, 0) // width
+        out, total, highest = lax.fori_loop(jnp.int32(first), -(-end // width), step, zeros)
+        total = _with_sinks(total, highest, None if sinks is None else jnp.repeat(sinks, T, axis=1))
+        return (out / total[..., None]).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+
+    return _over_queries(attend, q)
 
 
 def decode_attention(
@@ -124,27 +125,39 @@ def decode_attention(
     def rows(array: Any) -> Any:
         return array.reshape(B, N, *array.shape[1:]) if identity_table else array[block_tables]
 
-    # Pages stay a batch axis of both products and the cache their left operand, contracted as it lies: any other form
-    # makes XLA transpose or convert the whole cache at every step.
+    # Pages stay a batch axis of both products: any other form makes XLA transpose or convert the whole cache at every
+    # step. Scores lie as [queries, positions], so that both are plain products of the cache as it lies.
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     pages_q = jnp.broadcast_to(q.astype(dtype)[:, None], (B, N, K, R, H))
-    scores = product("bnksh,bnkrh->bnksr", rows(k_pages).astype(dtype), pages_q)
+    scores = product("bnkrh,bnksh->bnkrs", pages_q, rows(k_pages).astype(dtype))
     if k_scales is not None:
-        scores = scores * rows(k_scales)[..., None]
+        scores = scores * rows(k_scales)[..., None, :]
     scores = _capped(scores * scale, soft_cap)
-    positions = jnp.arange(N * S).reshape(N, S, 1)
+    positions = jnp.arange(N * S).reshape(N, 1, S)
     ends = lengths[:, None, None, None]
-    last_seen = ends - queries + jnp.arange(R) // (R // queries)
+    last_seen = ends - queries + (jnp.arange(R) // (R // queries))[:, None]
     visible = (_visible(last_seen, positions, window) & (positions < ends))[:, :, None]
     scores = jnp.where(visible, scores, _NEVER)
-    highest = scores.max(axis=(1, 3), keepdims=True)
+    highest = scores.max(axis=(1, 4), keepdims=True)
     probs = jnp.where(visible, jnp.exp(scores - highest), 0.0)
-    total = probs.sum(axis=(1, 3))
-    total = _with_sinks(total, highest[:, 0, :, 0], None if sinks is None else jnp.tile(sinks, (1, queries)))
+    total = probs.sum(axis=(1, 4))
+    total = _with_sinks(total, highest[:, 0, ..., 0], None if sinks is None else jnp.tile(sinks, (1, queries)))
     if v_scales is not None:
-        probs = probs * rows(v_scales)[..., None]
-    out = product("bnksr,bnksh->bnkrh", probs.astype(dtype), rows(v_pages).astype(dtype)).sum(axis=1)
+        probs = probs * rows(v_scales)[..., None, :]
+    out = product("bnkrs,bnksh->bnkrh", probs.astype(dtype), rows(v_pages).astype(dtype)).sum(axis=1)
     return (out / total[..., None]).astype(q.dtype)
+
+
+def _over_queries(attend: Any, q: Float[Array, "B T K G H"]) -> Float[Array, "B T K G H"]:
+    """attend(queries, index of the first) of one block of queries after the other."""
+    B, T, *rest = q.shape
+    if T <= _QUERY_BLOCK:
+        return attend(q, 0).astype(q.dtype)
+    count = -(-T // _QUERY_BLOCK)
+    padded = jnp.pad(q, ((0, 0), (0, count * _QUERY_BLOCK - T), *((0, 0),) * len(rest)))
+    blocks = jnp.moveaxis(padded.reshape(B, count, _QUERY_BLOCK, *rest), 1, 0)
+    out = lax.map(lambda args: jax.checkpoint(attend)(*args), (blocks, jnp.arange(count) * _QUERY_BLOCK))
+    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :T].astype(q.dtype)
 
 
 def _with_sinks(total: Float[Array, "..."], highest: Float[Array, "..."], sinks: Any) -> Float[Array, "..."]:
