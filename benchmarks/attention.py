@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from attention_rows import EVEN, ITEMSIZE, LEVEL, QUICK, SKEW_TARGET, SKEWED, TINY, Row, full
-from environment import RESULTS, command, hardware, now, store, versions
 from jax import lax
 from timing import ceilings, in_turns
 from tqdm import tqdm
 
 from ridgeline.pallas_kernels.attention import decode_attention, prefill_attention
 from ridgeline.pallas_kernels.dispatch import current_device
+from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
 
 BOUND = 2e-2  # relative error, as norms
 DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}

@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from environment import RESULTS, command, hardware, now, store, versions
-
 ASK = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
 """Settings that make the plugin print what is read here; it looks at them when a process first compiles a kernel."""
 
@@ -337,6 +335,7 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from tqdm import tqdm
 
+    from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
     from ridgeline.sharding.targets import find_chip
 
     cases = [case for case in CASES if (args.cases == "all" or case.quick) and args.only in str(case)]

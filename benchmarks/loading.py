@@ -23,8 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from environment import RESULTS, command, hardware, now, store, versions
-
 CHUNK = 16 * 2**20
 
 TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -364,6 +362,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from ridgeline.model.checkpoint import Checkpoint
     from ridgeline.model.loading import convert_model
+    from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
 
     directory = args.checkpoint or scratch / "checkpoint"
     if args.checkpoint is None:

@@ -31,7 +31,6 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from environment import RESULTS, command, hardware, now, store, versions
 from request_trace import (
     CONVERSATION,
     TraceRequest,
@@ -51,6 +50,7 @@ from ridgeline.decode import buckets
 from ridgeline.decode.generate import stream, warm_up
 from ridgeline.model.loading import GenerationDefaults
 from ridgeline.model.presets import PRESETS, preset
+from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
 
 PERCENTILES = (50, 90, 99)
 

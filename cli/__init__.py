@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import chat, compile, convert, generate, plan
+from . import bench, chat, compile, convert, generate, plan
 from .common import FAILURE, OK, USAGE, UsageError
 
 EXAMPLES = """\
@@ -18,6 +18,7 @@ examples:
   ridgeline chat --model path/to/hf-checkpoint
   ridgeline convert path/to/hf-checkpoint path/to/converted
   ridgeline plan llama-3.1-8b --hardware h100 --tensor 1,2 --batch 1,8,32
+  ridgeline bench llama-3.2-1b --layers 4 --batch 1,8 --compare transformers
   ridgeline compile llama-3.1-8b --target h200 --devices 8
 """
 
@@ -62,6 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ridgeline {version('ridgeline')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, convert, plan, compile):
+    for command in (generate, chat, convert, plan, bench, compile):
         command.add_parser(commands)
     return parser

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich import box
 from rich.table import Table
 
 from ..decode.buckets import PREFILL_CHUNK
@@ -19,6 +18,7 @@ from ..roofline.plan import PlanRow, plan, remedies
 from ..roofline.plot import check_plot, plot_plan
 from ..roofline.predict import Phase
 from .common import OK, model_config, terminal, usage_errors
+from .formats import duration, integers, number, simple_table
 
 HERE = "here"
 _MEMORY_FRACTION = 0.9
@@ -42,8 +42,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         metavar="NAME",
         help=f"one of {', '.join(HARDWARE)} (default: %(default)s), or '{HERE}' to measure this machine",
     )
-    add("--tensor", type=_integers, default=[1], metavar="N,...", help="devices that share every layer (default: 1)")
-    add("--batch", type=_integers, default=[1, 8, 32], metavar="B,...", help="rows (default: 1,8,32)")
+    add("--tensor", type=integers, default=[1], metavar="N,...", help="devices that share every layer (default: 1)")
+    add("--batch", type=integers, default=[1, 8, 32], metavar="B,...", help="rows (default: 1,8,32)")
     add("--context", type=int, metavar="S", help="positions a row holds (default: 8192, or the model's longest)")
     add("--prompt", type=int, metavar="T", help="of them, prompt tokens (default: half)")
     add(
@@ -73,13 +73,6 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add("--plot", type=Path, metavar="FILE", help="draw the roofline, TPOT and throughput to a .png, .pdf or .svg")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     parser.set_defaults(run=run)
-
-
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between, such as 1,2,4") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -176,10 +169,10 @@ def _hardware(name: str) -> Hardware:
 
 
 def _memory_table(title: str, rows: list[PlanRow], helps: list[list[str]]) -> Table:
-    table = _table(f"{title}\n\nMemory of each device, GB", "tensor", "batch", "weights", "KV", "free")
+    table = simple_table(f"{title}\n\nMemory of each device, GB", "tensor", "batch", "weights", "KV", "free")
     table.add_column("fits")
     for row, help in zip(rows, helps, strict=True):
-        sizes = (_number(size / 1e9) for size in (row.weight_bytes, row.kv_bytes, row.free_bytes))
+        sizes = (number(size / 1e9) for size in (row.weight_bytes, row.kv_bytes, row.free_bytes))
         if row.fits:
             fits = f"yes, up to batch {row.largest_batch:,} or context {row.longest_context:,}"
         else:
@@ -193,7 +186,7 @@ def _phase_table(name: str, rows: list[PlanRow]) -> Table:
     prefill = name == "prefill"
     speeds = ("TTFT", "tok/s") if prefill else ("TPOT", "tok/s/row", "tok/s")
     columns = (*speeds, "bound", "MFU", "MBU", "links", "FLOP/byte")
-    table = _table(f"{name.capitalize()}, at best", "tensor", "batch", *columns)
+    table = simple_table(f"{name.capitalize()}, at best", "tensor", "batch", *columns)
     for row in rows:
         phase: Phase = getattr(row, name)
         rate = phase.counts.tokens / phase.seconds
@@ -202,17 +195,17 @@ def _phase_table(name: str, rows: list[PlanRow]) -> Table:
         table.add_row(
             str(row.tensor),
             str(row.batch),
-            _time(phase.seconds),
-            *map(_number, rates),
+            duration(phase.seconds),
+            *map(number, rates),
             _BOUNDS[phase.bound],
             *(f"{share:.1%}" if share < 0.0995 else f"{share:.0%}" for share in shares),
-            _number(phase.intensity),
+            number(phase.intensity),
         )
     return table
 
 
 def _price_table(rows: list[PlanRow]) -> Table:
-    table = _table("USD a million tokens", "tensor", "batch", "of prompts", "new")
+    table = simple_table("USD a million tokens", "tensor", "batch", "of prompts", "new")
     for row in rows:
         table.add_row(str(row.tensor), str(row.batch), f"{row.cost_input:,.3f}", f"{row.cost_output:,.3f}")
     return table
@@ -223,7 +216,7 @@ def _notes(
 ) -> list[str]:
     dtype, fraction = deployment.config.dtype, args.memory_fraction
     notes = [
-        f"A device has {_number(hardware.memory / 1e9)} GB, of which {fraction:.0%} is for weights and cache (JAX "
+        f"A device has {number(hardware.memory / 1e9)} GB, of which {fraction:.0%} is for weights and cache (JAX "
         f"takes 75% of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:g} is set). A token's keys and values "
         f"take {deployment.kv_bytes_per_token / 1024:,.4g} KiB, all devices together.",
     ]
@@ -243,7 +236,7 @@ def _notes(
         "at the full context, the slowest there is. Links: the part of the time that all-reduces take. "
         f"Arithmetic, memory and links run at {limits}.",
         f"MFU and MBU are rates over rates: the decode step of tensor {row.tensor}, batch {row.batch} is "
-        f"{flops / 1e9:,.3g} GFLOP a device, and in {_time(row.tpot)} that is {rate / 1e12:,.3g} TFLOP/s, "
+        f"{flops / 1e9:,.3g} GFLOP a device, and in {duration(row.tpot)} that is {rate / 1e12:,.3g} TFLOP/s, "
         f"{row.decode.mfu:.2%} of the peak. Texts that give an 8 B model on an A100 16 GFLOP/s and 0.005% take FLOP a "
         "token for a rate: at 125 tokens/s it is 2 TFLOP/s, 0.64%.",
     ]
@@ -259,21 +252,3 @@ def _report(row: PlanRow, help: list[str]) -> dict[str, Any]:
 
 def _phase(phase: Phase) -> dict[str, Any]:
     return dataclasses.asdict(phase) | {"bound": phase.bound, "intensity": phase.intensity}
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _number(value: float) -> str:
-    """Three digits or all before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def _time(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:,.2f} s"
-    return f"{_number(seconds * 1e3)} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"

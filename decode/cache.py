@@ -2,13 +2,13 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from ..model.config import ModelConfig
@@ -105,8 +105,7 @@ def init_cache(
     def array(name: str, value: int | jax.Array, dtype: Any, **axes: int) -> jax.Array:
         shape = tuple(axes.values())
         sharding = None if mesh is None else named_sharding(f"cache {name}", shape, tuple(axes), mesh)
-        make = functools.partial(jnp.broadcast_to, jnp.asarray(value, dtype), shape)
-        return make() if sharding is None else jax.jit(make, out_shardings=sharding)()
+        return _broadcast(shape, sharding)(jnp.asarray(value, dtype))
 
     def leaves(name: str) -> tuple[jax.Array, ...]:
         axes = {"pages": pages, "kv_heads": config.num_kv_heads, "page_size": page_size, "head_dim": config.head_dim}
@@ -127,6 +126,12 @@ def init_cache(
         identity_table=True,
         mesh=mesh,
     )
+
+
+@functools.cache
+def _broadcast(shape: tuple[int, ...], sharding: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
+    """A program kept from call to call: a new one would be compiled at each."""
+    return jax.jit(lambda value: jnp.broadcast_to(value, shape), out_shardings=sharding)
 
 
 def write_pages(

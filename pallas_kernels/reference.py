@@ -54,7 +54,7 @@ def prefill_attention(
     v_scales: Float[Array, "P K S"] | None,
     identity_table: bool,
 ) -> Float[Array, "B T K G H"]:
-    B, T, K, G, H = q.shape
+    B, _, K, G, H = q.shape
     S, N = k_pages.shape[2], block_tables.shape[1]
     pages = next(n for n in range(max(1, min(N, _KEY_BLOCK // S)), 0, -1) if N % n == 0)
     width = pages * S

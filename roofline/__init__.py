@@ -5,6 +5,8 @@ step = predict_decode(deployment, find_hardware("h100"), batch=8, context=8192)
 print(step.seconds, step.bound, step.intensity, step.ridge)
 """
 
+from .bench import BenchCell, Scaling, Spread, decode_cell, explain_growth, prefill_cell, scaling
+from .bench_plot import plot_bench
 from .counts import Counts, Part, count_decode, count_prefill, count_step
 from .deployment import KV_FORMATS, SCHEMES, WEIGHT_FORMATS, Deployment, Scheme
 from .hardware import HARDWARE, Hardware, find_hardware
@@ -27,6 +29,7 @@ __all__ = [
     "KV_FORMATS",
     "SCHEMES",
     "WEIGHT_FORMATS",
+    "BenchCell",
     "Counts",
     "Deployment",
     "Generation",
@@ -34,16 +37,21 @@ __all__ = [
     "Part",
     "Phase",
     "PlanRow",
+    "Scaling",
     "Scheme",
     "Speculation",
+    "Spread",
     "cost_per_million",
     "count_decode",
     "count_prefill",
     "count_step",
+    "decode_cell",
     "expected_tokens",
+    "explain_growth",
     "find_hardware",
     "measure",
     "plan",
+    "plot_bench",
     "plot_plan",
     "plot_roofline",
     "predict",
@@ -51,5 +59,7 @@ __all__ = [
     "predict_generation",
     "predict_prefill",
     "predict_speculation",
+    "prefill_cell",
     "remedies",
+    "scaling",
 ]

@@ -21,6 +21,7 @@ from .hardware import Hardware
 _ACCUMULATOR = {"int8": "int32"}  # float32 for the others
 _NAMES = {"fp8": "float8_e4m3fn"}
 _READ_ARRAYS = 4
+_REDUCTIONS = 9
 
 
 def measure(
@@ -136,17 +137,26 @@ def _matmul_peak(mesh: Mesh, width: int, dtype: str, repeats: int) -> float:
 def _links(mesh: Mesh, nbytes: int, repeats: int) -> dict[str, float]:
     """Bytes/s of each device's link and seconds of an all-reduce of next to nothing, by the model of `Hardware`."""
 
-    reduce = _each(mesh, lambda x: lax.psum(x, "devices"))
+    def seconds(elements: int, times: int = 1) -> float:
+        def reduce(x: jax.Array) -> jax.Array:
+            for _ in range(times):  # of different values on each device: XLA knows the sum of equal ones
+                x = lax.psum(x + lax.axis_index("devices"), "devices")
+            return x
 
-    def seconds(elements: int) -> float:
+        run = _each(mesh, reduce)
         x = jax.jit(lambda: jnp.ones((mesh.size, elements)), out_shardings=_over(mesh))()
-        return _median(lambda: reduce(x), repeats)
+        return _median(lambda: run(x), repeats)
 
-    latency, elements = seconds(1), max(2, nbytes // 4)
+    # One after the other in a program, as in a decode step: what its dispatch takes is not the links'.
+    one, elements = seconds(1), max(2, nbytes // 4)
+    more = (seconds(1, _REDUCTIONS) - one) / (_REDUCTIONS - 1)
     sent = 2 * (mesh.size - 1) / mesh.size * elements * 4
-    transfer = seconds(elements) - latency
-    # Where the difference drowns in noise the whole time counts: a lower bound of the bandwidth.
-    return {"link_bandwidth": sent / (transfer if transfer > 0 else transfer + latency), "start_latency": latency}
+    transfer = seconds(elements) - one
+    # Where a difference drowns in noise the whole time counts: an upper bound of latency, a lower one of bandwidth.
+    return {
+        "link_bandwidth": sent / (transfer if transfer > 0 else transfer + one),
+        "start_latency": more if more > 0 else one,
+    }
 
 
 def _each(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,172 @@
+"""The model that is measured: a preset, scaled where asked, with random weights; or the weights of a directory."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ..decode.cache import init_cache
+from ..model.config import ModelConfig
+from ..model.hf import config_from_hf
+from ..model.loading import BUNDLED, GenerationDefaults, Model, load_model
+from ..model.params import init_params, param_specs
+from ..model.presets import PRESETS
+from ..roofline.deployment import Deployment
+from .common import model_config
+
+_FIELDS: dict[str, tuple[str, type]] = {
+    "vocab_size": ("vocab_size", int),
+    "embed_dim": ("hidden_size", int),
+    "ffn_dim": ("intermediate_size", int),
+    "num_layers": ("num_hidden_layers", int),
+    "num_heads": ("num_attention_heads", int),
+    "num_kv_heads": ("num_key_value_heads", int),
+    "head_dim": ("head_dim", int),
+    "max_position": ("max_position_embeddings", int),
+    "tie_embeddings": ("tie_word_embeddings", bool),
+}
+"""What `--set` may change: field of `ModelConfig` -> key of config.json, from which all that depends on it follows."""
+
+SETTABLE = tuple(_FIELDS)
+_MEMORY_FRACTION = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is to be measured.
+
+    Attributes:
+      name: as the user gave it.
+      config: with changes and dtype applied; of one device.
+      hf: config.json of a model with random weights; None where a directory has the weights.
+      changes: what was set, by field.
+    """
+
+    name: str
+    config: ModelConfig
+    hf: Mapping[str, Any] | None
+    changes: Mapping[str, Any]
+
+
+def find_subject(model: str, layers: int | None, settings: Sequence[str], dtype: str | None) -> Subject:
+    """The model by name, with its shape changed.
+
+    Args:
+      model: a preset, a bundled model, or a directory.
+      layers: how many, of a preset.
+      settings: "field=value" each, of a preset.
+      dtype: of weights and activations; the model's own by default.
+
+    Raises:
+      ValueError: a field that is not known, a value of the wrong type, or a shape that the family cannot have.
+    """
+    changes = dict(map(_setting, settings))
+    if layers is not None:
+        changes["num_layers"] = layers
+        if layers < 1:
+            raise ValueError(f"--layers is {layers}; it must be at least 1")
+    if model not in PRESETS:
+        if changes:
+            raise ValueError(
+                f"{model!r} has weights of its own, whose shape is fixed; leave out {', '.join(changes)}, or measure a "
+                f"preset with random weights: {', '.join(PRESETS)}"
+            )
+        config = model_config(model)
+        return Subject(model, config if dtype is None else config.replace(dtype=dtype), None, {})
+    hf = PRESETS[model] | {_FIELDS[field][0]: value for field, value in changes.items()}
+    if dtype is not None:
+        hf["torch_dtype"] = dtype
+    try:
+        config = config_from_hf(hf)
+    except ValueError as error:
+        raise ValueError(f"{model} with {_listed(changes)} is no model: {error}") from None
+    for field, value in changes.items():
+        if getattr(config, field) != value:
+            raise ValueError(f"--set {field}={value} has no effect: for {model} it is {getattr(config, field)}")
+    return Subject(model, config, hf, changes)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    field, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text!r} is not FIELD=VALUE, such as embed_dim=768")
+    if field not in _FIELDS:
+        raise ValueError(f"--set {text!r}: there is no field {field!r}; there are {', '.join(_FIELDS)}")
+    kind = _FIELDS[field][1]
+    if kind is bool:
+        if value not in ("true", "false"):
+            raise ValueError(f"--set {text!r}: {field} is true or false")
+        return field, value == "true"
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise ValueError(f"--set {text!r}: {field} is a whole number, at least 1")
+    return field, int(value)
+
+
+def _listed(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{field} {value}" for field, value in changes.items()) or "no changes"
+
+
+def make_model(subject: Subject, mesh: Mesh | None, checkpoint: Path | None) -> Model:
+    """The model on its devices.
+
+    Args:
+      subject: what it is.
+      mesh: where it goes; None is one device.
+      checkpoint: where random weights have been written; None makes them here.
+    """
+    if checkpoint is not None or subject.hf is None:
+        return load_model(checkpoint or subject.name, mesh=mesh, dtype=subject.config.dtype)
+    config = subject.config if mesh is None else subject.config.replicate_kv_heads(mesh.shape["tensor"])
+    params = jax.block_until_ready(init_params(config, jax.random.key(0), mesh))
+    return Model(config, params, None, GenerationDefaults(), Path(subject.name), mesh)
+
+
+def checkpoint_directory(subject: Subject) -> Path:
+    """Where the weights of a subject with weights of its own lie."""
+    return BUNDLED.get(subject.name) or Path(subject.name).expanduser()
+
+
+def write_config(subject: Subject, directory: Path) -> None:
+    """The config.json of random weights."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(dict(subject.hf)))
+
+
+def cache_dtype(config: ModelConfig) -> str:
+    """Of the keys and values that `init_cache` makes here."""
+    return init_cache(config, 1, 1).k[0].dtype.name
+
+
+def check_memory(
+    deployment: Deployment, memory: int, sizes: Sequence[tuple[int, int]], *, random: bool, copies: int
+) -> None:
+    """Refuse what does not fit a device, before anything is made.
+
+    Args:
+      deployment: the model on its devices.
+      memory: bytes of one device.
+      sizes: rows and positions of each cache; one of them is held at a time.
+      random: the weights are made there, in float32 first.
+      copies: of the weights in this memory, those of peers included.
+
+    Raises:
+      ValueError: it does not fit; with the numbers.
+    """
+    weights = copies * deployment.parameter_bytes
+    largest = max(math.prod(spec.shape) for spec in jax.tree.leaves(param_specs(deployment.config)))
+    scratch = 2 * 4 * largest // deployment.tensor if random else 0
+    cache, batch, length = max((deployment.cache_bytes(*size), *size) for size in sizes)
+    needed, room = weights + max(scratch, cache), int(memory * _MEMORY_FRACTION)
+    if needed > room:
+        shared = f" in {copies} copies" if copies > 1 else ""
+        raise ValueError(
+            f"it does not fit: weights of {weights / 1e9:,.2f} GB{shared}, a cache of "
+            f"{cache / 1e9:,.2f} GB (batch {batch}, {length:,} positions) and {scratch / 1e9:,.2f} GB to make "
+            f"the weights need {needed / 1e9:,.2f} GB on each device, and {room / 1e9:,.2f} GB are to be had; take "
+            "fewer --layers, a smaller --batch or --context, more --tensor devices, or leave out --compare"
+        )

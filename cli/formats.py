@@ -1,0 +1,34 @@
+"""Numbers and tables as the commands print and take them."""
+
+import argparse
+
+from rich import box
+from rich.table import Table
+
+
+def integers(text: str) -> list[int]:
+    """An argument such as 1,2,4."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between, such as 1,2,4") from None
+
+
+def simple_table(title: str, *columns: str) -> Table:
+    """A table of figures under a title."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def number(value: float) -> str:
+    """Three digits or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    if seconds >= 1:
+        return f"{seconds:,.2f} s"
+    return f"{number(seconds * 1e3)} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"

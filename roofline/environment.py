@@ -1,0 +1,92 @@
+"""What every benchmark records beside its numbers: the machine, the versions, when; and where results lie."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+"""Where a checkout keeps results; an installed package has no such directory."""
+
+LOAD_BEFORE = round(os.getloadavg()[0], 2)
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, the cores that this process may use, memory, and the load before the benchmark began."""
+    cpuinfo, meminfo = _read("/proc/cpuinfo"), _read("/proc/meminfo")
+    model = re.search(r"model name\s*:\s*(.*)", cpuinfo)
+    memory = re.search(r"MemTotal:\s+(\d+)", meminfo)
+    return {
+        "cpu": model.group(1) if model else platform.machine(),
+        "cores": cores(),
+        "memory_gb": round(int(memory.group(1)) / 1e6, 1) if memory else None,
+        "load_average_before": LOAD_BEFORE,  # above 0, others had their share of the cores
+    }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Others:
+    """How many cores other processes keep busy, from when this is made. Where the system does not tell, None."""
+
+    def __init__(self):
+        self._started, self._busy = time.monotonic(), _busy_seconds_of_others()
+
+    def cores(self) -> float | None:
+        """In the mean until now."""
+        busy = _busy_seconds_of_others()
+        if busy is None or self._busy is None:
+            return None
+        return round(max(0.0, busy - self._busy) / (time.monotonic() - self._started), 2)
+
+
+def _busy_seconds_of_others() -> float | None:
+    fields = _read("/proc/stat").partition("\n")[0].split()[1:]
+    if not fields:
+        return None
+    user, nice, system, _, _, irq, softirq = map(int, fields[:7])
+    own = os.times()
+    total = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    return total - (own.user + own.system + own.children_user + own.children_system)
+
+
+def _read(path: str) -> str:
+    """A file that Linux has and other systems lack."""
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Python's version, and that of each named distribution that is installed."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """The date and time, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def command(program: str, arguments: list[str]) -> str:
+    """The command line of a program in `benchmarks/`, with the names of files and no directories."""
+    return " ".join([f"python benchmarks/{Path(program).name}", *(Path(argument).name for argument in arguments)])
+
+
+def store(report: dict[str, Any], out: Path) -> None:
+    """Writes JSON; whoever reads meanwhile, or after a run that was cut off, finds a whole report."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(out)

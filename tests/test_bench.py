@@ -1,0 +1,338 @@
+"""`ridgeline bench`: what it counts, how it explains a gap, what it stores and refuses. No time is asserted."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ridgeline.cli import main
+from ridgeline.cli.bench_model import find_subject
+from ridgeline.cli.bench_runs import OURS, Contest, in_turns, padded_prompt, plan_steps
+from ridgeline.cli.bench_tables import notes
+from ridgeline.model.presets import PRESETS, preset
+from ridgeline.roofline import Deployment, Hardware, count_decode, count_prefill
+from ridgeline.roofline.bench import better, decode_cell, drift, explain_growth, prefill_cell, ratios, scaling, spread
+from ridgeline.roofline.environment import Others
+
+MACHINE = Hardware("test machine", 10**10, 1e10, {"float32": 1e11, "bfloat16": 2e11}, 1e9, 1e-6)
+SHAPE = {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 300}
+TINY = ["llama-3.2-1b", "--layers", "2", *(word for pair in SHAPE.items() for word in ("--set", "{}={}".format(*pair)))]
+SIZES = ["--batch", "1,2", "--context", "24,40", "--prompt", "5,33", "--tokens", "16", "--repeats", "2"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    monkeypatch.setattr("ridgeline.cli.bench.measure", lambda devices, dtypes, progress: MACHINE)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One run, as it is stored, and its picture."""
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ridgeline.cli.bench.measure", lambda devices, dtypes, progress: MACHINE)
+        assert main(["bench", *TINY, *SIZES, "--dtype", "float32", "--output", str(folder / "bench.json")]) == 0
+    return json.loads((folder / "bench.json").read_text())
+
+
+def test_every_cell_is_stored_with_its_timings(results):
+    sizes = [(cell["phase"], cell["batch"], cell["length"]) for cell in results["cells"]]
+    decodes = [("decode", batch, length + 0.5) for batch in (1, 2) for length in (24, 40)]
+    assert sizes == [("prefill", 1, 5), ("prefill", 1, 33), *decodes]
+    for cell in results["cells"]:
+        seconds = cell["seconds"]
+        assert len(seconds["runs"]) == 2
+        assert seconds["median"] == statistics.median(seconds["runs"])
+        assert (seconds["min"], seconds["max"]) == (min(seconds["runs"]), max(seconds["runs"]))
+    assert results["model"]["changes"] == SHAPE | {"num_layers": 2}
+    assert results["model"]["dtype"] == "float32"
+    assert results["command"].startswith("ridgeline bench llama-3.2-1b --set embed_dim=64 ")
+    assert {"date", "hardware", "versions", "roofs"} <= results.keys()
+    assert results["agreement"] is None
+    assert not results["dry_run"]
+
+
+def test_fractions_follow_from_counts_times_and_limits(results):
+    hf = PRESETS["llama-3.2-1b"] | {"num_hidden_layers": 2}
+    config = find_subject("llama-3.2-1b", 2, ["{}={}".format(*pair) for pair in SHAPE.items()], "float32").config
+    deployment = Deployment(config, None, results["model"]["kv"])
+    assert config.num_layers == hf["num_hidden_layers"]
+    for cell in results["cells"]:
+        seconds = cell["seconds"]["median"]
+        if cell["phase"] == "prefill":
+            counts, runs, tokens = [count_prefill(deployment, 1, cell["length"])], 1, cell["length"]
+        else:
+            contexts = range(round(cell["length"] - 7.5), round(cell["length"] + 8.5))
+            counts, runs, tokens = [count_decode(deployment, cell["batch"], at) for at in contexts], 16, cell["batch"]
+        flops, nbytes = sum(count.flops for count in counts) / runs, sum(count.bytes for count in counts) / runs
+        assert (cell["flops"], cell["bytes"]) == (flops, nbytes)
+        assert cell["mfu"] == pytest.approx(flops / seconds / 1e11)
+        assert cell["mbu"] == pytest.approx(nbytes / seconds / 1e10)
+        roof = sum(max(count.flops / 1e11, count.bytes / 1e10) for count in counts) / runs
+        assert cell["predicted"] == pytest.approx(roof)
+        assert cell["of_roof"] == pytest.approx(roof / seconds)
+        assert cell["tokens_per_second"] == pytest.approx(tokens / seconds)
+
+
+def test_what_is_attributed_sums_to_what_was_measured(results):
+    for cell in results["cells"]:
+        assert sum(cell["attributed"].values()) == pytest.approx(cell["seconds"]["median"])
+        told = {name: seconds for name, seconds in cell["attributed"].items() if name != "unattributed"}
+        assert min(told.values()) >= 0
+
+
+@pytest.mark.parametrize(("context", "tokens"), [(128, 32), (512, 32), (40, 1), (40, 13), (129, 7)])
+def test_steps_see_the_context_in_the_mean(context, tokens):
+    steps = plan_steps(context, tokens)
+    seen = [steps.cached + step + 1 for step in range(steps.count)]
+    assert abs(statistics.fmean(seen) - context) <= 0.5
+    assert steps.count >= tokens
+    assert steps.count % steps.block == 0
+    assert steps.capacity >= seen[-1]
+
+
+def test_prompts_are_padded_as_generate_pads_them():
+    assert [padded_prompt(length) for length in (5, 33, 1024, 1025)] == [16, 64, 1024, 1040]
+
+
+def cell(batch=1, cached=99, tpot=0.02, single=0.027, step=0.026, deployment=None, **peers):
+    deployment = deployment or Deployment(preset("llama-3.2-1b"), None, "float32")
+    runs = {"tpot": [tpot] * 3, "single": [single] * 3, "step": [step] * 3}
+    sizes = {"batch": batch, "cached": cached, "steps": 1, "block": 8}
+    machine = Hardware("test", 10**10, 1e12, {"bfloat16": 1e15})
+    return decode_cell(deployment, machine, **sizes, runs=runs, peers=peers, failures={})
+
+
+def test_differences_of_measurements_become_causes():
+    found = cell().attributed
+    counts = count_decode(Deployment(preset("llama-3.2-1b"), None, "float32"), 1, 100)
+    assert found["weights"] == counts.weights.bytes / 1e12
+    assert found["kv_read"] == counts.kv_read.bytes / 1e12
+    assert found["launch"] == pytest.approx(0.007 / 7)  # a dispatch costs 8 ms; shared by 8 steps, 1 ms each
+    assert found["sampling"] == pytest.approx(0.001)
+    rest = 0.02 - counts.bytes / 1e12 - 0.002
+    assert found["unattributed"] == pytest.approx(rest)
+
+
+def test_noise_below_zero_explains_nothing_and_no_cause_takes_more_than_there_is():
+    found = cell(single=0.01, step=0.02).attributed
+    assert (found["launch"], found["sampling"]) == (0, 0)
+    found = cell(tpot=0.003, single=0.03, step=0.001).attributed
+    assert found["unattributed"] == pytest.approx(0)
+    assert found["sampling"] == 0  # launching took all
+
+
+def test_growth_with_context_and_rows_is_told_apart():
+    def tpot(batch, context):  # beyond the roof: 1 ms, 3 us a position, 0.2 ms a row
+        return cell(batch, context - 1, tpot=1.0).predicted + 1e-3 + 3e-6 * context + 2e-4 * batch
+
+    sizes = [(batch, context) for batch in (1, 4, 8) for context in (100, 500)]
+    found = explain_growth([cell(b, c - 1, tpot=tpot(b, c), single=0.0, step=0.0) for b, c in sizes])
+    for (batch, context), one in zip(sizes, found, strict=True):
+        assert one.attributed["context"] == pytest.approx(3e-6 * context)
+        assert one.attributed["rows"] == pytest.approx(2e-4 * batch)
+        assert one.attributed["unattributed"] == pytest.approx(1e-3)
+    alone = explain_growth([cell()])[0].attributed
+    assert (alone["context"], alone["rows"]) == (0, 0)
+    assert alone["unattributed"] == cell().attributed["unattributed"]
+
+
+def test_a_prefill_s_padding_and_set_up_are_named():
+    deployment = Deployment(preset("llama-3.2-1b"), None, "float32")
+    machine = Hardware("test", 10**10, 1e12, {"bfloat16": 1e13})
+    runs = {"ttft": [0.5, 0.5], "set_up": [0.01, 0.01], "sampling": [0.002, 0.002]}
+    sizes = {"batch": 1, "prompt": 600, "chunk": 1024, "padded": 1024}
+    found = prefill_cell(deployment, machine, **sizes, runs=runs, peers={}, failures={})
+    exact, padded = (count_prefill(deployment, 1, tokens).flops / 1e13 for tokens in (600, 1024))
+    assert found.attributed["products"] + found.attributed["attention"] == pytest.approx(exact)
+    assert found.attributed["padding"] == pytest.approx(padded - exact)
+    assert (found.attributed["set_up"], found.attributed["sampling"]) == (0.01, 0.002)
+    assert sum(found.attributed.values()) == pytest.approx(0.5)
+
+
+def test_the_roof_is_the_better_of_two_measurements():
+    later = Hardware("later", 10**10, 2e10, {"float32": 5e10, "bfloat16": 3e11}, 2e9, 2e-6)
+    roof = better(MACHINE, later)
+    assert (roof.bandwidth, roof.peaks) == (2e10, {"float32": 1e11, "bfloat16": 3e11})
+    assert (roof.link_bandwidth, roof.start_latency) == (2e9, 1e-6)
+    assert drift(MACHINE, later, "float32") == {"bandwidth": 1.0, "peak": -0.5}
+
+
+def test_scaling_and_ratios():
+    two = Deployment(preset("llama-3.2-1b"), None, "float32", 2)
+    linked = Hardware("test", 10**10, 1e12, {"bfloat16": 1e15}, 1e12)
+    runs = {"tpot": [0.0125], "single": [0.0125], "step": [0.0125]}
+    sizes = {"batch": 1, "cached": 99, "steps": 1, "block": 8}
+    second = decode_cell(two, linked, **sizes, runs=runs, peers={}, failures={})
+    rows = scaling([cell(), second])
+    assert [row.tensor for row in rows] == [1, 2]
+    assert [row.speedup for row in rows] == pytest.approx([1, 1.6])
+    assert [row.efficiency for row in rows] == pytest.approx([1, 0.8])
+    assert 1.5 < rows[1].predicted < 2
+    assert ratios(cell(peer=[0.03, 0.05])) == {"peer": pytest.approx(2)}
+    assert spread([3.0]).low == spread([3.0]).high == 3.0
+
+
+def test_a_busy_machine_is_told(results):
+    cells, roofs = [cell()], {1: MACHINE}
+    stored = results | {"cores_busy_with_others": 1.5, "roofs": {1: results["roofs"]["1"]}}
+    assert "BUSY MACHINE: other processes kept 1.50 of" in "".join(notes(stored, cells, roofs))
+    assert "BUSY" not in "".join(notes(stored | {"cores_busy_with_others": 0.05}, cells, roofs))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system does not tell")
+def test_the_work_of_other_processes_is_counted():
+    watch = Others()
+    spin = "import time; start = time.process_time()\nwhile time.process_time() < start + 1: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as other:  # not waited for yet: it is no child's time of ours
+        while other.poll() is None:
+            busy = watch.cores()
+    assert busy > 0
+
+
+def test_turns_alternate_and_a_peer_that_fails_is_out_with_its_reason():
+    order = []
+
+    def contender(name, fail=False):
+        def turn():
+            order.append(name)
+            if fail and order.count(name) == 2:
+                raise RuntimeError("out of luck\nsecond line")
+            return {name: float(len(order))}
+
+        return turn
+
+    contest = Contest("decode", 1, 8, {OURS: contender(OURS), "a": contender("a"), "b": contender("b", fail=True)})
+    in_turns([contest], 3, lambda what: None)
+    assert order == [OURS, "a", "b", "a", "b", OURS, OURS, "a", OURS, "a"]
+    assert contest.failures == {"b": "RuntimeError: out of luck"}
+    assert contest.runs == {"a": [4.0, 8.0, 10.0], OURS: [6.0, 7.0, 9.0]}
+    with pytest.raises(RuntimeError, match="out of luck"):
+        in_turns([Contest("decode", 1, 8, {OURS: contender("x", fail=True)})], 3, lambda what: None)
+
+
+def test_tables_fit_a_narrow_terminal_and_json_is_what_is_stored(capsys, monkeypatch, machine, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = tmp_path / "out.json"
+    run = ["bench", *TINY, "--batch", "1", "--context", "24", "--prompt", "5", "--tokens", "8", "--repeats", "1"]
+    assert main([*run, "--output", str(out)]) == 0
+    tables, notes = capsys.readouterr().out.split("Roof of each device")
+    assert "…" not in tables
+    assert max(map(len, tables.splitlines())) <= 80
+    assert "llama-3.2-1b scaled to 0.081 M parameters, bfloat16" in " ".join(tables.split())
+    for heading in ("Prefill, measured", "Where the TTFT goes", "Decode, measured", "Where the TPOT goes"):
+        assert heading in tables
+    assert "20 FLOP/byte (200 GFLOP/s in bfloat16, 10 GB/s)" in notes
+    assert main([*run, "--output", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(out.read_text())
+
+
+def test_bundled_weights_and_a_plot(capsys, machine, tmp_path):
+    pytest.importorskip("matplotlib")
+    run = ["--batch", "1", "--context", "24", "--prompt", "5", "--tokens", "8", "--repeats", "1"]
+    files = ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "bench.png")]
+    assert main(["bench", "bundled", *run, *files]) == 0
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "out.json").read_text())["model"]["random_weights"] is False
+
+
+def test_tensor_degrees_on_forced_devices(tmp_path):
+    code = f"""
+import sys
+from ridgeline.cli import bench, main
+from ridgeline.roofline import Hardware
+machine = Hardware("test machine", 10**10, 1e10, {{"float32": 1e11}}, 1e9, 1e-6)
+bench.measure = lambda devices, dtypes, progress: machine
+sys.exit(main({["bench", *TINY]} + sys.argv[1:]))
+"""
+    out = tmp_path / "out.json"
+    sizes = ["--tensor", "1,2", "--batch", "1", "--context", "24", "--prompt", "5", "--tokens", "8", "--repeats", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *sizes, "--dtype", "float32", "--output", str(out)],
+        env=environment | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
+        capture_output=True, text=True, timeout=180, cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "DRY RUN: the devices are forced on a CPU and share its cores" in run.stdout
+    assert "Scaling over devices" in run.stdout
+    report = json.loads(out.read_text())
+    assert report["dry_run"]
+    assert [row["tensor"] for row in report["scaling"]] == [1, 1, 2, 2]
+    assert report["cells"][2]["attributed"]["collectives"] > 0 == report["cells"][0]["attributed"]["collectives"]
+    assert report["scaling"][2]["efficiency"] == pytest.approx(report["scaling"][2]["speedup"] / 2)
+
+
+def test_transformers_runs_beside_and_agrees(capsys, machine, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    out = tmp_path / "out.json"
+    sizes = ["--batch", "2", "--context", "24", "--prompt", "9", "--tokens", "8", "--repeats", "2"]
+    run = [
+        "bench",
+        *TINY,
+        "--layers",
+        "1",
+        *sizes,
+        "--dtype",
+        "float32",
+        "--compare",
+        "transformers",
+        "--output",
+        str(out),
+    ]
+    assert main(run) == 0
+    report, printed = json.loads(out.read_text()), " ".join(capsys.readouterr().out.split())
+    eager, compiled = "transformers eager", "transformers compiled"
+    for found in report["cells"]:
+        assert len(found["peers"][eager]["runs"]) == 2
+        assert (compiled in found["peers"]) != (compiled in found["failures"])
+    assert report["agreement"][eager]["equal"] == report["agreement"]["tokens"] == 32
+    assert "times as fast as transformers eager (geometric mean)" in printed
+    assert "Greedy tokens equal to those of transformers eager: 32 of 32 in float32" in printed
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["llama-3.2-1b", "--set", "embed_dims=64"], "there is no field 'embed_dims'; there are vocab_size, embed_dim"),
+        (["llama-3.2-1b", "--set", "embed_dim"], "'embed_dim' is not FIELD=VALUE, such as embed_dim=768"),
+        (["llama-3.2-1b", "--set", "embed_dim=6.5"], "embed_dim is a whole number, at least 1"),
+        (["llama-3.2-1b", "--set", "num_heads=0"], "num_heads is a whole number, at least 1"),
+        (["llama-3.2-1b", "--set", "tie_embeddings=1"], "tie_embeddings is true or false"),
+        (["llama-3.2-1b", "--set", "num_heads=7"], "with num_heads 7 is no model: num_heads 7 is not a multiple"),
+        (["llama-3.2-1b", "--layers", "0"], "--layers is 0; it must be at least 1"),
+        (["bundled", "--layers", "2"], "'bundled' has weights of its own, whose shape is fixed; leave out num_layers"),
+        (["bundled", "--batch", "1,0"], "--batch is 0; it must be at least 1"),
+        (["bundled", "--context", "-5"], "--context is -5; it must be at least 1"),
+        (["bundled", "--tokens", "0"], "--tokens is 0; it must be at least 1"),
+        (["llama-2-7b", "--prompt", "4096"], "--prompt is 4096; llama-2-7b takes 4096 positions and one must be left"),
+        (["llama-2-7b", "--context", "4090"], "--context 4090 with --tokens 32 ends at 4106 positions; llama-2-7b was"),
+        (["bundled", "--compare", "transformers", "--tensor", "2"], "put 1 among them"),
+        (["bundled", "--plot", "bench.gif"], "ends in '.gif'; end it in one of"),
+        (["bundled", "--output", "no/where/out.json"], "is in no directory that exists; make it first"),
+        (["llama-9"], "'llama-9' is no directory with a config.json and no preset"),
+        (["llama-3.1-8b"], "it does not fit: weights of 16.06 GB, a cache of"),
+    ],
+)
+def test_bad_arguments_are_one_line_without_a_traceback(capsys, machine, args, message):
+    assert main(["bench", *args]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_too_few_devices_say_how_to_force_them(capsys, machine):
+    wanted = 2 * jax.device_count()
+    assert main(["bench", "llama-3.2-1b", "--tensor", str(wanted)]) == 2
+    assert f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted}" in capsys.readouterr().err
+
+
+def test_compare_without_transformers_says_how_to_get_it(capsys, monkeypatch, machine):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", "bundled", "--compare", "transformers"]) == 1
+    assert "pip install 'ridgeline[parity]'" in capsys.readouterr().err
