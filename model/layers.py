@@ -1,5 +1,6 @@
 """The pieces of a layer: matrix product, RMS norm, gated MLP, soft cap."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -9,6 +10,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .params import Params
+
+_FEW_ROWS = 64  # up to so many, a product on a CPU waits for its weight
+_MOST_TERMS = 64 if jax.__version_info__ >= (0, 11) else 12  # that XLA:CPU fuses into one vectorised loop
 
 
 def linear(
@@ -47,15 +51,44 @@ def _product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, 
 
 
 def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
-    # XLA:CPU streams 16-bit weights at memory speed only from the left operand and for two rows or more; for a
-    # single row it would write out a float32 copy of the weight first, twenty times slower.
-    rows = x.shape[0]
+    rows, size = x.shape
+    one_device = _cpu_devices() == 1  # over several, an axis that may be split is neither merged nor sliced
+    if one_device and rows > _FEW_ROWS:  # a plain product; with more axes XLA would transpose its result
+        y = jnp.einsum("mi,oi->mo", x, w.reshape(-1, size), preferred_element_type=jnp.float32)
+        return y.reshape(rows, *w.shape[:-1])
+    lanes = next((lanes for lanes in (32, 64) if size % lanes == 0 and size <= _MOST_TERMS * lanes), None)
+    if one_device and rows == 1 and x.dtype == jnp.bfloat16 and lanes is not None:
+        return _product_by_lanes(x[0], w, lanes)[None]
+    # XLA:CPU streams weights at memory speed only from the left operand, and 16-bit ones only for two rows or more; for
+    # a single row it would write out a float32 copy of the weight first, twenty times slower.
     if rows == 1 and x.dtype != jnp.float32:
         x = jnp.pad(x, ((0, 1), (0, 0)))
     y = lax.dot_general(w, x, (((w.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    if x.dtype == jnp.float32 and rows <= 64:
+    if x.dtype == jnp.float32 and rows <= _FEW_ROWS:
         y = lax.optimization_barrier(y)  # else XLA exchanges the operands of a plain product, which takes twice as long
     return jnp.moveaxis(y[..., :rows], -1, 0)
+
+
+def _cpu_devices() -> int:
+    try:
+        return jax.device_count("cpu")
+    except RuntimeError:  # JAX was told to use other platforms alone: the branch is traced, and left out
+        return 0
+
+
+def _product_by_lanes(x: Float[Array, "I"], w: Float[Array, "*out I"], lanes: int) -> Float[Array, "*out"]:
+    """A bfloat16 matrix times a vector as one fused loop that LLVM vectorises: twice as fast as XLA's own product.
+
+    Each of `lanes` sums takes every such column; a second, small product adds them up.
+    """
+    # The barrier ties the weight to this step: in a loop XLA would widen all weights beforehand, and read those.
+    x, w = lax.optimization_barrier((x.astype(jnp.float32), w))
+
+    def term(first: int) -> Array:
+        return w[..., first : first + lanes].astype(jnp.float32) * x[first : first + lanes]
+
+    sums = functools.reduce(jnp.add, map(term, range(0, w.shape[-1], lanes)))
+    return lax.optimization_barrier(sums) @ jnp.ones((lanes,), jnp.float32)
 
 
 def rms_norm(

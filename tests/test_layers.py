@@ -43,6 +43,34 @@ def test_one_row_of_16_bit_weights_makes_no_copy_of_them_on_a_cpu():
     assert memory.temp_size_in_bytes < 4096 * 1024 // 4
 
 
+@pytest.mark.parametrize("size", [64, 96, 768, 2048, 4096, 4160])
+def test_one_row_of_16_bit_weights(size):
+    x, w = (jnp.asarray(random(*shape), "bfloat16") for shape in ((size,), (2, 5, size)))
+    expected = np.einsum("i,abi->ab", np.asarray(x, np.float64), np.asarray(w, np.float64))
+    found = jax.jit(lambda x, w: linear(x, w, out_dtype=jnp.float32))(x, w)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_loop_does_not_widen_16_bit_weights_beforehand():
+    def loop(x, w):
+        return jax.lax.scan(lambda x, _: (linear(x, w), None), x, length=4)[0]
+
+    w = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)
+    memory = jax.jit(loop).lower(jax.ShapeDtypeStruct((1, 2048), jnp.bfloat16), w).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2048 * 2048 // 4
+
+
+@pytest.mark.parametrize("rows", [1, 3, 65])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linear_has_the_gradient_of_a_product(rows, dtype):
+    x, w = jnp.asarray(random(rows, 64), dtype), jnp.asarray(random(2, 3, 64), dtype)
+    dx, dw = jax.grad(lambda x, w: jnp.sum(linear(x, w, out_dtype=jnp.float32)), argnums=(0, 1))(x, w)
+    tolerance = {"rtol": 1e-2, "atol": 0.1} if dtype == "bfloat16" else {"rtol": 1e-5, "atol": 1e-4}
+    wide_x, wide_w = (np.asarray(a, np.float32) for a in (x, w))
+    np.testing.assert_allclose(np.asarray(dx, np.float32), np.tile(wide_w.sum((0, 1)), (rows, 1)), **tolerance)
+    np.testing.assert_allclose(np.asarray(dw, np.float32), np.tile(wide_x.sum(0), (2, 3, 1)), **tolerance)
+
+
 def test_linear_is_differentiable():
     x, w = jnp.asarray(random(3, 8)), jnp.asarray(random(5, 8))
     dx, dw = jax.grad(lambda x, w: jnp.sum(linear(x, w) ** 2), argnums=(0, 1))(x, w)
