@@ -23,12 +23,15 @@ from .model.hf import config_from_hf
 from .model.loading import GenerationDefaults, Model, convert_model, load_model
 from .model.params import ParamSpec, count_parameters, init_params, param_shardings, param_specs
 from .model.presets import preset
+from .model.quantization import QuantizedArray, dequantize, quantize
+from .model.schemes import SCHEMES, Quantization, Scheme
 from .model.tokenizer import StreamDecoder, Tokenizer
 from .model.transformer import AttentionSpec, forward, transformer, unembed
 from .sharding.distributed import initialize_distributed
 from .sharding.mesh import make_mesh
 
 __all__ = [
+    "SCHEMES",
     "AttentionSpec",
     "CheckpointError",
     "GenerationDefaults",
@@ -37,11 +40,14 @@ __all__ = [
     "Model",
     "ModelConfig",
     "ParamSpec",
+    "Quantization",
+    "QuantizedArray",
     "RequestOutput",
     "RopeConfig",
     "SamplingParams",
     "SamplingPlan",
     "SamplingState",
+    "Scheme",
     "StreamChunk",
     "StreamDecoder",
     "TokenLogprobs",
@@ -52,6 +58,7 @@ __all__ = [
     "decode_step",
     "decode_steps",
     "default_sampling",
+    "dequantize",
     "forward",
     "generate",
     "init_cache",
@@ -64,6 +71,7 @@ __all__ = [
     "param_specs",
     "prefill",
     "preset",
+    "quantize",
     "roofline",
     "sample",
     "stream",

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, Literal
 
+from .schemes import Quantization
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -98,6 +100,7 @@ class ModelConfig:
       kv_replicas: copies of each of the checkpoint's KV heads, which `num_kv_heads` counts: with more devices than KV
         heads every device still holds one (see `replicate_kv_heads`).
       dtype: of weights, activations and KV cache; sums, norms, softmax and logits are float32 always.
+      quantization: which weights are stored in fewer bits, and how; None leaves all in `dtype`.
     """
 
     family: str
@@ -124,6 +127,7 @@ class ModelConfig:
     logit_soft_cap: float | None = None
     kv_replicas: int = 1
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Quantization | None = None
 
     def __post_init__(self):
         _one_of("activation", self.activation, ACTIVATIONS)
@@ -153,6 +157,11 @@ class ModelConfig:
     @property
     def q_per_kv(self) -> int:
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def has_unembedding(self) -> bool:
+        """Whether the output projection is a parameter of its own; else it is the embedding."""
+        return not self.tie_embeddings or (self.quantization is not None and self.quantization.output is not None)
 
     def replicate_kv_heads(self, devices: int) -> "ModelConfig":
         """The same model with each KV head copied so often that `devices` devices can hold whole KV heads.

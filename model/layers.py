@@ -1,6 +1,5 @@
 """The pieces of a layer: matrix product, RMS norm, gated MLP, soft cap."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -10,14 +9,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .params import Params
-
-_FEW_ROWS = 64  # up to so many, a product on a CPU waits for its weight
-_MOST_TERMS = 64 if jax.__version_info__ >= (0, 11) else 12  # that XLA:CPU fuses into one vectorised loop
+from .products import product, quantized_product
+from .quantization import QuantizedArray
 
 
 def linear(
     x: Float[Array, "..."],
-    w: Float[Array, "..."],
+    w: Float[Array, "..."] | QuantizedArray,
     bias: Float[Array, "..."] | None = None,
     *,
     in_axes: int = 1,
@@ -27,7 +25,8 @@ def linear(
 
     Args:
       x: [*rows, *in], its `in_axes` trailing axes contracted.
-      w: [*out, *in], the orientation of checkpoints.
+      w: [*out, *in], the orientation of checkpoints; an array, or a `QuantizedArray`, which is multiplied as the
+        weight that it stands for.
       bias: [*out], added in float32.
       in_axes: how many trailing axes are contracted.
       out_dtype: of the result, x's own by default.
@@ -35,60 +34,16 @@ def linear(
     Returns:
       [*rows, *out].
     """
-    rows, out = x.shape[: x.ndim - in_axes], w.shape[: w.ndim - in_axes]
+    rows, out = x.shape[: x.ndim - in_axes], w.shape[: len(w.shape) - in_axes]
     if x.shape[len(rows) :] != w.shape[len(out) :]:
         raise ValueError(f"linear contracts {x.shape[len(rows) :]} of x with {w.shape[len(out) :]} of w; they differ")
     # The axes of `out` are not flattened: one that is split over devices and is not the first would be gathered.
-    x, w = x.reshape(math.prod(rows), -1), w.reshape(*out, -1)
-    y = lax.platform_dependent(x, w, cpu=_product_cpu, default=_product).reshape(rows + out)
+    x = x.reshape(math.prod(rows), -1)
+    y = quantized_product(x, w) if isinstance(w, QuantizedArray) else product(x, w.reshape(*out, -1))
+    y = y.reshape(rows + out)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(out_dtype or x.dtype)
-
-
-def _product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
-    return jnp.einsum("mi,...i->m...", x, w, preferred_element_type=jnp.float32)
-
-
-def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
-    rows, size = x.shape
-    one_device = _cpu_devices() == 1  # over several, an axis that may be split is neither merged nor sliced
-    if one_device and rows > _FEW_ROWS:  # a plain product; with more axes XLA would transpose its result
-        y = jnp.einsum("mi,oi->mo", x, w.reshape(-1, size), preferred_element_type=jnp.float32)
-        return y.reshape(rows, *w.shape[:-1])
-    lanes = next((lanes for lanes in (32, 64) if size % lanes == 0 and size <= _MOST_TERMS * lanes), None)
-    if one_device and rows == 1 and x.dtype == jnp.bfloat16 and lanes is not None:
-        return _product_by_lanes(x[0], w, lanes)[None]
-    # XLA:CPU streams weights at memory speed only from the left operand, and 16-bit ones only for two rows or more; for
-    # a single row it would write out a float32 copy of the weight first, twenty times slower.
-    if rows == 1 and x.dtype != jnp.float32:
-        x = jnp.pad(x, ((0, 1), (0, 0)))
-    y = lax.dot_general(w, x, (((w.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    if x.dtype == jnp.float32 and rows <= _FEW_ROWS:
-        y = lax.optimization_barrier(y)  # else XLA exchanges the operands of a plain product, which takes twice as long
-    return jnp.moveaxis(y[..., :rows], -1, 0)
-
-
-def _cpu_devices() -> int:
-    try:
-        return jax.device_count("cpu")
-    except RuntimeError:  # JAX was told to use other platforms alone: the branch is traced, and left out
-        return 0
-
-
-def _product_by_lanes(x: Float[Array, "I"], w: Float[Array, "*out I"], lanes: int) -> Float[Array, "*out"]:
-    """A bfloat16 matrix times a vector as one fused loop that LLVM vectorises: twice as fast as XLA's own product.
-
-    Each of `lanes` sums takes every such column; a second, small product adds them up.
-    """
-    # The barrier ties the weight to this step: in a loop XLA would widen all weights beforehand, and read those.
-    x, w = lax.optimization_barrier((x.astype(jnp.float32), w))
-
-    def term(first: int) -> Array:
-        return w[..., first : first + lanes].astype(jnp.float32) * x[first : first + lanes]
-
-    sums = functools.reduce(jnp.add, map(term, range(0, w.shape[-1], lanes)))
-    return lax.optimization_barrier(sums) @ jnp.ones((lanes,), jnp.float32)
 
 
 def rms_norm(

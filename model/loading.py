@@ -20,6 +20,7 @@ from .checkpoint.safetensors import Checkpoint
 from .config import DTYPES, ModelConfig
 from .hf import config_from_hf, family_of
 from .params import Params, param_shardings
+from .schemes import Quantization, scheme
 from .tokenizer import Tokenizer, load_tokenizer
 
 _BUNDLED = Path(__file__).parent / "bundled"
@@ -75,7 +76,12 @@ class Model:
 
 
 def load_model(
-    path: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike | None = None
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    quantize: str | None = None,
+    quantize_output: str | None = None,
 ) -> Model:
     """Load a checkpoint onto the default device, or onto the devices of a mesh. No network is used.
 
@@ -88,14 +94,21 @@ def load_model(
         ("./bundled" is a directory of that name).
       mesh: as `make_mesh` returns it; None is one device.
       dtype: "float32", "bfloat16" or "float16", of weights, activations and KV cache; the checkpoint's own by default.
+      quantize: the scheme, one of `SCHEMES`, that the matrices of the layers are stored in. Each is quantised as it is
+        loaded. None leaves them as the checkpoint has them.
+      quantize_output: the scheme of the output projection. Where it is tied to the embedding, the embedding stays and
+        a quantised copy of it makes the logits.
 
     Raises:
       CheckpointError: a file or tensor that is missing, damaged or not supported; it names the file and the remedy.
-      ValueError: an unknown dtype, or a mesh that the model does not divide over; nothing has been read then.
+      ValueError: an unknown dtype or scheme, or a mesh that the model does not divide over; nothing has been read then.
     """
     chosen = None if dtype is None else _dtype_name(dtype)
+    quantization = _quantization(quantize, quantize_output)
     directory, raw, stated = _open(path)
     converted = is_converted(directory)
+    if not converted:
+        stated = stated.replace(quantization=quantization)
     if mesh is not None:
         _check_mesh(stated, mesh)
     # Read before the weights, so that a damaged small file is told before minutes of loading.
@@ -104,6 +117,11 @@ def load_model(
 
     if converted:
         stored = read_description(directory, stated)
+        if quantization not in (None, stored.quantization):
+            raise CheckpointError(
+                f"{directory} is a converted checkpoint, whose weights are quantised when it is written or not at all; "
+                f"convert the original again with quantize={quantize!r}, quantize_output={quantize_output!r}"
+            )
         config = _on_mesh(stored.replace(dtype=chosen or stored.dtype), mesh)
         params = restore(directory, stored, config, mesh)
     else:
@@ -114,7 +132,12 @@ def load_model(
 
 
 def convert_model(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, dtype: jax.typing.DTypeLike | None = None
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    quantize: str | None = None,
+    quantize_output: str | None = None,
 ) -> Path:
     """Write a checkpoint in Hugging Face layout as one that holds the parameters as this package does.
 
@@ -125,16 +148,19 @@ def convert_model(
       path: as `load_model` takes it.
       out: the directory to make.
       dtype: of the weights written; the checkpoint's own by default.
+      quantize, quantize_output: as `load_model` takes them.
 
     Returns:
       `out`.
 
     Raises:
       CheckpointError: as `load_model`; or `path` is a converted checkpoint itself, or `out` exists.
-      ValueError: an unknown dtype.
+      ValueError: an unknown dtype or scheme.
     """
     chosen = None if dtype is None else _dtype_name(dtype)
+    quantization = _quantization(quantize, quantize_output)
     directory, raw, stated = _open(path)
+    stated = stated.replace(quantization=quantization)
     if is_converted(directory):
         raise CheckpointError(f"{directory} is a converted checkpoint already; give the original to convert it anew")
     generation_defaults(directory)
@@ -168,6 +194,12 @@ def _open_weights(
     if dtype is None and raw.get("dtype") is None and raw.get("torch_dtype") is None:
         dtype = checkpoint_dtype(checkpoint, family_of(config).tensors(config))
     return checkpoint, config if dtype is None else config.replace(dtype=dtype)
+
+
+def _quantization(layers: str | None, output: str | None) -> Quantization | None:
+    if layers is None and output is None:
+        return None
+    return Quantization(*(None if name is None else scheme(name) for name in (layers, output)))
 
 
 def _check_mesh(config: ModelConfig, mesh: Mesh) -> None:

@@ -2,7 +2,8 @@
 
 `param_specs(config)` drives initialisation, placement, loading and every byte count; nothing else lists parameters.
 Weights keep the checkpoint's [out, in] orientation. Query, key and value weights are one array grouped by KV head,
-gate and up weights are one array: fewer launches, and both shard on their first axis.
+gate and up weights are one array: fewer launches, and both shard on their first axis. A weight that the configuration
+quantises is a `QuantizedArray` in the tree, whose leaves are parameters like any other.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ..sharding.rules import named_sharding
 from .config import ModelConfig
+from .quantization import QuantizedArray, quantize, stored_shapes
+from .schemes import Scheme
 
 Params = dict[str, Any]
 """A pytree of arrays with the structure of `param_specs(config)`."""
@@ -29,12 +32,14 @@ class ParamSpec:
       dtype: its dtype's name.
       axes: a logical name an axis, which `sharding` maps to mesh axes; None is never sharded.
       init: "normal" (fan-in scaled), "ones" or "zeros".
+      in_axes: how many trailing axes a product with it contracts; 0 where there is none.
     """
 
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str | None, ...]
     init: Literal["normal", "ones", "zeros"] = "normal"
+    in_axes: int = 0
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -51,14 +56,48 @@ class ParamSpec:
 
 def param_specs(config: ModelConfig) -> Params:
     """The pytree of `ParamSpec` of a model: its parameters' names, shapes, dtypes, axes and initialisation."""
+    specs = float_specs(config)
+    if config.quantization is None:
+        return specs
+
+    def stored(path: tuple, spec: ParamSpec) -> Any:
+        scheme = scheme_of(config, param_name(path), spec)
+        return spec if scheme is None else _quantized(spec, scheme)
+
+    return jax.tree_util.tree_map_with_path(stored, specs)
+
+
+def scheme_of(config: ModelConfig, name: str, spec: ParamSpec) -> Scheme | None:
+    """How a parameter of `float_specs` is stored; None is as it is."""
+    quantised = config.quantization is not None and spec.in_axes and name != "embedding"
+    return config.quantization.scheme_of(name) if quantised else None
+
+
+def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
+    """The specs of a weight's parts."""
+    values, scales = stored_shapes(spec.shape, scheme, spec.in_axes)
+    out = len(spec.shape) - spec.in_axes
+    # Groups follow each other along the inputs, whose first axis is the one that may be split over devices.
+    groups = None if scales[-1] == 1 else spec.axes[out]
+    axes = (*spec.axes[: out - 1], spec.axes[out - 1] if scales[-2] > 1 else None, groups)
+    return QuantizedArray(
+        values=ParamSpec(values, "uint8" if scheme.dtype == "int4" else scheme.dtype, spec.axes),
+        scales=ParamSpec(scales, scheme.scale_dtype, axes),
+        zeros=ParamSpec(scales, "uint8", axes) if scheme.zero_points else None,
+        scheme=scheme,
+    )
+
+
+def float_specs(config: ModelConfig) -> Params:
+    """`param_specs` of the model before it is quantised: what checkpoints hold and initialisation makes."""
     V, D = config.vocab_size, config.embed_dim
     specs = {
-        "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed")),
+        "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1),
         "layers": [_layer_specs(config) for _ in config.layers],
         "final_norm": _norm(config, (D,), ("embed",)),
     }
-    if not config.tie_embeddings:
-        specs["unembedding"] = ParamSpec((V, D), config.dtype, ("vocab", "embed"))
+    if config.has_unembedding:
+        specs["unembedding"] = ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1)
     return specs
 
 
@@ -66,18 +105,18 @@ def _layer_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     D, F, H = config.embed_dim, config.ffn_dim, config.head_dim
     K, G = config.num_kv_heads, config.q_per_kv
 
-    def weight(*shape_axes):
+    def weight(*shape_axes, in_axes=1):
         shape, axes = zip(*shape_axes, strict=True)
-        return ParamSpec(shape, config.dtype, axes)
+        return ParamSpec(shape, config.dtype, axes, in_axes=in_axes)
 
     def bias(*shape_axes):
-        return dataclasses.replace(weight(*shape_axes), init="zeros")
+        return dataclasses.replace(weight(*shape_axes, in_axes=0), init="zeros")
 
     kv_heads, group, head = (K, "kv_heads"), (G, "q_per_kv"), (H, "head_dim")
     qkv, ffn, embed = (G + 2, "q_per_kv"), (F, "ffn"), (D, "embed")
     specs = {
         "qkv": weight(kv_heads, qkv, head, embed),
-        "out": weight(embed, kv_heads, group, head),
+        "out": weight(embed, kv_heads, group, head, in_axes=3),
         "gate_up": weight((2, None), ffn, embed),
         "down": weight(embed, ffn),
     }
@@ -113,8 +152,13 @@ def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     Raises:
       ValueError: a parameter that the mesh does not divide; see `sharding.rules.partition_spec`.
     """
+    return spec_shardings(param_specs(config), mesh)
+
+
+def spec_shardings(specs: Params, mesh: Mesh | AbstractMesh) -> Params:
+    """`param_shardings` of any tree of `ParamSpec`."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, spec: named_sharding(param_name(path), spec.shape, spec.axes, mesh), param_specs(config)
+        lambda path, spec: named_sharding(param_name(path), spec.shape, spec.axes, mesh), specs
     )
 
 
@@ -131,13 +175,26 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -
       key: a `jax.random.key`.
       mesh: where to make them, each device its own part; the default device otherwise.
     """
-    leaves, treedef = jax.tree.flatten(param_specs(config))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(float_specs(config))
+    names, specs = [param_name(path) for path, _ in paths], [spec for _, spec in paths]
 
     def init(key: jax.Array) -> Params:
-        keys = jax.random.split(key, len(leaves))
-        return treedef.unflatten(_init(spec, k) for spec, k in zip(leaves, keys, strict=True))
+        keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+        if config.tie_embeddings and config.has_unembedding:
+            keys["unembedding"] = keys["embedding"]
+        return treedef.unflatten(
+            store(_init(spec, keys[name]), config, name, spec) for name, spec in zip(names, specs, strict=True)
+        )
 
     return init(key) if mesh is None else jax.jit(init, out_shardings=param_shardings(config, mesh))(key)
+
+
+def store(
+    array: jax.typing.ArrayLike, config: ModelConfig, name: str, spec: ParamSpec
+) -> jax.typing.ArrayLike | QuantizedArray:
+    """A parameter of `float_specs` as `param_specs` has it."""
+    scheme = scheme_of(config, name, spec)
+    return array if scheme is None else quantize(array, scheme, spec.in_axes)
 
 
 def _init(spec: ParamSpec, key: jax.Array) -> jax.Array:
@@ -145,11 +202,11 @@ def _init(spec: ParamSpec, key: jax.Array) -> jax.Array:
         return jnp.zeros(spec.shape, spec.dtype)
     if spec.init == "ones":
         return jnp.ones(spec.shape, spec.dtype)
-    # The output projection alone contracts its three trailing axes; all others contract the last.
-    fan_in = math.prod(spec.shape[1:]) if spec.axes[0] == "embed" else spec.shape[-1]
+    fan_in = math.prod(spec.shape[len(spec.shape) - spec.in_axes :])
     return (jax.random.normal(key, spec.shape, jnp.float32) * fan_in**-0.5).astype(spec.dtype)
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """How many numbers the model's parameters hold."""
-    return sum(spec.size for spec in jax.tree.leaves(param_specs(config)))
+    """How many numbers the model's parameters are, however they are stored."""
+    specs = float_specs(config.replace(quantization=None))
+    return sum(spec.size for spec in jax.tree.leaves(specs))

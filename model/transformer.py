@@ -88,7 +88,7 @@ def embed(params: Params, config: ModelConfig, tokens: Int[Array, "..."]) -> Flo
 def unembed(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Logits in float32 of final hidden states."""
     with jax.named_scope("unembed"):
-        weight = params["embedding"] if config.tie_embeddings else params["unembedding"]
+        weight = params["unembedding"] if config.has_unembedding else params["embedding"]
         return soft_cap(linear(x, weight, out_dtype=jnp.float32), config.logit_soft_cap)
 
 

@@ -8,7 +8,7 @@ print(step.seconds, step.bound, step.intensity, step.ridge)
 from .bench import BenchCell, Scaling, Spread, decode_cell, explain_growth, prefill_cell, scaling
 from .bench_plot import plot_bench
 from .counts import Counts, Part, count_decode, count_prefill, count_step
-from .deployment import KV_FORMATS, SCHEMES, WEIGHT_FORMATS, Deployment, Scheme
+from .deployment import KV_FORMATS, WEIGHT_FORMATS, Deployment
 from .hardware import HARDWARE, Hardware, find_hardware
 from .measure import measure
 from .plan import PlanRow, plan, remedies
@@ -27,7 +27,6 @@ from .speculation import Speculation, expected_tokens, predict_speculation
 __all__ = [
     "HARDWARE",
     "KV_FORMATS",
-    "SCHEMES",
     "WEIGHT_FORMATS",
     "BenchCell",
     "Counts",
@@ -38,7 +37,6 @@ __all__ = [
     "Phase",
     "PlanRow",
     "Scaling",
-    "Scheme",
     "Speculation",
     "Spread",
     "cost_per_million",

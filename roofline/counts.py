@@ -119,7 +119,7 @@ def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0,
     K, G, F = deployment.kv_heads, config.q_per_kv, config.ffn_dim // n
     rows, scored_rows = batch * tokens, batch * scored
 
-    untied = 0 if config.tie_embeddings else deployment.embedding_bytes
+    untied = deployment.embedding_bytes if config.has_unembedding else 0
     pairs = keys = 0
     for window, layers in collections.Counter(layer.window for layer in config.layers).items():
         pairs += layers * _visible_pairs(tokens, cached, window)

@@ -9,38 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
 from ..model.config import DTYPES, ModelConfig
-from ..model.params import ParamSpec, param_name, param_shardings, param_specs
+from ..model.params import Params, ParamSpec, float_specs, param_name, param_specs, spec_shardings
+from ..model.schemes import SCHEMES, Quantization
 from ..sharding.mesh import AXES
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """How a quantised weight is stored; the matrices of the layers are, embeddings, norms and biases are not.
-
-    Attributes:
-      bits: an element.
-      group: elements along the input that share a scale; None is all of them (a scale an output channel).
-      scale_bytes: a scale.
-    """
-
-    bits: int
-    group: int | None
-    scale_bytes: int
-
-    def nbytes(self, outputs: int, inputs: int) -> int:
-        """Bytes of a matrix of outputs x inputs, scales included."""
-        groups = 1 if self.group is None else math.ceil(inputs / self.group)
-        return math.ceil(outputs * inputs * self.bits / 8) + outputs * groups * self.scale_bytes
-
-
-SCHEMES: dict[str, Scheme] = {
-    "int8": Scheme(bits=8, group=None, scale_bytes=4),
-    "fp8": Scheme(bits=8, group=None, scale_bytes=4),
-    "int4": Scheme(bits=4, group=128, scale_bytes=2),
-    "int4-64": Scheme(bits=4, group=64, scale_bytes=2),
-    "int4-32": Scheme(bits=4, group=32, scale_bytes=2),
-}
-"""Weight-only quantisation: float32 scales an output channel, 16-bit scales a group (symmetric, no zero points)."""
 
 WEIGHT_FORMATS = (*DTYPES, *SCHEMES)
 KV_FORMATS = (*DTYPES, "int8", "fp8")
@@ -77,49 +48,52 @@ class Deployment:
         for name in ("tensor", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        config = self.config if self.weights in (None, *SCHEMES) else self.config.replace(dtype=self.weights)
+        config = self.config
+        if self.weights in SCHEMES:
+            config = config.replace(quantization=Quantization(SCHEMES[self.weights]))
+        elif self.weights is not None:
+            config = config.replace(dtype=self.weights)
         object.__setattr__(self, "config", config.replicate_kv_heads(self.tensor))
-        _ = self._local_parameters  # refuses what the devices do not divide
+        _ = self._stored  # refuses what the devices do not divide
 
     @property
     def kv_heads(self) -> int:
         """KV heads on one device."""
         return self.config.num_kv_heads // self.tensor
 
-    @functools.cached_property
-    def _local_parameters(self) -> tuple[tuple[str, ParamSpec, tuple[int, ...]], ...]:
-        """Each parameter's name, its spec, and its shape on one device."""
-        mesh = AbstractMesh((1, 1, self.tensor), AXES)
+    def _local_sizes(self, specs: Params) -> dict[str, tuple[ParamSpec, int]]:
+        """The spec of each parameter, and how many elements of it one device holds."""
+        leaves = jax.tree_util.tree_leaves_with_path(specs)
         shardings = jax.tree.leaves(
-            param_shardings(self.config, mesh), is_leaf=lambda leaf: isinstance(leaf, NamedSharding)
+            spec_shardings(specs, AbstractMesh((1, 1, self.tensor), AXES)),
+            is_leaf=lambda leaf: isinstance(leaf, NamedSharding),
         )
-        specs = jax.tree_util.tree_leaves_with_path(param_specs(self.config))
-        return tuple(
-            (param_name(path), spec, sharding.shard_shape(spec.shape))
-            for (path, spec), sharding in zip(specs, shardings, strict=True)
-        )
+        return {
+            param_name(path): (spec, math.prod(sharding.shard_shape(spec.shape)))
+            for (path, spec), sharding in zip(leaves, shardings, strict=True)
+        }
 
     @functools.cached_property
+    def _stored(self) -> dict[str, int]:
+        """Bytes of each array of the parameters."""
+        sizes = self._local_sizes(param_specs(self.config))
+        return {name: size * jnp.dtype(spec.dtype).itemsize for name, (spec, size) in sizes.items()}
+
+    @property
     def parameter_bytes(self) -> int:
         """Of all parameters, scales included."""
-        return sum(self._nbytes(spec, shape) for _, spec, shape in self._local_parameters)
+        return sum(self._stored.values())
 
     @functools.cached_property
     def matrix_elements(self) -> int:
         """Elements of the matrices of the layers, each multiplied once a token."""
-        return sum(math.prod(shape) for _, spec, shape in self._local_parameters if _is_layer_matrix(spec))
+        sizes = self._local_sizes(float_specs(self.config))
+        return sum(size for spec, size in sizes.values() if spec.in_axes and "vocab" not in spec.axes)
 
-    @functools.cached_property
+    @property
     def embedding_bytes(self) -> int:
         """Of the embedding matrix."""
-        return next(self._nbytes(spec, shape) for name, spec, shape in self._local_parameters if name == "embedding")
-
-    def _nbytes(self, spec: ParamSpec, shape: tuple[int, ...]) -> int:
-        if self.weights not in SCHEMES or not _is_layer_matrix(spec):
-            return math.prod(shape) * itemsize(spec.dtype)
-        # Products into the residual stream contract all axes but the first, the others the last alone.
-        outputs = shape[0] if spec.axes[0] == "embed" else math.prod(shape[:-1])
-        return SCHEMES[self.weights].nbytes(outputs, math.prod(shape) // outputs)
+        return self._stored["embedding"]
 
     @property
     def kv_bytes_per_token_and_layer(self) -> int:
@@ -154,7 +128,3 @@ class Deployment:
 def itemsize(dtype: str) -> int:
     """Bytes of an element."""
     return 1 if dtype == "fp8" else jnp.dtype(dtype).itemsize
-
-
-def _is_layer_matrix(spec: ParamSpec) -> bool:
-    return spec.init == "normal" and "vocab" not in spec.axes

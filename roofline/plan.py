@@ -5,7 +5,8 @@ import functools
 from collections.abc import Sequence
 
 from ..model.config import ModelConfig
-from .deployment import SCHEMES, Deployment
+from ..model.schemes import SCHEMES
+from .deployment import Deployment
 from .hardware import Hardware
 from .predict import Phase, cost_per_million, predict_decode, predict_prefill
 

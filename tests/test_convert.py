@@ -105,7 +105,7 @@ def test_command(hf, capsys):
     assert model.config.dtype == "float32"
     assert_same(model.params, load_model(hf, dtype="float32").params)
     description = json.loads((out / "ridgeline.json").read_text())
-    assert (description["format"], description["config"]["vocab_size"]) == (1, 29)
+    assert (description["format"], description["config"]["vocab_size"]) == (2, 29)
     assert re.match(r"\d+\.\d+\.\d+", description["ridgeline"])
     assert main(["convert", str(hf), str(out)]) == 1
     assert "out exists already; give another directory, or remove it first" in capsys.readouterr().err
@@ -144,13 +144,13 @@ def test_an_unknown_dtype_is_told_first(hf):
 
 def test_newer_and_broken_formats(converted):
     file = converted / "ridgeline.json"
-    edit(file, format=2, ridgeline="9.1.0")
-    refused(converted, r"ridgeline\.json is of format 2, written by Ridgeline 9\.1\.0; this is .* up to 1: upgrade it")
+    edit(file, format=3, ridgeline="9.1.0")
+    refused(converted, r"ridgeline\.json is of format 3, written by Ridgeline 9\.1\.0; this is .* up to 2: upgrade it")
     edit(file, format="one")
     refused(converted, r"ridgeline\.json states format 'one' and a config of type dict, expected .* damaged, convert")
     file.write_text("{")
     refused(converted, r"ridgeline\.json is not JSON")
-    file.write_text('{"format": 1, "config": {"vocab_size": 3}}')
+    file.write_text('{"format": 2, "config": {"vocab_size": 3}}')
     refused(converted, r"ridgeline\.json, written by Ridgeline of unknown version, holds a config that is not valid")
     edit(file, config__layers=3)
     refused(converted, "holds a config that is not valid here")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LayerConfig, ModelConfig, RopeConfig
+from ..schemes import Quantization, Scheme
 from .files import CheckpointError, listing, read_object
 
 DESCRIPTION = "ridgeline.json"
@@ -14,7 +15,7 @@ ARRAYS = "params"
 """The folder that holds the parameters, in orbax's layout."""
 INCOMPLETE = ".incomplete"
 """What a conversion adds to the name of the directory until it is whole."""
-FORMAT = 1
+FORMAT = 2
 """Raised when older versions could no longer read, or would misread, what is written."""
 
 _AGAIN = "convert the checkpoint again (ridgeline convert)"
@@ -49,7 +50,7 @@ def read_description(directory: Path, stated: ModelConfig) -> ModelConfig:
 
     Args:
       directory: of the converted checkpoint.
-      stated: what its config.json says, which must agree but for the dtype.
+      stated: what its config.json says, which must agree but for the dtype and the quantisation.
 
     Raises:
       CheckpointError: a newer format, a file that is damaged, or one of the two configurations edited.
@@ -73,7 +74,7 @@ def read_description(directory: Path, stated: ModelConfig) -> ModelConfig:
         raise CheckpointError(
             f"{file}, written by {written}, holds a config that is not valid here ({error}); {_AGAIN}"
         ) from error
-    stated = stated.replace(dtype=config.dtype)
+    stated = stated.replace(dtype=config.dtype, quantization=config.quantization)
     if config != stated:
         names = [f.name for f in dataclasses.fields(ModelConfig) if getattr(config, f.name) != getattr(stated, f.name)]
         first = names[0]
@@ -91,7 +92,14 @@ def _config(fields: dict[str, Any]) -> ModelConfig:
         LayerConfig(**(layer | {"rope": RopeConfig(**{k: _tuple(v) for k, v in layer["rope"].items()})}))
         for layer in fields["layers"]
     )
-    return ModelConfig(**(fields | {"layers": layers}))
+    return ModelConfig(**(fields | {"layers": layers, "quantization": _quantization(fields.get("quantization"))}))
+
+
+def _quantization(fields: dict[str, Any] | None) -> Quantization | None:
+    if fields is None:
+        return None
+    schemes = {name: fields[name] and Scheme(**fields[name]) for name in ("layers", "output")}
+    return Quantization(**(fields | schemes | {"skip": tuple(fields["skip"])}))
 
 
 def _tuple(value: Any) -> Any:

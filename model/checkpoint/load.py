@@ -1,12 +1,15 @@
 """Checkpoint tensors -> parameters: the tensors are checked against the configuration, then read shard by shard."""
 
+import collections
 import dataclasses
+import functools
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +18,9 @@ from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..hf.family import Piece, TensorMap
-from ..params import Params, ParamSpec, param_name, param_shardings, param_specs
+from ..params import Params, ParamSpec, float_specs, param_name, param_shardings, scheme_of, spec_shardings
+from ..quantization import QuantizedArray, quantize
+from ..schemes import Scheme
 from .files import CheckpointError, listing
 from .safetensors import DTYPES, Checkpoint, check_dtype
 
@@ -37,8 +42,9 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
 
     Each shard is a slice of the mapped file, read by several threads and put on its device; replicas of it are
     read once, shards of other processes not at all. The shards in flight never exceed the largest parameter in bytes
-    (nor a shard fewer than one), which bounds host memory above the file cache. A progress bar is drawn on a
-    terminal's stderr once loading has taken a second.
+    (nor a shard fewer than one), which bounds host memory above the file cache. A parameter that the configuration
+    quantises is quantised where it lies as soon as all of it is there. A progress bar is drawn on a terminal's stderr
+    once loading has taken a second.
 
     Args:
       checkpoint: the open checkpoint.
@@ -50,9 +56,11 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
       CheckpointError: as `check_tensors`, or a value that float16 cannot hold.
       ValueError: a parameter that the mesh does not divide; nothing has been read then.
     """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(param_specs(config))
+    tree = float_specs(config)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names, specs = [param_name(path) for path, _ in paths], [spec for _, spec in paths]
-    shardings = [None] * len(specs) if mesh is None else jax.tree.leaves(param_shardings(config, mesh))
+    shardings = [None] * len(specs) if mesh is None else jax.tree.leaves(spec_shardings(tree, mesh))
+    final = [None] * len(specs) if mesh is None else treedef.flatten_up_to(param_shardings(config, mesh))
     check_tensors(checkpoint, config, tensors)
     default = jax.config.jax_default_device  # a thread's own setting, which the workers would not see
 
@@ -74,18 +82,36 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
         whole = _bytes_read(checkpoint, tensors[names[shard.parameter]])
         return whole * shard.nbytes // specs[shard.parameter].nbytes
 
-    arrays: list[list[jax.Array]] = [[] for _ in specs]
+    def finish(number: int) -> Any:
+        spec, sharding, parts = specs[number], shardings[number], arrays.pop(number)
+        whole = parts[0] if mesh is None else jax.make_array_from_single_device_arrays(spec.shape, sharding, parts)
+        scheme = scheme_of(config, names[number], spec)
+        # Awaited, so that unquantised parameters do not pile up.
+        return (
+            whole if scheme is None else jax.block_until_ready(_quantizer(scheme, spec.in_axes, final[number])(whole))
+        )
+
+    arrays: dict[int, list[jax.Array]] = {number: [] for number in range(len(specs))}
+    missing = collections.Counter(shard.parameter for shard in shards)
+    finished = []
     limit = max(spec.nbytes for spec in specs)
     title, total = f"loading {checkpoint.directory.name}", sum(map(bytes_of, shards))
     # Readers of their own: shards that wait for their blocks must not take the threads that read them.
     with ThreadPoolExecutor(THREADS, "ridgeline-read") as readers, progress(title, total) as bar:
         for shard, loaded in _in_parallel(load, shards, limit):
             arrays[shard.parameter] += loaded
+            missing[shard.parameter] -= 1
             bar.update(bytes_of(shard))
-    return treedef.unflatten(
-        found[0] if sharding is None else jax.make_array_from_single_device_arrays(spec.shape, sharding, found)
-        for spec, sharding, found in zip(specs, shardings, arrays, strict=True)
-    )
+            # In order, because quantising over several processes is a program that all of them run.
+            while len(finished) < len(specs) and not missing[len(finished)]:
+                finished.append(finish(len(finished)))
+    return treedef.unflatten(finished)
+
+
+@functools.cache
+def _quantizer(scheme: Scheme, in_axes: int, shardings: Any) -> Callable[[jax.Array], QuantizedArray]:
+    """`quantize` onto the shardings of its parts, compiled once for all layers."""
+    return jax.jit(functools.partial(quantize, scheme=scheme, in_axes=in_axes), out_shardings=shardings)
 
 
 def progress(title: str, total: int) -> tqdm:

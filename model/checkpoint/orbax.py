@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSh
 from ...sharding.rules import RULES, named_sharding
 from ..config import ModelConfig
 from ..hf.family import TensorMap
-from ..params import Params, ParamSpec, param_name, param_shardings, param_specs
+from ..params import Params, ParamSpec, float_specs, param_name, param_shardings, param_specs, store
 from .description import ARRAYS, DESCRIPTION, INCOMPLETE, write_description
 from .files import CheckpointError, listing
 from .load import check_tensors, progress, read_parameter
@@ -99,7 +99,7 @@ def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mes
     wanted, specs = _flat(param_specs(config)), _flat(param_specs(stored))
     final = dict.fromkeys(wanted, _default_sharding()) if mesh is None else _flat(param_shardings(config, mesh))
     copies = config.kv_replicas // stored.kv_replicas
-    copied = {name for name, spec in specs.items() if copies > 1 and "kv_heads" in spec.axes}
+    copied = {name for name, spec in specs.items() if spec.shape != wanted[name].shape}
     read_as = final | {name: _before_copying(name, specs[name], mesh, copies) for name in copied}
     if config.dtype == "float16" != stored.dtype:
         raise CheckpointError(
@@ -128,7 +128,7 @@ def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mes
 def _save(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, target: Path) -> None:
     from orbax.checkpoint import v1
 
-    specs = _flat(param_specs(config))
+    floats, specs = _flat(float_specs(config)), _flat(param_specs(config))
 
     def stored_as(path: tuple, _: Any) -> Any:
         return v1.options.ArrayOptions.Saving.StorageOptions(**_chunks(specs[path[0].key]))
@@ -137,13 +137,13 @@ def _save(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, targe
     context.array.saving.scoped_storage_options_creator = stored_as
     context.array.saving.use_compression = False  # of weights it takes off little, and it slows loading down
     context.memory.deepcopy_host_arrays = False
-    with context, progress(f"converting {checkpoint.directory.name}", sum(s.nbytes for s in specs.values())) as bar:
-        for batch in _batches(specs):
-            whole = {name: (slice(None),) * len(specs[name].shape) for name in batch}
-            v1.partial.save(
-                target, {name: read_parameter(checkpoint, specs[name], tensors[name], whole[name]) for name in batch}
-            )
-            bar.update(sum(specs[name].nbytes for name in batch))
+    with context, progress(f"converting {checkpoint.directory.name}", sum(s.nbytes for s in floats.values())) as bar:
+        for batch in _batches(floats):
+            whole = {name: (slice(None),) * len(floats[name].shape) for name in batch}
+            read = {name: read_parameter(checkpoint, floats[name], tensors[name], whole[name]) for name in batch}
+            stored = {name: store(array, config, name, floats[name]) for name, array in read.items()}
+            v1.partial.save(target, _flat(stored))
+            bar.update(sum(floats[name].nbytes for name in batch))
         v1.partial.finalize(target)
 
 

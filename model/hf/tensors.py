@@ -32,8 +32,8 @@ def decoder_tensors(
         "embedding": whole("model.embed_tokens.weight", V, D),
         "final_norm": whole("model.norm.weight", D),
     }
-    if not config.tie_embeddings:
-        found["unembedding"] = whole("lm_head.weight", V, D)
+    if config.has_unembedding:
+        found["unembedding"] = found["embedding"] if config.tie_embeddings else whole("lm_head.weight", V, D)
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}."
         layer = _layer(config, prefix) | (projections or separate_projections)(config, prefix)

@@ -1,0 +1,157 @@
+"""Weights in fewer bits: `QuantizedArray`, and how arrays become one and are read back.
+
+A weight is (value - zero) * scale. Integers are rounded to the nearest, and the largest of a group fixes its scale, so
+that what was quantised once quantises to the same values again.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, UInt8
+
+from .schemes import Scheme
+
+LARGEST = {"int8": 127.0, "float8_e4m3fn": float(jnp.finfo(jnp.float8_e4m3fn).max)}
+"""The largest value of the 8-bit dtypes."""
+_MIDDLE = 8  # the nibble that stands for zero where there are no zero points
+
+
+@struct.dataclass
+class QuantizedArray:
+    """A weight [*out, *in] in a scheme. A pytree, which `linear` takes in place of an array.
+
+    Attributes:
+      values: [*out, *in] of the scheme's dtype. int4 is uint8 [*out, *in[:-1], in[-1] / 2]: input 2i in the low four
+        bits of byte i and 2i + 1 in the high ones, each from 0 to 15, 8 standing for zero where there are no zero
+        points.
+      scales: [*out[:-1], out[-1] / R, N], R outputs (`Scheme.block_rows`) and a group of the inputs, all their axes
+        taken as one, sharing each.
+      zeros: uint8, like the scales; None without zero points.
+      scheme: how they are stored (static).
+    """
+
+    values: Any
+    scales: Any
+    zeros: Any
+    scheme: Scheme = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        packed = 2 if self.scheme.dtype == "int4" else 1
+        return (*self.values.shape[:-1], self.values.shape[-1] * packed)
+
+    @property
+    def nbytes(self) -> int:
+        """Of values, scales and zero points."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def stored_shapes(shape: tuple[int, ...], scheme: Scheme, in_axes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of `values`, and of `scales` and `zeros`, of a weight.
+
+    Raises:
+      ValueError: int4 of a last axis that is odd.
+    """
+    *out, last_out = shape[: len(shape) - in_axes]
+    inputs = math.prod(shape[len(shape) - in_axes :])
+    scales = (*out, last_out // scheme.block_rows(last_out), scheme.groups(inputs))
+    if scheme.dtype != "int4":
+        return shape, scales
+    if shape[-1] % 2:
+        raise ValueError(f"a weight of shape {shape} cannot be stored two to a byte: its last axis is odd; use int8")
+    return (*shape[:-1], shape[-1] // 2), scales
+
+
+@functools.partial(jax.jit, static_argnames=("scheme", "in_axes"))
+def quantize(w: Float[Array, "..."], scheme: Scheme, in_axes: int = 1) -> QuantizedArray:
+    """A weight in a scheme, rounded to nearest; computed in float32.
+
+    Args:
+      w: [*out, *in].
+      scheme: how to store it.
+      in_axes: how many trailing axes a product contracts.
+    """
+    shape, scales_shape = stored_shapes(w.shape, scheme, in_axes)
+    blocks = _blocks(w.astype(jnp.float32).reshape(*w.shape[: w.ndim - in_axes], -1), scheme)
+    zeros = None
+    if scheme.zero_points:
+        # Zero is always within the range, so that it is stored exactly and padding changes nothing.
+        low, high = _extreme(jnp.min, blocks), _extreme(jnp.max, blocks)
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+        scales = _scales(high / 15 - low / 15, scheme)
+        zeros = jnp.clip(jnp.round(-low / scales), 0, 15)
+        values = jnp.clip(jnp.round(blocks / scales) + zeros, 0, 15)
+        zeros = zeros.astype(jnp.uint8).reshape(scales_shape)
+    elif scheme.dtype == "int4":
+        # The largest in magnitude becomes -8, whatever its sign: all sixteen values serve, as in llama.cpp's Q4_0.
+        low, high = _extreme(jnp.min, blocks), _extreme(jnp.max, blocks)
+        scales = _scales(jnp.where(-low >= high, low, high) / -8, scheme)
+        values = jnp.clip(jnp.round(blocks / scales), -8, 7) + _MIDDLE
+    else:
+        largest = LARGEST[scheme.dtype]
+        scales = _scales(_extreme(jnp.max, jnp.abs(blocks)) / largest, scheme)
+        values = jnp.clip(blocks / scales, -largest, largest)
+        values = jnp.round(values) if scheme.dtype == "int8" else values
+    values = _unblock(values, w.shape, in_axes)
+    values = pack_int4(values.astype(jnp.uint8)) if scheme.dtype == "int4" else values.astype(scheme.dtype)
+    return QuantizedArray(values.reshape(shape), scales.astype(scheme.scale_dtype).reshape(scales_shape), zeros, scheme)
+
+
+def dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "..."]:
+    """The weight [*out, *in] that is stored: (values - zeros) * scales in float32, rounded to `dtype`."""
+    in_axes = w.values.ndim - w.scales.ndim + 1
+    out = w.shape[: len(w.shape) - in_axes]
+    values = unpack_int4(w.values) if w.scheme.dtype == "int4" else w.values
+    values = values.astype(jnp.float32).reshape(*out, -1)
+    expand = functools.partial(_expand, outputs=out[-1], inputs=values.shape[-1], scheme=w.scheme)
+    if w.scheme.dtype == "int4":
+        values = values - (_MIDDLE if w.zeros is None else expand(w.zeros.astype(jnp.float32)))
+    return (values * expand(w.scales.astype(jnp.float32))).astype(dtype).reshape(w.shape)
+
+
+def pack_int4(values: UInt8[Array, "*lead I"]) -> UInt8[Array, "*lead I/2"]:
+    """Numbers from 0 to 15, two to a byte, the even ones in the low bits."""
+    return values[..., ::2] | values[..., 1::2] << 4
+
+
+def unpack_int4(packed: UInt8[Array, "*lead I/2"]) -> UInt8[Array, "*lead I"]:
+    """What `pack_int4` packed."""
+    return jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _blocks(w: Array, scheme: Scheme) -> Array:
+    """[*out, I] as [*out[:-1], out[-1] / R, R, N, group]: the axes R and group share a scale; zeros fill the last."""
+    *lead, outputs, inputs = w.shape
+    rows, groups = scheme.block_rows(outputs), scheme.groups(inputs)
+    group = scheme.group or inputs
+    w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, groups * group - inputs)])
+    return w.reshape(*lead, outputs // rows, rows, groups, group)
+
+
+def _unblock(blocks: Array, shape: tuple[int, ...], in_axes: int) -> Array:
+    inputs = math.prod(shape[len(shape) - in_axes :])
+    return blocks.reshape(*shape[: len(shape) - in_axes], -1)[..., :inputs].reshape(shape)
+
+
+def _extreme(reduction, blocks: Array) -> Array:
+    return reduction(blocks, axis=(-3, -1), keepdims=True)
+
+
+def _scales(scales: Array, scheme: Scheme) -> Array:
+    """As they will be read: rounded to their dtype; a group of zeros has scale one."""
+    scales = scales.astype(scheme.scale_dtype).astype(jnp.float32)
+    return jnp.where(scales == 0, 1.0, scales)
+
+
+def _expand(scales: Array, outputs: int, inputs: int, scheme: Scheme) -> Array:
+    """A scale for every weight: [*out[:-1], out[-1] / R, N] to [*out, I], or to [*out, 1]."""
+    if scales.shape[-2] != outputs:
+        scales = jnp.repeat(scales, outputs // scales.shape[-2], axis=-2)
+    if scheme.group is None:
+        return scales
+    return jnp.repeat(scales, scheme.group, axis=-1)[..., :inputs]
