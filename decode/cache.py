@@ -8,11 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
-from ..model.config import ModelConfig
+from ..model.config import DTYPES, ModelConfig
 from ..sharding.rules import constrain, named_sharding
+
+_LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+"""What the largest element of a token and head is stored as, by the dtype of quantised pages."""
+
+KV_DTYPES = {name: jnp.dtype(name) for name in (*DTYPES, "int8")} | {"fp8": jnp.dtype(jnp.float8_e4m3fn)}
+"""What pages may hold, by the name of a `kv_dtype`."""
 
 
 @struct.dataclass
@@ -21,6 +28,9 @@ class KVCache:
 
     Attributes:
       k, v: one array a layer, [P, K, S, H]: pages, KV heads, positions a page, head dimensions.
+        float8_e4m3fn is held as bytes, uint8, which XLA:CPU too writes in place; see `numbers`.
+      k_scales, v_scales: of quantised pages one array a layer, [P, K, S] float32: a number times the scale of its
+        position and head is the key or value. Of other pages ().
       block_tables: [B, N] int32, the page that holds positions n * S to (n + 1) * S - 1 of a row.
       lengths: [B] int32, positions cached so far.
       max_lengths: [B] int32, positions at which a row is full. Length-dependent RoPE kinds (dynamic, longrope) read it
@@ -35,6 +45,8 @@ class KVCache:
     block_tables: Any
     lengths: Any
     max_lengths: Any
+    k_scales: Any = ()
+    v_scales: Any = ()
     identity_table: bool = struct.field(pytree_node=False, default=False)
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
@@ -53,16 +65,22 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in (*self.k, *self.v))
+        """Bytes of keys and values, scales included."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
+
+    @property
+    def layers(self) -> tuple[tuple[Any, ...], ...]:
+        """Each layer's (k, v), or (k, v, k_scales, v_scales): the state that `cached_attend` threads through."""
+        kinds = (self.k, self.v, self.k_scales, self.v_scales)
+        return tuple(zip(*(leaves for leaves in kinds if leaves), strict=True))
 
     def updated(
-        self, logits: Float[Array, "B V"], pages: Sequence[Any], lengths: Int[Array, "B"]
+        self, logits: Float[Array, "B V"], layers: Sequence[tuple[Any, ...]], lengths: Int[Array, "B"]
     ) -> tuple[Float[Array, "B V"], "KVCache"]:
-        """What prefill and decode return: logits and the cache with new pages and lengths, placed as the old ones."""
-        k, v = zip(*pages, strict=True)
+        """What prefill and decode return: logits and the cache with new layers and lengths, placed as the old ones."""
+        kinds = dict(zip(("k", "v", "k_scales", "v_scales"), zip(*layers, strict=True), strict=False))
         lengths = constrain(lengths, self.mesh, "batch")
-        return constrain(logits, self.mesh, "batch", "vocab"), self.replace(k=k, v=v, lengths=lengths)
+        return constrain(logits, self.mesh, "batch", "vocab"), self.replace(**kinds, lengths=lengths)
 
 
 def init_cache(
@@ -72,7 +90,7 @@ def init_cache(
     *,
     mesh: Mesh | None = None,
     page_size: int = 64,
-    dtype: jax.typing.DTypeLike | None = None,
+    kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> KVCache:
     """An empty cache of `batch_size` rows, each with room for `max_length` tokens of its own.
 
@@ -82,11 +100,10 @@ def init_cache(
       max_length: positions at which a row is full; memory is taken for the next multiple of `page_size`.
       mesh: the model's mesh, or None for one device.
       page_size: positions a page.
-      dtype: of keys and values. None is the model's dtype on accelerators, and float32 on a CPU, where XLA has
-        neither 16-bit updates in place nor 16-bit batched products and would convert the cache at every step.
+      kv_dtype: of keys and values, as `page_dtype` takes it; "int8" and "fp8" bring a float32 scale a token and head.
 
     Raises:
-      ValueError: a size that is not positive, or that does not divide over the mesh.
+      ValueError: a size that is not positive, or that does not divide over the mesh, or an unknown `kv_dtype`.
     """
     for name, value in (("batch_size", batch_size), ("max_length", max_length), ("page_size", page_size)):
         if value <= 0:
@@ -96,9 +113,8 @@ def init_cache(
             f"init_cache: batch_size is {batch_size} and mesh axis 'data' has {mesh.shape['data']} devices; make it a "
             "multiple of them"
         )
-    if dtype is None:
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        dtype = "float32" if platform == "cpu" else config.dtype
+    dtype = page_dtype(kv_dtype, config, mesh)
+    held = jnp.uint8 if dtype == jnp.float8_e4m3fn else dtype
     pages_per_row = math.ceil(max_length / page_size)
     pages = batch_size * pages_per_row
 
@@ -107,13 +123,13 @@ def init_cache(
         sharding = None if mesh is None else named_sharding(f"cache {name}", shape, tuple(axes), mesh)
         return _broadcast(shape, sharding)(jnp.asarray(value, dtype))
 
-    def leaves(name: str) -> tuple[jax.Array, ...]:
-        axes = {"pages": pages, "kv_heads": config.num_kv_heads, "page_size": page_size, "head_dim": config.head_dim}
+    def leaves(name: str, dtype: Any, **more: int) -> tuple[jax.Array, ...]:
+        axes = {"pages": pages, "kv_heads": config.num_kv_heads, "page_size": page_size} | more
         return tuple(array(name, 0, dtype, **axes) for _ in config.layers)
 
     return KVCache(
-        k=leaves("k"),
-        v=leaves("v"),
+        k=leaves("k", held, head_dim=config.head_dim),
+        v=leaves("v", held, head_dim=config.head_dim),
         block_tables=array(
             "block_tables",
             jnp.arange(pages).reshape(batch_size, -1),
@@ -123,9 +139,32 @@ def init_cache(
         ),
         lengths=array("lengths", 0, jnp.int32, batch=batch_size),
         max_lengths=array("max_lengths", max_length, jnp.int32, batch=batch_size),
+        k_scales=leaves("k_scales", jnp.float32) if dtype in _LARGEST else (),
+        v_scales=leaves("v_scales", jnp.float32) if dtype in _LARGEST else (),
         identity_table=True,
         mesh=mesh,
     )
+
+
+def page_dtype(kv_dtype: jax.typing.DTypeLike | None, config: ModelConfig, mesh: Mesh | None) -> jnp.dtype:
+    """The dtype of the numbers in a cache's pages.
+
+    Args:
+      kv_dtype: "float32", "bfloat16", "float16", "int8" or "fp8" (e4m3), or such a dtype. None is the model's dtype on
+        accelerators, and float32 on a CPU, where XLA has neither 16-bit updates in place nor 16-bit batched products
+        and would convert the cache at every step.
+      config, mesh: as in `init_cache`.
+
+    Raises:
+      ValueError: `kv_dtype` is another one.
+    """
+    if kv_dtype is None:
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        kv_dtype = "float32" if platform == "cpu" else config.dtype
+    dtype = KV_DTYPES.get(kv_dtype) if isinstance(kv_dtype, str) else jnp.dtype(kv_dtype)
+    if dtype not in KV_DTYPES.values():
+        raise ValueError(f"kv_dtype {kv_dtype!r} is not known; known: {', '.join(KV_DTYPES)}")
+    return dtype
 
 
 @functools.cache
@@ -134,23 +173,54 @@ def _broadcast(shape: tuple[int, ...], sharding: NamedSharding | None) -> Callab
     return jax.jit(lambda value: jnp.broadcast_to(value, shape), out_shardings=sharding)
 
 
-def write_pages(
-    pages: Float[Array, "P K S H"],
-    new: Float[Array, "B T K H"],
+def quantise(
+    x: Float[Array, "B T K H"], dtype: jax.typing.DTypeLike
+) -> tuple[Num[Array, "B T K H"], Float[Array, "B T K"]]:
+    """Keys or values as quantised pages hold them: x / scale in `dtype`, and the scales, float32.
+
+    A scale is the largest magnitude of its H elements over the largest number of the dtype, 127 or 448. Elements of
+    int8 are rounded to the nearest, ties to even.
+    """
+    x, largest = x.astype(jnp.float32), _LARGEST[jnp.dtype(dtype)]
+    scales = jnp.abs(x).max(axis=-1) / largest
+    scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 1.0, scales)  # nothing but zeros is stored as zeros
+    x = jnp.clip(x / scales[..., None], -largest, largest)  # beyond its largest number float8_e4m3fn has NaN alone
+    return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scales
+
+
+def write_layer(
+    layer: tuple[Array, ...],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     block_tables: Int[Array, "B N"],
     positions: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
-) -> Float[Array, "P K S H"]:
-    """Pages with the keys or values of new tokens written at their positions, in place when `pages` is donated.
+) -> tuple[Array, ...]:
+    """A layer of the cache with the keys and values of new tokens at their positions, in place when it is donated.
 
     Args:
-      pages: keys or values of one layer.
-      new: what to write.
+      layer: one entry of `KVCache.layers`.
+      k, v: what to write; quantised here if the layer is.
       block_tables: page of each stretch of S positions.
       positions: where each token goes in its row.
       valid: tokens to write; the others (padding, rows without room) leave no trace.
     """
-    page_size = pages.shape[2]
+    pages, _, page_size = layer[0].shape[:3]
     page = jnp.take_along_axis(block_tables, positions // page_size, axis=1, mode="clip")
-    page = jnp.where(valid, page, pages.shape[0])  # out of bounds, so that mode="drop" drops it
-    return pages.at[page, :, positions % page_size].set(new.astype(pages.dtype), mode="drop")
+    page = jnp.where(valid, page, pages)  # out of bounds, so that mode="drop" drops it
+    new = k, v
+    if len(layer) > 2:
+        dtype = jnp.int8 if layer[0].dtype == jnp.int8 else jnp.float8_e4m3fn
+        (k, k_scales), (v, v_scales) = quantise(k, dtype), quantise(v, dtype)
+        new = k, v, k_scales, v_scales
+
+    def written(leaf: Array, part: Array) -> Array:
+        part = lax.bitcast_convert_type(part, jnp.uint8) if leaf.dtype == jnp.uint8 else part.astype(leaf.dtype)
+        return leaf.at[page, :, positions % page_size].set(part, mode="drop")
+
+    return tuple(map(written, layer, new))
+
+
+def numbers(pages: Num[Array, "P K S H"]) -> Num[Array, "P K S H"]:
+    """The keys or values that pages of the cache hold, in their dtype: float8 is held as bytes."""
+    return lax.bitcast_convert_type(pages, jnp.float8_e4m3fn) if pages.dtype == jnp.uint8 else pages

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ..model.loading import Model
 from . import buckets
-from .cache import init_cache
+from .cache import init_cache, page_dtype
 from .loop import decode_steps, sample_first
 from .prefill import prefill
 from .request import FinishReason, Request, RequestOutput, TokenLogprobs
@@ -49,6 +49,7 @@ def generate(
     *,
     callback: Callable[[StreamChunk], None] | None = None,
     max_batch_size: int = 32,
+    kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> list[RequestOutput]:
     """Complete every prompt.
 
@@ -58,16 +59,17 @@ def generate(
       sampling: one for all prompts, or one a prompt; None takes the model's own defaults.
       callback: called with every `StreamChunk` as it comes.
       max_batch_size: rows decoded together; more prompts run in turns.
+      kv_dtype: of cached keys and values: None, a float dtype, "int8" or "fp8", as `init_cache` takes it.
 
     Returns:
       One output a prompt, in order. A request's tokens do not depend on what it is batched with.
 
     Raises:
       ValueError: an empty prompt, token ids outside the vocabulary, a prompt as long as the model's longest sequence,
-        stop strings without a tokenizer; all before any device work.
+        stop strings without a tokenizer, an unknown `kv_dtype`; all before any device work.
     """
     outputs: dict[int, RequestOutput] = {}
-    for chunk in stream(model, prompts, sampling, max_batch_size=max_batch_size):
+    for chunk in stream(model, prompts, sampling, max_batch_size=max_batch_size, kv_dtype=kv_dtype):
         if callback is not None:
             callback(chunk)
         if chunk.output is not None:
@@ -81,12 +83,14 @@ def stream(
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     max_batch_size: int = 32,
+    kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> Iterator[StreamChunk]:
     """Like `generate`, but yields the output as it comes, in blocks of a few tokens a request.
 
     The arguments are checked when it is called, before the first chunk is asked for.
     """
-    return _stream(model, _batches(make_requests(model, prompts, sampling), max_batch_size))
+    dtype = page_dtype(kv_dtype, model.config, model.mesh)
+    return _stream(model, _batches(make_requests(model, prompts, sampling), max_batch_size), dtype)
 
 
 def warm_up(
@@ -95,10 +99,11 @@ def warm_up(
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     max_batch_size: int = 32,
+    kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> None:
     """Compile the programs that `generate` with these arguments will run, so that none is compiled while it runs."""
     for requests in _batches(make_requests(model, prompts, sampling), max_batch_size):
-        batch = _Batch(model, requests)
+        batch = _Batch(model, requests, kv_dtype)
         batch.prefill()
         batch.decode()
 
@@ -169,12 +174,12 @@ def _batches(requests: list[Request], max_batch_size: int) -> list[list[Request]
     return [requests[first : first + max_batch_size] for first in range(0, len(requests), max_batch_size)]
 
 
-def _stream(model: Model, batches: list[list[Request]]) -> Iterator[StreamChunk]:
+def _stream(model: Model, batches: list[list[Request]], kv_dtype: jnp.dtype) -> Iterator[StreamChunk]:
     first = 0
     for rows in batches:
         for request in rows:
             request.start_clock()
-        batch = _Batch(model, rows)
+        batch = _Batch(model, rows, kv_dtype)
         made = batch.prefill()
         while True:
             running = [(row, request) for row, request in enumerate(rows) if not request.finished]
@@ -202,14 +207,15 @@ _Made = list[list[tuple[int, TokenLogprobs | None]]]
 class _Batch:
     """The device side of requests that run together: cache, sampling state, last tokens."""
 
-    def __init__(self, model: Model, requests: Sequence[Request]):
+    def __init__(self, model: Model, requests: Sequence[Request], kv_dtype: jax.typing.DTypeLike | None):
         self.model, self.requests = model, requests
         data = 1 if model.mesh is None else model.mesh.shape["data"]
         rows = -(-buckets.batch_bucket(len(requests)) // data) * data
         totals = [len(r.prompt) + r.max_tokens for r in requests]
         # Padding rows have no room: nothing is ever written for them.
         max_lengths = np.array(totals + [0] * (rows - len(totals)), np.int32)
-        cache = init_cache(model.config, rows, buckets.cache_bucket(max(totals)), mesh=model.mesh)
+        length = buckets.cache_bucket(max(totals))
+        cache = init_cache(model.config, rows, length, mesh=model.mesh, kv_dtype=kv_dtype)
         place = None if model.mesh is None else cache.max_lengths.sharding
         self.cache = cache.replace(max_lengths=jax.device_put(max_lengths, place))
         self.state, self.plan = make_sampling_state(

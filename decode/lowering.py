@@ -19,6 +19,7 @@ from .step import decode_step
 
 _CACHE_AXES = {
     4: ("pages", "kv_heads", "page_size", "head_dim"),
+    3: ("pages", "kv_heads", "page_size"),
     2: ("batch", "entries"),
     1: ("batch",),
 }
@@ -34,14 +35,26 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
     )
 
 
-def abstract_cache(config: ModelConfig, mesh: Mesh, batch_size: int, max_length: int) -> KVCache:
+def abstract_cache(
+    config: ModelConfig,
+    mesh: Mesh,
+    batch_size: int,
+    max_length: int,
+    kv_dtype: jax.typing.DTypeLike | None = None,
+) -> KVCache:
     """What `init_cache` returns for a mesh, as `jax.ShapeDtypeStruct`s."""
-    cache = jax.eval_shape(lambda: init_cache(config, batch_size, max_length, mesh=mesh))
+    cache = jax.eval_shape(lambda: init_cache(config, batch_size, max_length, mesh=mesh, kv_dtype=kv_dtype))
     return jax.tree.map(lambda leaf: _abstract(leaf.shape, leaf.dtype, _CACHE_AXES[leaf.ndim], mesh), cache)
 
 
 def lower_prefill(
-    config: ModelConfig, mesh: Mesh, *, batch_size: int, max_length: int, tokens: int
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    max_length: int,
+    tokens: int,
+    kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.stages.Lowered:
     """`prefill` of `tokens` tokens a row, lowered for a mesh.
 
@@ -51,20 +64,28 @@ def lower_prefill(
       batch_size: rows.
       max_length: positions a row of the cache holds.
       tokens: new tokens a row.
+      kv_dtype: of the cache, as `init_cache` takes it.
 
     Raises:
-      ValueError: a size that the mesh does not divide.
+      ValueError: a size that the mesh does not divide, or an unknown `kv_dtype`.
     """
     new = _abstract((batch_size, tokens), jnp.int32, ("batch", None), mesh)
     lengths = _abstract((batch_size,), jnp.int32, ("batch",), mesh)
-    cache = abstract_cache(config, mesh, batch_size, max_length)
+    cache = abstract_cache(config, mesh, batch_size, max_length, kv_dtype)
     return prefill.lower(abstract_params(config, mesh), config, new, lengths, cache)
 
 
-def lower_decode(config: ModelConfig, mesh: Mesh, *, batch_size: int, max_length: int) -> jax.stages.Lowered:
+def lower_decode(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    max_length: int,
+    kv_dtype: jax.typing.DTypeLike | None = None,
+) -> jax.stages.Lowered:
     """`decode_step` lowered for a mesh; arguments and errors as in `lower_prefill`."""
     tokens = _abstract((batch_size,), jnp.int32, ("batch",), mesh)
-    cache = abstract_cache(config, mesh, batch_size, max_length)
+    cache = abstract_cache(config, mesh, batch_size, max_length, kv_dtype)
     return decode_step.lower(abstract_params(config, mesh), config, tokens, cache)
 
 

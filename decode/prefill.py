@@ -51,8 +51,7 @@ def prefill(
     valid = jnp.arange(T) < new[:, None]
 
     attend = cached_attend(cache, prefill_attention, positions, valid, starts, starts + new)
-    state = tuple(zip(cache.k, cache.v, strict=True))
-    x, state = transformer(params, config, tokens, positions, attend, state, cache.max_lengths)
+    x, layers = transformer(params, config, tokens, positions, attend, cache.layers, cache.max_lengths)
     last = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = jnp.where((new > 0)[:, None], unembed(params, config, last), jnp.nan)
-    return cache.updated(logits, state, starts + new)
+    return cache.updated(logits, layers, starts + new)

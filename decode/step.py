@@ -48,10 +48,9 @@ def decode_step(
     positions = cache.lengths[:, None]
 
     attend = cached_attend(cache, _one_query_attention, positions, has_room[:, None], lengths)
-    state = tuple(zip(cache.k, cache.v, strict=True))
-    x, state = transformer(params, config, tokens[:, None], positions, attend, state, cache.max_lengths)
+    x, layers = transformer(params, config, tokens[:, None], positions, attend, cache.layers, cache.max_lengths)
     logits = jnp.where(has_room[:, None], unembed(params, config, x[:, 0]), jnp.nan)
-    return cache.updated(logits, state, lengths)
+    return cache.updated(logits, layers, lengths)
 
 
 def _one_query_attention(q: Float[Array, "B 1 K G H"], *args: Array, **kwargs: Any) -> Float[Array, "B 1 K G H"]:

@@ -63,11 +63,12 @@ def prefill_attention(
 
     def block_of(cache, scales, index):  # [B, K, width, H]
         def taken(array):  # [B, K, width, ...]
-            first = index * pages
+            first, held = index * pages, _movable(array)
             if identity_table:
-                part = lax.dynamic_slice_in_dim(array.reshape(B, N, *array.shape[1:]), first, pages, axis=1)
+                part = lax.dynamic_slice_in_dim(held.reshape(B, N, *array.shape[1:]), first, pages, axis=1)
             else:
-                part = array[lax.dynamic_slice_in_dim(block_tables, first, pages, axis=1)]
+                part = held[lax.dynamic_slice_in_dim(block_tables, first, pages, axis=1)]
+            part = lax.bitcast_convert_type(part, array.dtype)
             return jnp.moveaxis(part, 1, 2).reshape(B, K, width, *array.shape[3:])
 
         return taken(cache) if scales is None else taken(cache).astype(dtype) * taken(scales)[..., None]
@@ -118,12 +119,32 @@ def decode_attention(
     identity_table: bool,
 ) -> Float[Array, "B K R H"]:
     """q holds R = queries * G queries a KV head, all heads of the first token, then of the second ..."""
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "identity_table": identity_table}
+    in_one = functools.partial(_decode_in_one, queries=queries, **options)
+    arrays = (q, k_pages, v_pages, block_tables, lengths, sinks, k_scales, v_scales)
+    if k_scales is None:
+        return in_one(*arrays)
+
+    def in_blocks(q, k_pages, v_pages, tables, lengths, sinks, k_scales, v_scales):
+        B, K, R, H = q.shape
+        rows = q.reshape(B, K, queries, R // queries, H).swapaxes(1, 2)
+        more = {"sinks": sinks, "k_scales": k_scales, "v_scales": v_scales}
+        out = prefill_attention(rows, k_pages, v_pages, tables, lengths - queries, lengths, **more, **options)
+        return out.swapaxes(1, 2).reshape(q.shape)
+
+    # XLA:GPU widens what is quantised inside the product; XLA:CPU would first write all of it out, as float32.
+    return lax.platform_dependent(*arrays, cpu=in_blocks, default=in_one)
+
+
+def _decode_in_one(
+    q, k_pages, v_pages, tables, lengths, sinks, k_scales, v_scales, *, queries, scale, window, soft_cap, identity_table
+):
     B, K, R, H = q.shape
-    S, N = k_pages.shape[2], block_tables.shape[1]
+    S, N = k_pages.shape[2], tables.shape[1]
     dtype = k_pages.dtype if k_scales is None else jnp.float32
 
     def rows(array: Any) -> Any:
-        return array.reshape(B, N, *array.shape[1:]) if identity_table else array[block_tables]
+        return array.reshape(B, N, *array.shape[1:]) if identity_table else array[tables]
 
     # Pages stay a batch axis of both products: any other form makes XLA transpose or convert the whole cache at every
     # step. Scores lie as [queries, positions], so that both are plain products of the cache as it lies.
@@ -146,6 +167,11 @@ def decode_attention(
         probs = probs * rows(v_scales)[..., None, :]
     out = product("bnkrs,bnksh->bnkrh", probs.astype(dtype), rows(v_pages).astype(dtype)).sum(axis=1)
     return (out / total[..., None]).astype(q.dtype)
+
+
+def _movable(array: Num[Array, "P K S ..."]) -> Num[Array, "P K S ..."]:
+    """What to take a part of: float8 as bytes, since XLA:CPU would first convert all of it to float16."""
+    return lax.bitcast_convert_type(array, jnp.uint8) if array.dtype == jnp.float8_e4m3fn else array
 
 
 def _over_queries(attend: Any, q: Float[Array, "B T K G H"]) -> Float[Array, "B T K G H"]:

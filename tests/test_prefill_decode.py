@@ -140,7 +140,7 @@ def test_bfloat16_stays_close_to_float32(model, tokens):
     config = model.config.replace(dtype="bfloat16")
     low = dataclasses.replace(model, config=config, params=jax.tree.map(lambda a: a.astype("bfloat16"), model.params))
     expected, expected_cache = prefilled(model, tokens)
-    logits, cache = prefill(low, tokens, LENGTHS, rl.init_cache(config, 3, 100, page_size=PAGE, dtype="bfloat16"))
+    logits, cache = prefill(low, tokens, LENGTHS, rl.init_cache(config, 3, 100, page_size=PAGE, kv_dtype="bfloat16"))
     assert logits.dtype == jnp.float32
     spread = float(jnp.std(expected))
     assert float(jnp.abs(logits - expected).max()) < 0.15 * spread

@@ -40,7 +40,7 @@ def family_config(family):
 
 def compiled(config, program):
     params = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), param_specs(config))
-    cache = jax.eval_shape(lambda: init_cache(config, B, C, dtype="float32"))
+    cache = jax.eval_shape(lambda: init_cache(config, B, C, kv_dtype="float32"))
     rows = jax.ShapeDtypeStruct((B,), "int32")
     if program == "decode":
         return decode_step.lower(params, config, rows, cache).compile()
@@ -81,7 +81,7 @@ def test_every_family_is_among_them():
 def test_bytes_of_parameters_and_cache_are_those_held():
     config = tiny_config()
     deployment = Deployment(config, page_size=16)
-    cache = init_cache(config, 3, 50, page_size=16, dtype="float32")
+    cache = init_cache(config, 3, 50, page_size=16, kv_dtype="float32")
     assert deployment.cache_bytes(3, 50) == cache.nbytes
     assert deployment.parameter_bytes == 4 * count_parameters(config)
     assert deployment.kv_bytes_per_token == 2 * 2 * 3 * 20 * 4
