@@ -16,6 +16,7 @@ from .decode.prefill import prefill
 from .decode.request import RequestOutput, TokenLogprobs
 from .decode.sampling import SamplingPlan, SamplingState, make_sampling_state, sample
 from .decode.sampling_params import SamplingParams
+from .decode.score import Comparison, Evaluation, evaluate
 from .decode.step import decode_step
 from .model.checkpoint import CheckpointError
 from .model.config import LayerConfig, ModelConfig, RopeConfig
@@ -34,6 +35,8 @@ __all__ = [
     "SCHEMES",
     "AttentionSpec",
     "CheckpointError",
+    "Comparison",
+    "Evaluation",
     "GenerationDefaults",
     "KVCache",
     "LayerConfig",
@@ -59,6 +62,7 @@ __all__ = [
     "decode_steps",
     "default_sampling",
     "dequantize",
+    "evaluate",
     "forward",
     "generate",
     "init_cache",

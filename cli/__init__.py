@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from . import bench, chat, compile, convert, generate, plan
+from . import bench, chat, compile, convert, eval, generate, plan
 from .common import FAILURE, OK, USAGE, UsageError
 
 EXAMPLES = """\
@@ -16,6 +16,8 @@ examples:
   ridgeline generate --file prompt.txt --model path/to/hf-checkpoint --json
   echo "There was a king" | ridgeline generate - --seed 7
   ridgeline chat --model path/to/hf-checkpoint
+  ridgeline generate "Once upon a time" --quantize int4 --kv-dtype int8
+  ridgeline eval --text story.txt --quantize int4-32 --against float32
   ridgeline convert path/to/hf-checkpoint path/to/converted
   ridgeline plan llama-3.1-8b --hardware h100 --tensor 1,2 --batch 1,8,32
   ridgeline bench llama-3.2-1b --layers 4 --batch 1,8 --compare transformers
@@ -63,6 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ridgeline {version('ridgeline')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, convert, plan, bench, compile):
+    for command in (generate, chat, eval, convert, plan, bench, compile):
         command.add_parser(commands)
     return parser

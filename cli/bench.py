@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..decode import buckets
+from ..decode.cache import page_dtype
 from ..decode.generate import generate
-from ..model.config import DTYPES
 from ..model.loading import Model
 from ..model.params import count_parameters
 from ..model.presets import PRESETS
@@ -32,7 +32,6 @@ from ..sharding.mesh import make_mesh
 from .bench_model import (
     SETTABLE,
     Subject,
-    cache_dtype,
     check_memory,
     checkpoint_directory,
     find_subject,
@@ -52,7 +51,7 @@ from .bench_runs import (
     random_prompts,
 )
 from .bench_tables import notes, tables
-from .common import OK, terminal, usage_errors
+from .common import OK, add_format_options, terminal, usage_errors
 from .formats import integers
 
 _AGREEMENT_TOKENS = 32
@@ -83,7 +82,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         metavar="FIELD=VALUE",
         help=f"of a preset, change a size; repeatable. Fields: {', '.join(SETTABLE)}",
     )
-    add("--dtype", choices=DTYPES, help="of weights and activations (default: the model's own)")
+    add_format_options(parser)
     add("--prompt", type=integers, default=[128, 512], metavar="T,...", help="prompt tokens a row (default: 128,512)")
     add("--batch", type=integers, default=[1, 8], metavar="B,...", help="rows (default: 1,8); prompts run at the first")
     add(
@@ -115,10 +114,10 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 def run(args: argparse.Namespace) -> int:
     with usage_errors():
-        subject = find_subject(args.model, args.layers, args.set, args.dtype)
+        subject = find_subject(args.model, args.layers, args.set, args.dtype, args.quantize, args.quantize_output)
         _check(args, subject)
         meshes = _meshes(args.tensor)
-        kv = cache_dtype(subject.config)
+        kv = args.kv_dtype or page_dtype(None, subject.config, None).name
         deployments = {tensor: Deployment(subject.config, None, kv, tensor) for tensor in meshes}
     if args.compare:
         check_installed()
@@ -147,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
             "changes": dict(subject.changes),
             "parameters": count_parameters(subject.config),
             "dtype": dtype,
+            "quantize": args.quantize,
+            "quantize_output": args.quantize_output,
             "kv": kv,
             "random_weights": subject.hf is not None,
         },
@@ -169,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
     }
     out = args.output or _default_output(subject, device.device_kind)
     store(report, out)
-    size = f"{report['model']['parameters'] / 1e6:,.3g} M parameters, {dtype}, KV {kv}"
+    size = f"{report['model']['parameters'] / 1e6:,.3g} M parameters, {_weights(args, dtype)}, KV {kv}"
     title = f"{Path(subject.name).name}{' scaled to' if subject.changes else ':'} {size}"
     if args.plot is not None:
         plot_bench(args.plot, title, roofs, dtype, cells)
@@ -184,6 +185,11 @@ def run(args: argparse.Namespace) -> int:
     places = f"The results are in {out}" + (f", the plot in {args.plot}." if args.plot else ".")
     console.print(places, highlight=False, soft_wrap=True)
     return OK
+
+
+def _weights(args: argparse.Namespace, dtype: str) -> str:
+    output = f", output {args.quantize_output}" if args.quantize_output else ""
+    return (f"{args.quantize} in {dtype}" if args.quantize else dtype) + output
 
 
 def _check(args: argparse.Namespace, subject: Subject) -> None:
@@ -292,13 +298,14 @@ def _contests(args: argparse.Namespace, model: Model, peers: Sequence[Peer]) -> 
     found = []
     for length in args.prompt:
         prompts = random_prompts(vocab_size, batch, length)
-        turns = {OURS: prefill_turn(model, prompts)} | {peer.name: peer.prefill_turn(prompts) for peer in peers}
+        turns = {OURS: prefill_turn(model, prompts, args.kv_dtype)}
+        turns |= {peer.name: peer.prefill_turn(prompts) for peer in peers}
         found.append(Contest("prefill", batch, length, turns))
     for batch in args.batch:
         for length in args.context:
             steps = plan_steps(length, args.tokens)
             prompts = random_prompts(vocab_size, batch, steps.cached)
-            turns = {OURS: decode_turn(model, batch, steps)}
+            turns = {OURS: decode_turn(model, batch, steps, args.kv_dtype)}
             turns |= {peer.name: peer.decode_turn(prompts, steps) for peer in peers}
             found.append(Contest("decode", batch, length, turns))
     return found

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ..decode.cache import init_cache
 from ..model.config import ModelConfig
 from ..model.hf import config_from_hf
 from ..model.loading import BUNDLED, GenerationDefaults, Model, load_model
-from ..model.params import init_params, param_specs
+from ..model.params import float_specs, init_params
 from ..model.presets import PRESETS
+from ..model.schemes import quantization
 from ..roofline.deployment import Deployment
 from .common import model_config
 
@@ -45,15 +44,24 @@ class Subject:
       config: with changes and dtype applied; of one device.
       hf: config.json of a model with random weights; None where a directory has the weights.
       changes: what was set, by field.
+      schemes: how it is quantised, as `load_model` takes it.
     """
 
     name: str
     config: ModelConfig
     hf: Mapping[str, Any] | None
     changes: Mapping[str, Any]
+    schemes: Mapping[str, str | None]
 
 
-def find_subject(model: str, layers: int | None, settings: Sequence[str], dtype: str | None) -> Subject:
+def find_subject(
+    model: str,
+    layers: int | None,
+    settings: Sequence[str],
+    dtype: str | None,
+    quantize: str | None = None,
+    quantize_output: str | None = None,
+) -> Subject:
     """The model by name, with its shape changed.
 
     Args:
@@ -61,11 +69,12 @@ def find_subject(model: str, layers: int | None, settings: Sequence[str], dtype:
       layers: how many, of a preset.
       settings: "field=value" each, of a preset.
       dtype: of weights and activations; the model's own by default.
+      quantize, quantize_output: as `load_model` takes them.
 
     Raises:
       ValueError: a field that is not known, a value of the wrong type, or a shape that the family cannot have.
     """
-    changes = dict(map(_setting, settings))
+    changes, schemes = dict(map(_setting, settings)), {"quantize": quantize, "quantize_output": quantize_output}
     if layers is not None:
         changes["num_layers"] = layers
         if layers < 1:
@@ -77,7 +86,8 @@ def find_subject(model: str, layers: int | None, settings: Sequence[str], dtype:
                 f"preset with random weights: {', '.join(PRESETS)}"
             )
         config = model_config(model)
-        return Subject(model, config if dtype is None else config.replace(dtype=dtype), None, {})
+        config = config if dtype is None else config.replace(dtype=dtype)
+        return Subject(model, _quantised(config, schemes), None, {}, schemes)
     hf = PRESETS[model] | {_FIELDS[field][0]: value for field, value in changes.items()}
     if dtype is not None:
         hf["torch_dtype"] = dtype
@@ -88,7 +98,12 @@ def find_subject(model: str, layers: int | None, settings: Sequence[str], dtype:
     for field, value in changes.items():
         if getattr(config, field) != value:
             raise ValueError(f"--set {field}={value} has no effect: for {model} it is {getattr(config, field)}")
-    return Subject(model, config, hf, changes)
+    return Subject(model, _quantised(config, schemes), hf, changes, schemes)
+
+
+def _quantised(config: ModelConfig, schemes: Mapping[str, str | None]) -> ModelConfig:
+    asked = quantization(*schemes.values())
+    return config if asked is None else config.replace(quantization=asked)
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -120,7 +135,7 @@ def make_model(subject: Subject, mesh: Mesh | None, checkpoint: Path | None) -> 
       checkpoint: where random weights have been written; None makes them here.
     """
     if checkpoint is not None or subject.hf is None:
-        return load_model(checkpoint or subject.name, mesh=mesh, dtype=subject.config.dtype)
+        return load_model(checkpoint or subject.name, mesh=mesh, dtype=subject.config.dtype, **subject.schemes)
     config = subject.config if mesh is None else subject.config.replicate_kv_heads(mesh.shape["tensor"])
     params = jax.block_until_ready(init_params(config, jax.random.key(0), mesh))
     return Model(config, params, None, GenerationDefaults(), Path(subject.name), mesh)
@@ -137,11 +152,6 @@ def write_config(subject: Subject, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(dict(subject.hf)))
 
 
-def cache_dtype(config: ModelConfig) -> str:
-    """Of the keys and values that `init_cache` makes here."""
-    return init_cache(config, 1, 1).k[0].dtype.name
-
-
 def check_memory(
     deployment: Deployment, memory: int, sizes: Sequence[tuple[int, int]], *, random: bool, copies: int
 ) -> None:
@@ -152,13 +162,14 @@ def check_memory(
       memory: bytes of one device.
       sizes: rows and positions of each cache; one of them is held at a time.
       random: the weights are made there, in float32 first.
-      copies: of the weights in this memory, those of peers included.
+      copies: of the weights in this memory, those of peers included, which are not quantised.
 
     Raises:
       ValueError: it does not fit; with the numbers.
     """
-    weights = copies * deployment.parameter_bytes
-    largest = max(math.prod(spec.shape) for spec in jax.tree.leaves(param_specs(deployment.config)))
+    plain = dataclasses.replace(deployment, config=deployment.config.replace(quantization=None))
+    weights = deployment.parameter_bytes + (copies - 1) * plain.parameter_bytes
+    largest = max(spec.size for spec in jax.tree.leaves(float_specs(deployment.config)))
     scratch = 2 * 4 * largest // deployment.tensor if random else 0
     cache, batch, length = max((deployment.cache_bytes(*size), *size) for size in sizes)
     needed, room = weights + max(scratch, cache), int(memory * _MEMORY_FRACTION)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ..decode import buckets
 from ..decode.cache import KVCache, init_cache
@@ -89,7 +90,7 @@ def random_prompts(vocab_size: int, batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(length).integers(0, vocab_size, (batch, length)).astype(np.int32)
 
 
-def prefill_turn(model: Model, prompts: np.ndarray) -> Turn:
+def prefill_turn(model: Model, prompts: np.ndarray, kv_dtype: str | None) -> Turn:
     """Time to the first token: prompts on the host to tokens on the host, cache and sampling state made on the way.
 
     Beside "ttft": "set_up" of the cache and the sampling state alone, and "sampling" alone.
@@ -98,7 +99,7 @@ def prefill_turn(model: Model, prompts: np.ndarray) -> Turn:
     chunks = _chunks(length)
 
     def set_up() -> tuple[KVCache, Any, Any]:
-        cache = init_cache(model.config, rows, buckets.cache_bucket(length + 1), mesh=model.mesh)
+        cache = init_cache(model.config, rows, buckets.cache_bucket(length + 1), mesh=model.mesh, kv_dtype=kv_dtype)
         return cache, *_sampling(model, prompts)
 
     def first_token() -> tuple[jax.Array, Any, Any, Any]:
@@ -163,7 +164,7 @@ def plan_steps(context: int, tokens: int) -> Steps:
     return Steps(cached, count, block, max(buckets.cache_bucket(context), cached + count))
 
 
-def decode_turn(model: Model, batch: int, steps: Steps) -> Turn:
+def decode_turn(model: Model, batch: int, steps: Steps, kv_dtype: str | None) -> Turn:
     """Seconds a step: "tpot" in blocks, "single" dispatched one by one, "step" one by one without sampling.
 
     The cache holds noise: what is in it does not change what a step does.
@@ -195,7 +196,7 @@ def decode_turn(model: Model, batch: int, steps: Steps) -> Turn:
     taken: list[float] = []
 
     def turn() -> Mapping[str, float]:
-        cache = _fill(rewound(init_cache(model.config, batch, steps.capacity, mesh=model.mesh)))
+        cache = _fill(rewound(init_cache(model.config, batch, steps.capacity, mesh=model.mesh, kv_dtype=kv_dtype)))
         place = None if model.mesh is None else cache.lengths.sharding
         tokens = jax.device_put(prompts[:, 0], place)
         found = {}
@@ -228,14 +229,18 @@ def _sampling(model: Model, prompts: np.ndarray) -> tuple[Any, Any]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _noise(pages: jax.Array) -> jax.Array:
-    block = jax.random.normal(jax.random.key(0), (1, *pages.shape[1:]), pages.dtype)
-    return jnp.broadcast_to(block, pages.shape) + pages
+    block = jax.random.normal(jax.random.key(0), (1, *pages.shape[1:]))
+    if pages.dtype == jnp.uint8:  # the bytes of float8
+        block = lax.bitcast_convert_type(block.astype(jnp.float8_e4m3fn), jnp.uint8)
+    elif pages.dtype == jnp.int8:
+        block = 32 * block
+    return jnp.broadcast_to(block.astype(pages.dtype), pages.shape) + pages
 
 
 def _fill(cache: KVCache) -> KVCache:
     """Noise in every page: zeros would draw less power, and let a GPU clock higher."""
-    k, v = jax.block_until_ready(jax.tree.map(_noise, (cache.k, cache.v)))
-    return cache.replace(k=k, v=v)
+    leaves = {name: getattr(cache, name) for name in ("k", "v", "k_scales", "v_scales")}
+    return cache.replace(**jax.block_until_ready(jax.tree.map(_noise, leaves)))
 
 
 def _settle(model: Model, out: jax.Array) -> None:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         messages.append({"role": "user", "content": line})
         try:
-            reply = _reply(model, params, messages, compiled, show=not args.json)
+            reply = _reply(model, params, messages, compiled, args)
         except UsageError as error:  # such as a conversation that has grown too long
             print(f"ridgeline: {error}; /reset starts over", file=sys.stderr)
             messages.pop()
@@ -57,15 +57,17 @@ def run(args: argparse.Namespace) -> int:
         messages.append({"role": "assistant", "content": reply.text})
 
 
-def _reply(model: Model, params: SamplingParams, messages: list[dict], compiled: set, show: bool) -> Reply:
+def _reply(
+    model: Model, params: SamplingParams, messages: list[dict], compiled: set, args: argparse.Namespace
+) -> Reply:
     with usage_errors():
         text = model.tokenizer.apply_chat_template(messages)
         tokens = model.tokenizer.encode(text, add_special_tokens=False)
         make_requests(model, [tokens], params)
-    reply = Reply(show)
+    reply = Reply(show=not args.json)
     shapes = buckets.prefill_bucket(len(tokens)), buckets.cache_bucket(len(tokens) + (params.max_tokens or 0))
     if shapes not in compiled:
         compiled.add(shapes)
-        reply.compile_seconds = warm_up_programs(model, [tokens], params)
-    reply.run(model, [tokens], params)
+        reply.compile_seconds = warm_up_programs(model, [tokens], params, args.kv_dtype)
+    reply.run(model, [tokens], params, args.kv_dtype)
     return reply

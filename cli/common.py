@@ -12,14 +12,16 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from ..decode.cache import KV_DTYPES
 from ..decode.generate import default_sampling, warm_up
 from ..decode.sampling_params import SamplingParams
 from ..model.checkpoint.description import is_converted, read_description
 from ..model.checkpoint.files import read_object
-from ..model.config import ModelConfig
+from ..model.config import DTYPES, ModelConfig
 from ..model.hf import config_from_hf
 from ..model.loading import BUNDLED, Model, load_model
 from ..model.presets import PRESETS, preset
+from ..model.schemes import SCHEMES
 from ..sharding.mesh import make_mesh
 
 OK, FAILURE, USAGE = 0, 1, 2
@@ -47,11 +49,7 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
         metavar="DIR",
         help="a Hugging Face checkpoint directory, or 'bundled' for the included model (default)",
     )
-    model.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of weights and activations (default: the checkpoint's own)",
-    )
+    add_format_options(model)
     model.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share every layer (default: 1)")
     model.add_argument("--data", type=int, default=1, metavar="N", help="copies that share out the rows (default: 1)")
 
@@ -78,6 +76,18 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     output.add_argument("--json", action="store_true", help="print one JSON object instead of running text")
 
 
+def add_format_options(parser: argparse._ActionsContainer, *, dtype: str | None = None, kv: bool = True) -> None:
+    """Add the numbers that a model is held in: dtype, quantisation, and where there is one the KV cache."""
+    add, schemes = parser.add_argument, ", ".join(SCHEMES)
+    own = dtype or "the model's own"
+    add("--dtype", choices=DTYPES, default=dtype, help=f"of weights and activations (default: {own})")
+    add("--quantize", choices=SCHEMES, metavar="SCHEME", help=f"store the layers' weights in fewer bits: {schemes}")
+    add("--quantize-output", choices=SCHEMES, metavar="SCHEME", help="the output projection likewise")
+    if kv:
+        formats = ", ".join(KV_DTYPES)
+        add("--kv-dtype", choices=KV_DTYPES, metavar="DTYPE", help=f"of cached keys and values: {formats}")
+
+
 def _bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
     try:
@@ -88,7 +98,7 @@ def _bias(text: str) -> tuple[int, float]:
 
 def load(args: argparse.Namespace) -> tuple[Model, SamplingParams]:
     """The model and the sampling that the options of `add_options` ask for."""
-    _cache_compilations()
+    cache_compilations()
     with usage_errors():
         names = {field.name for field in dataclasses.fields(SamplingParams)} & vars(args).keys()
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -96,22 +106,23 @@ def load(args: argparse.Namespace) -> tuple[Model, SamplingParams]:
             given["logit_bias"] = dict(given["logit_bias"])
         SamplingParams(**given)  # refused before a model is loaded
         mesh = None if args.tensor == args.data == 1 else make_mesh(data=args.data, tensor=args.tensor)
-    model = load_model(args.model, mesh=mesh, dtype=args.dtype)
+    schemes = {"quantize": args.quantize, "quantize_output": args.quantize_output}
+    model = load_model(args.model, mesh=mesh, dtype=args.dtype, **schemes)
     return model, default_sampling(model, **given)
 
 
-def _cache_compilations() -> None:
+def cache_compilations() -> None:
     """Keep compiled programs between runs, unless the user has chosen a place for them already."""
     if jax.config.jax_compilation_cache_dir is None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "ridgeline" / "jax"))
 
 
-def warm_up_programs(model: Model, prompt: Any, params: SamplingParams) -> float:
+def warm_up_programs(model: Model, prompt: Any, params: SamplingParams, kv_dtype: str | None) -> float:
     """Compile what the request will run, and say for how long."""
     started = time.perf_counter()
     with terminal(stderr=True).status("compiling"):  # shown on terminals only
-        warm_up(model, prompt, params)
+        warm_up(model, prompt, params, kv_dtype=kv_dtype)
     return time.perf_counter() - started
 
 

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from ..decode.buckets import prefill_bucket
 from ..decode.lowering import abstract_cache, abstract_params, bytes_per_device, lower_decode, lower_prefill
-from ..model.config import DTYPES
 from ..model.presets import PRESETS
+from ..model.schemes import quantization
 from ..sharding.hlo import Collective, collectives, parse
 from ..sharding.targets import CHIPS, Chip, compile_for_target, find_chip, target_mesh
-from .common import OK, model_config, terminal, usage_errors
+from .common import OK, add_format_options, model_config, terminal, usage_errors
 
 _MEMORY_FRACTION = 0.75  # of a GPU's memory, which JAX takes at start unless it is told otherwise
 
@@ -58,7 +58,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add("--batch", type=int, default=16, metavar="B", help="rows (default: %(default)s)")
     add("--context", type=int, default=8192, metavar="S", help="positions a row of the cache holds (default: 8192)")
     add("--prompt", type=int, metavar="T", help="prompt tokens a row; longer ones run in chunks (default: the context)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of weights, activations and cache (default: bfloat16)")
+    add_format_options(parser, dtype="bfloat16")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=run)
 
@@ -72,9 +72,12 @@ def run(args: argparse.Namespace) -> int:
         prompt = args.context if args.prompt is None else args.prompt
         if not 1 <= prompt <= args.context:
             raise ValueError(f"--prompt is {prompt}; it must be between 1 and --context {args.context}")
-        config = model_config(args.model).replace(dtype=args.dtype).replicate_kv_heads(args.devices)
+        config = model_config(args.model).replace(dtype=args.dtype)
+        asked = quantization(args.quantize, args.quantize_output)
+        config = (config if asked is None else config.replace(quantization=asked)).replicate_kv_heads(args.devices)
     mesh = target_mesh(args.target, tensor=args.devices)
-    chip, sizes = find_chip(args.target), {"batch_size": args.batch, "max_length": args.context}
+    chip = find_chip(args.target)
+    sizes = {"batch_size": args.batch, "max_length": args.context, "kv_dtype": args.kv_dtype}
     with usage_errors():  # a model that so many devices cannot share
         weights = bytes_per_device(abstract_params(config, mesh))
         cache = bytes_per_device(abstract_cache(config, mesh, **sizes))
@@ -89,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
         report = {
             "model": args.model,
             "dtype": config.dtype,
+            "quantize": args.quantize,
+            "quantize_output": args.quantize_output,
+            "kv": args.kv_dtype or config.dtype,
             "target": args.target,
             "device_memory_bytes": chip.memory,
             "devices": args.devices,
@@ -100,9 +106,8 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(report))
         return OK
-    title = (
-        f"{args.model} in {config.dtype} on {args.devices} x {chip.name}, batch {args.batch}, context {args.context}"
-    )
+    stored = f"{args.quantize} in {config.dtype}" if args.quantize else config.dtype
+    title = f"{args.model} in {stored} on {args.devices} x {chip.name}, batch {args.batch}, context {args.context}"
     console = terminal()
     console.print(_table(title, weights, cache, programs))
     for line in _notes(programs, chip):

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ..model.loading import convert_model
-from .common import FAILURE, OK
+from .common import FAILURE, OK, add_format_options
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -18,18 +18,20 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("checkpoint", metavar="HF_DIR", help="a directory with config.json and safetensors files")
     parser.add_argument("out", metavar="OUT", type=Path, help="the directory to make; it must not exist")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights written (default: the checkpoint's own)",
-    )
+    add_format_options(parser, kv=False)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
-        out = convert_model(args.checkpoint, args.out, dtype=args.dtype)
+        out = convert_model(
+            args.checkpoint,
+            args.out,
+            dtype=args.dtype,
+            quantize=args.quantize,
+            quantize_output=args.quantize_output,
+        )
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return FAILURE

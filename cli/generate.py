@@ -26,10 +26,10 @@ def run(args: argparse.Namespace) -> int:
     with usage_errors():
         make_requests(model, prompt, params)
     reply = Reply(show=not args.json)
-    reply.compile_seconds = warm_up_programs(model, prompt, params)
+    reply.compile_seconds = warm_up_programs(model, prompt, params, args.kv_dtype)
     if not args.json and sys.stdout.isatty():
         terminal().print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
-    reply.run(model, prompt, params)
+    reply.run(model, prompt, params, args.kv_dtype)
     print(json.dumps({"prompt": prompt, **reply.as_dict()}, ensure_ascii=False) if args.json else "", flush=True)
     reply.print_summary()
     return OK

@@ -24,11 +24,11 @@ class Reply:
         self.prompt_tokens = 0
         self.compile_seconds: float | None = None
 
-    def run(self, model: Model, prompt: Any, params: SamplingParams) -> None:
+    def run(self, model: Model, prompt: Any, params: SamplingParams, kv_dtype: str | None) -> None:
         """Generate, until the end or Ctrl-C."""
         with usage_errors():
             self.prompt_tokens = len(make_requests(model, prompt, params)[0].prompt)
-            chunks = stream(model, prompt, params)
+            chunks = stream(model, prompt, params, kv_dtype=kv_dtype)
         self.started = time.perf_counter()
         with _ctrl_c() as pressed, contextlib.suppress(KeyboardInterrupt):
             for chunk in chunks:

@@ -1,17 +1,20 @@
 """x @ w.T in the form that each platform is fastest at, for weights as they are and for quantised ones."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
-from .quantization import LARGEST, QuantizedArray, dequantize
+from .quantization import LARGEST, ZERO_NIBBLE, QuantizedArray, dequantize
 
 FEW_ROWS = 64
 """Up to so many rows a product waits for its weight, on CPUs and GPUs."""
 _MOST_TERMS = 64 if jax.__version_info__ >= (0, 11) else 12  # that XLA:CPU fuses into one vectorised loop
+_DIGITS = 3
+_INT4_LANES = {32: (16,), 64: (32,), 128: (32, 64)}  # bytes, which do not straddle groups
 
 
 def product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
@@ -20,33 +23,40 @@ def product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "
 
 
 def quantized_product(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
-    """x @ w.T, float32, of a weight [*out, *in] whose input axes are taken as one."""
+    """x @ w.T, float32, of a weight whose input axes, however many, are contracted as one."""
+    out = w.scales.ndim - 1
+    w = w.replace(values=w.values.reshape(*w.values.shape[:out], -1))
     if w.scheme.dynamic and x.shape[0] > FEW_ROWS:
         return _dynamic_product(x, w)
-    out = w.scales.shape[:-2] + w.shape[w.scales.ndim - 2 : w.scales.ndim - 1]
-    if w.scheme.group is None:
-        # Integers and e4m3 numbers are exact in x's dtype; their scales, one an output, follow the product.
-        values = w.values.reshape(*out, -1).astype(x.dtype)
-        return product(x, values) * w.scales[..., 0].astype(jnp.float32)
-    return product(x, dequantize(w, x.dtype).reshape(*out, -1))
-
-
-def _dynamic_product(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
-    """A product in the weight's own dtype: each row of x is rounded to it by a scale of its own."""
-    out = w.scales.shape[:-1]
-    largest = LARGEST[w.scheme.dtype]
-    x = x.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(x), axis=1, keepdims=True) / largest
-    scales = jnp.where(scales == 0, 1.0, scales)
-    x = jnp.clip(x / scales, -largest, largest)
-    exact = jnp.int32 if w.scheme.dtype == "int8" else jnp.float32
-    x = (jnp.round(x) if w.scheme.dtype == "int8" else x).astype(w.scheme.dtype)
-    y = jnp.einsum("mi,...i->m...", x, w.values.reshape(*out, -1), preferred_element_type=exact)
-    return y * scales.reshape(-1, *[1] * len(out)) * w.scales[..., 0]
+    return lax.platform_dependent(x, w, cpu=_quantized_product_cpu, default=_quantized_product)
 
 
 def _product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
     return jnp.einsum("mi,...i->m...", x, w, preferred_element_type=jnp.float32)
+
+
+def _quantized_product(x: Float[Array, "M I"], w: QuantizedArray, product: Callable = _product) -> Array:
+    if w.scheme.group is not None:
+        return product(x, dequantize(w, x.dtype))
+    # Integers and e4m3 numbers are exact in x's dtype; their scales, one an output, follow the product.
+    return product(x, w.values.astype(x.dtype)) * w.scales[..., 0]
+
+
+def _dynamic_product(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
+    """A product in the weight's own dtype: each row of x is rounded to it by a scale of its own."""
+    x, scales = _rounded(x, w.scheme.dtype)
+    sums = jnp.int32 if w.scheme.dtype == "int8" else jnp.float32
+    y = jnp.einsum("mi,...i->m...", x, w.values, preferred_element_type=sums)
+    return y * scales.reshape(-1, *[1] * (y.ndim - 1)) * w.scales[..., 0]
+
+
+def _rounded(x: Float[Array, "M I"], dtype: str) -> tuple[Num[Array, "M I"], Float[Array, "M 1"]]:
+    """Rows in an 8-bit dtype, and the scale of each."""
+    largest, x = LARGEST[dtype], x.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(x), axis=1, keepdims=True) / largest
+    scales = jnp.where(scales == 0, 1.0, scales)
+    x = jnp.clip(x / scales, -largest, largest)
+    return (jnp.round(x) if dtype == "int8" else x).astype(dtype), scales
 
 
 def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
@@ -55,17 +65,31 @@ def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Arr
     if one_device and rows > FEW_ROWS:  # a plain product; with more axes XLA would transpose its result
         y = jnp.einsum("mi,oi->mo", x, w.reshape(-1, size), preferred_element_type=jnp.float32)
         return y.reshape(rows, *w.shape[:-1])
-    lanes = next((lanes for lanes in (32, 64) if size % lanes == 0 and size <= _MOST_TERMS * lanes), None)
-    if one_device and rows == 1 and x.dtype == jnp.bfloat16 and lanes is not None:
-        return _product_by_lanes(x[0], w, lanes)[None]
+    if one_device and rows == 1 and x.dtype == jnp.bfloat16 and (lanes := _lanes(size)):
+        return _product_by_lanes(x, w, lanes)
     # XLA:CPU streams weights at memory speed only from the left operand, and 16-bit ones only for two rows or more; for
     # a single row it would write out a float32 copy of the weight first, twenty times slower.
     if rows == 1 and x.dtype != jnp.float32:
         x = jnp.pad(x, ((0, 1), (0, 0)))
-    y = lax.dot_general(w, x, (((w.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    y = _weight_left(x, w, jnp.float32)
     if x.dtype == jnp.float32 and rows <= FEW_ROWS:
         y = lax.optimization_barrier(y)  # else XLA exchanges the operands of a plain product, which takes twice as long
     return jnp.moveaxis(y[..., :rows], -1, 0)
+
+
+def _quantized_product_cpu(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
+    rows, size = x.shape
+    if _cpu_devices() == 1 and rows == 1:
+        group = w.scheme.group
+        if group is None and (lanes := _lanes(size)):
+            return _product_by_lanes(x, w.values, lanes) * w.scales[..., 0]
+        if w.scheme.dtype == "int4" and size % group == 0 and (lanes := _lanes(size // 2, _INT4_LANES[group])):
+            return _int4_product_by_lanes(x, w, lanes)
+    if w.scheme.dtype == "int8" and rows * _DIGITS <= FEW_ROWS:
+        return _int8_product_by_digits(x, w)
+    if w.scheme.dtype == "float8_e4m3fn":
+        w = w.replace(values=_wide(w.values))
+    return _quantized_product(x, w, _product_cpu)
 
 
 def _cpu_devices() -> int:
@@ -75,16 +99,79 @@ def _cpu_devices() -> int:
         return 0
 
 
-def _product_by_lanes(x: Float[Array, "I"], w: Float[Array, "*out I"], lanes: int) -> Float[Array, "*out"]:
-    """A bfloat16 matrix times a vector as one fused loop that LLVM vectorises: twice as fast as XLA's own product.
+def _weight_left(x: Array, w: Array, dtype: jax.typing.DTypeLike) -> Array:
+    """[*out, M]."""
+    return lax.dot_general(w, x, (((w.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+
+def _wide(w: Num[Array, "..."]) -> Float[Array, "..."]:
+    """In float32. XLA:CPU widens float8 one number at a time; e4m3's bits are those of a float16 a 256th as large."""
+    if w.dtype != jnp.float8_e4m3fn:
+        return w.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(w, jnp.int8).astype(jnp.int16)  # the sign is copied to the upper half
+    return lax.bitcast_convert_type(bits << 7 & 0xBFFF, jnp.float16).astype(jnp.float32) * 256
+
+
+def _lanes(size: int, choices: tuple[int, ...] = (32, 64)) -> int:
+    """Columns a term of a product by lanes; 0 where it would take too many terms for one loop."""
+    return next((lanes for lanes in choices if size % lanes == 0 and size <= _MOST_TERMS * lanes), 0)
+
+
+def _product_by_lanes(x: Float[Array, "1 I"], w: Num[Array, "*out I"], lanes: int) -> Float[Array, "1 *out"]:
+    """A matrix times one row as one fused loop that LLVM vectorises: XLA's own product takes twice as long or more.
 
     Each of `lanes` sums takes every such column; a second, small product adds them up.
     """
-    # The barrier ties the weight to this step: in a loop XLA would widen all weights beforehand, and read those.
-    x, w = lax.optimization_barrier((x.astype(jnp.float32), w))
+    x, w = _at_this_step(x[0].astype(jnp.float32), w)
 
     def term(first: int) -> Array:
-        return w[..., first : first + lanes].astype(jnp.float32) * x[first : first + lanes]
+        return _wide(w[..., first : first + lanes]) * x[first : first + lanes]
 
-    sums = functools.reduce(jnp.add, map(term, range(0, w.shape[-1], lanes)))
-    return lax.optimization_barrier(sums) @ jnp.ones((lanes,), jnp.float32)
+    return _sum_of_lanes(term(first) for first in range(0, w.shape[-1], lanes))
+
+
+def _int4_product_by_lanes(x: Float[Array, "1 I"], w: QuantizedArray, lanes: int) -> Float[Array, "1 *out"]:
+    """The same for int4, `lanes` bytes a term: a group's scale multiplies the sum of its terms."""
+    group, x = w.scheme.group, x[0].astype(jnp.float32)
+    scales = w.scales.astype(jnp.float32)
+    zeros = ZERO_NIBBLE if w.zeros is None else w.zeros.astype(jnp.float32)
+    sums = jnp.sum(x.reshape(-1, group), axis=1)  # what zero points multiply
+    x, values, scales = _at_this_step(x.reshape(-1, 2).T, w.values, scales)
+
+    def term(first: int) -> Array:
+        nibbles, columns = values[..., first : first + lanes], slice(first, first + lanes)
+        low, high = ((nibbles >> shift & 15).astype(jnp.float32) for shift in (0, 4))
+        index = 2 * first // group
+        return (low * x[0, columns] + high * x[1, columns]) * scales[..., index : index + 1]
+
+    return _sum_of_lanes(term(first) for first in range(0, values.shape[-1], lanes)) - (scales * zeros) @ sums
+
+
+def _at_this_step(*arrays: Array) -> tuple[Array, ...]:
+    # The barrier ties the weight to this step: in a loop XLA would widen all weights beforehand, and read those.
+    return lax.optimization_barrier(arrays)
+
+
+def _sum_of_lanes(terms) -> Float[Array, "1 *out"]:
+    sums = lax.optimization_barrier(functools.reduce(jnp.add, terms))
+    return (sums @ jnp.ones((sums.shape[-1],), jnp.float32))[None]
+
+
+def _int8_product_by_digits(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
+    """x in fixed point, a number's digits to base 128 as rows of their own: all products are int8 x int8 -> int32.
+
+    Three digits are 21 bits of the largest number of a row, about what a float32 sum of that many terms keeps. XLA:CPU
+    streams int8 weights at memory speed for two rows and more, and would write out a float32 copy for any other form.
+    """
+    rest = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(rest), axis=1, keepdims=True) / 127
+    scale = jnp.where(scale == 0, 1.0, scale)
+    rest, digits = rest / scale, []
+    for _ in range(_DIGITS):
+        digits.append(jnp.round(rest))
+        rest = (rest - digits[-1]) * 128
+    rows = jnp.concatenate(digits).astype(jnp.int8)
+    y = lax.optimization_barrier(_weight_left(rows, w.values, jnp.int32)).astype(jnp.float32)
+    weights = 128.0 ** -jnp.arange(_DIGITS)
+    y = jnp.einsum("...dm,d->m...", y.reshape(*y.shape[:-1], _DIGITS, -1), weights)
+    return y * scale.reshape(-1, *[1] * (y.ndim - 1)) * w.scales[..., 0]

@@ -17,7 +17,8 @@ from .schemes import Scheme
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": float(jnp.finfo(jnp.float8_e4m3fn).max)}
 """The largest value of the 8-bit dtypes."""
-_MIDDLE = 8  # the nibble that stands for zero where there are no zero points
+ZERO_NIBBLE = 8
+"""What stands for zero in int4 without zero points."""
 
 
 @struct.dataclass
@@ -91,7 +92,7 @@ def quantize(w: Float[Array, "..."], scheme: Scheme, in_axes: int = 1) -> Quanti
         # The largest in magnitude becomes -8, whatever its sign: all sixteen values serve, as in llama.cpp's Q4_0.
         low, high = _extreme(jnp.min, blocks), _extreme(jnp.max, blocks)
         scales = _scales(jnp.where(-low >= high, low, high) / -8, scheme)
-        values = jnp.clip(jnp.round(blocks / scales), -8, 7) + _MIDDLE
+        values = jnp.clip(jnp.round(blocks / scales), -8, 7) + ZERO_NIBBLE
     else:
         largest = LARGEST[scheme.dtype]
         scales = _scales(_extreme(jnp.max, jnp.abs(blocks)) / largest, scheme)
@@ -110,7 +111,7 @@ def dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike = jnp.float32) -> 
     values = values.astype(jnp.float32).reshape(*out, -1)
     expand = functools.partial(_expand, outputs=out[-1], inputs=values.shape[-1], scheme=w.scheme)
     if w.scheme.dtype == "int4":
-        values = values - (_MIDDLE if w.zeros is None else expand(w.zeros.astype(jnp.float32)))
+        values = values - (ZERO_NIBBLE if w.zeros is None else expand(w.zeros.astype(jnp.float32)))
     return (values * expand(w.scales.astype(jnp.float32))).astype(dtype).reshape(w.shape)
 
 
@@ -119,7 +120,7 @@ def pack_int4(values: UInt8[Array, "*lead I"]) -> UInt8[Array, "*lead I/2"]:
     return values[..., ::2] | values[..., 1::2] << 4
 
 
-def unpack_int4(packed: UInt8[Array, "*lead I/2"]) -> UInt8[Array, "*lead I"]:
+def unpack_int4(packed: UInt8[Array, "*lead J"]) -> UInt8[Array, "*lead 2*J"]:
     """What `pack_int4` packed."""
     return jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 

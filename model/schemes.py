@@ -72,6 +72,17 @@ class Quantization:
         return None if name in self.skip else self.output if name == "unembedding" else self.layers
 
 
+def quantization(layers: str | None, output: str | None = None) -> Quantization | None:
+    """The quantisation of the layers and of the output projection, each by its scheme's name; None without any.
+
+    Raises:
+      ValueError: an unknown scheme.
+    """
+    if layers is None and output is None:
+        return None
+    return Quantization(*(None if name is None else scheme(name) for name in (layers, output)))
+
+
 def scheme(name: str) -> Scheme:
     """The scheme of that name.
 

@@ -1,0 +1,223 @@
+"""Quantised weights against plain dequantise-then-multiply in float32, and models loaded in every scheme."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ridgeline as rl
+from checkpoints import assert_same, save
+from ridgeline.model.layers import linear
+from ridgeline.model.quantization import pack_int4, unpack_int4
+from ridgeline.model.schemes import SCHEMES, scheme
+from tiny import tiny_config
+
+SHAPES = {
+    "plain": ((6, 256), 1),
+    "grouped": ((3, 4, 8, 192), 1),
+    "three inputs": ((10, 3, 2, 32), 3),
+    "odd": ((5, 50), 1),
+}
+
+
+def weights(shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape) * 0.05
+
+
+def by_hand(w: np.ndarray, name: str, in_axes: int) -> np.ndarray:
+    """The weight after rounding, group by group in float64, from the definition of each scheme."""
+    chosen = SCHEMES[name]
+    out = w.shape[: w.ndim - in_axes]
+    flat = np.asarray(w, np.float64).reshape(*out, -1)
+    result = np.empty_like(flat)
+    rows = np.gcd(chosen.rows, out[-1])
+    group = chosen.group or flat.shape[-1]
+    for lead in np.ndindex(*out[:-1]):
+        for row in range(0, out[-1], rows):
+            for first in range(0, flat.shape[-1], group):
+                where = (*lead, slice(row, row + rows), slice(first, first + group))
+                result[where] = _rounded(flat[where], chosen)
+    return result.reshape(w.shape)
+
+
+def _rounded(block: np.ndarray, chosen) -> np.ndarray:
+    low, high = min(block.min(), 0), max(block.max(), 0)
+    peak = high if high > -low else low
+    steps = {"int8": 127, "float8_e4m3fn": 448, "int4": 15 if chosen.zero_points else 8}[chosen.dtype]
+    scale = (high - low if chosen.zero_points else abs(peak)) / steps
+    scale = float(jnp.asarray(scale, chosen.scale_dtype)) or 1.0
+    if chosen.dtype == "float8_e4m3fn":
+        return np.asarray(jnp.asarray(block / scale, jnp.float8_e4m3fn), np.float64) * scale
+    if chosen.dtype == "int8":
+        return np.round(block / scale) * scale
+    if chosen.zero_points:
+        zero = np.round(-low / scale)
+        return (np.clip(np.round(block / scale) + zero, 0, 15) - zero) * scale
+    scale = -scale if peak > 0 else scale
+    return np.clip(np.round(block / scale), -8, 7) * scale
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_rounding_is_the_scheme_s(name, shape):
+    size, in_axes = SHAPES[shape]
+    w = weights(size)
+    stored = rl.quantize(w, SCHEMES[name], in_axes)
+    assert stored.shape == size
+    found, expected = np.asarray(rl.dequantize(stored)), by_hand(np.asarray(w), name, in_axes)
+    # A number half-way between two may go either way in float32; no more than a few do.
+    assert np.mean(np.abs(found - expected) > 1e-5) < 0.004
+    again = rl.quantize(rl.dequantize(stored), SCHEMES[name], in_axes)
+    np.testing.assert_array_equal(again.values, stored.values)
+    np.testing.assert_allclose(again.scales.astype(jnp.float32), stored.scales.astype(jnp.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_zeros_outliers_and_extreme_scales(name):
+    w = np.asarray(weights((8, 256))).copy()
+    w[0] = 0.0  # zero groups and rows
+    w[1, :128] = 0.0
+    w[2, 5] = 1e4  # an outlier spoils its own group alone
+    w[3] *= 1e30
+    w[4] *= 1e-30
+    w[5] = np.abs(w[5])
+    found = np.asarray(rl.dequantize(rl.quantize(jnp.asarray(w), SCHEMES[name])))
+    assert np.isfinite(found).all()
+    if SCHEMES[name].rows == 1:  # a block's rows share the scale of the greatest
+        assert not found[0].any()
+        assert not found[1, :128].any()
+        group = SCHEMES[name].group
+        for row in (3, 4, 5) if group is None else (2, 3, 4, 5):
+            columns = slice(128 if row == 2 else 0, None)
+            error = np.abs(found[row, columns] - w[row, columns]).max() / np.abs(w[row, columns]).max()
+            assert error < {"int8": 0.005, "float8_e4m3fn": 0.04, "int4": 0.13}[SCHEMES[name].dtype], row
+        assert found[2, 5] == pytest.approx(1e4, rel=0.005)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_products_are_those_of_the_dequantised_weight(name, dtype):
+    w = rl.quantize(weights((4, 3, 2, 128)), SCHEMES[name], 2)
+    for rows in (1, 3, 40, 70):  # each takes another way on a CPU
+        x = jax.random.normal(jax.random.key(rows), (rows, 2, 128)).astype(dtype)
+        found = jax.jit(linear, static_argnames=("in_axes", "out_dtype"))(x, w, in_axes=2, out_dtype=jnp.float32)
+        expected = np.einsum("mij,abij->mab", *(np.asarray(a, np.float64) for a in (x, rl.dequantize(w))))
+        exact = dtype == "float32" or w.scheme.group is None  # groups of weights are rounded to x's dtype
+        tolerance = 2e-6 if exact else 5e-3
+        if w.scheme.dynamic and rows > 64:
+            tolerance = {"int8": 0.02, "float8_e4m3fn": 0.05}[w.scheme.dtype]
+        np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_a_last_group_may_be_shorter():
+    w = rl.quantize(weights((6, 192)), SCHEMES["int4"])
+    x = jax.random.normal(jax.random.key(0), (1, 192))
+    np.testing.assert_allclose(linear(x, w), x @ rl.dequantize(w).T, atol=1e-5)
+
+
+def test_int8_products_of_rows_with_outliers():
+    w = rl.quantize(weights((32, 128)), SCHEMES["int8"])
+    x = jax.random.normal(jax.random.key(1), (4, 128)).at[0, 3].set(1e5).at[1].set(0.0)
+    expected = np.asarray(x, np.float64) @ np.asarray(rl.dequantize(w), np.float64).T
+    found = np.asarray(linear(x, w))
+    np.testing.assert_allclose(found[1:], expected[1:], atol=1e-5)
+    # Row 0 without its outlier: what the others add is kept to a part in a thousand.
+    rest = found[0] - 1e5 * np.asarray(rl.dequantize(w))[:, 3]
+    np.testing.assert_allclose(rest, expected[0] - 1e5 * np.asarray(rl.dequantize(w), np.float64)[:, 3], atol=2e-2)
+
+
+def test_products_of_every_e4m3_number():
+    values = jnp.arange(256, dtype=jnp.uint8).view(jnp.float8_e4m3fn)
+    values = jnp.where(jnp.isnan(values.astype(jnp.float32)), 0, values.astype(jnp.float32)).astype(jnp.float8_e4m3fn)
+    w = rl.QuantizedArray(jnp.tile(values[:, None], 32), jnp.ones((256, 1)), None, SCHEMES["fp8"])
+    np.testing.assert_array_equal(linear(jnp.eye(32)[:1], w)[0], values.astype(jnp.float32))
+
+
+def test_two_to_a_byte():
+    values = jnp.arange(16, dtype=jnp.uint8)
+    packed = pack_int4(values)
+    assert packed[1] == 3 * 16 + 2
+    np.testing.assert_array_equal(unpack_int4(packed), values)
+    with pytest.raises(ValueError, match=r"shape \(4, 33\) cannot be stored two to a byte: its last axis is odd"):
+        rl.quantize(weights((4, 33)), SCHEMES["int4"])
+
+
+def test_gradients_reach_the_inputs():
+    w = rl.quantize(weights((8, 64)), SCHEMES["int4-32"])
+    found = jax.grad(lambda x: linear(x, w).sum())(jnp.ones((2, 64)))
+    np.testing.assert_allclose(found[0], rl.dequantize(w).sum(0), rtol=1e-5)
+
+
+# --- models ---
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8-block", "int4-32-zero"])
+def test_loading_quantises_each_parameter(tmp_path, name):
+    save(tmp_path)
+    whole, model = rl.load_model(tmp_path), rl.load_model(tmp_path, quantize=name, quantize_output="int8")
+    chosen = SCHEMES[name]
+    assert model.config.quantization == rl.Quantization(chosen, SCHEMES["int8"])
+    for found, layer in zip(model.params["layers"], whole.params["layers"], strict=True):
+        for part, in_axes in (("qkv", 1), ("out", 3), ("gate_up", 1), ("down", 1)):
+            assert_same(found[part], rl.quantize(layer[part], chosen, in_axes))
+        np.testing.assert_array_equal(found["attn_norm"], layer["attn_norm"])
+    assert_same(model.params["unembedding"], rl.quantize(whole.params["unembedding"], SCHEMES["int8"]))
+    np.testing.assert_array_equal(model.params["embedding"], whole.params["embedding"])
+    specs = rl.param_specs(model.config)
+    assert jax.tree.structure(model.params) == jax.tree.structure(specs)
+    for array, spec in zip(jax.tree.leaves(model.params), jax.tree.leaves(specs), strict=True):
+        assert (array.shape, array.dtype.name) == (spec.shape, spec.dtype)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-32", "fp8"])
+def test_conversions_keep_the_quantised_weights(tmp_path, name):
+    hf, out = tmp_path / "hf", tmp_path / "out"
+    hf.mkdir()
+    save(hf)
+    model = rl.load_model(hf, quantize=name)
+    rl.convert_model(hf, out, quantize=name)
+    found = rl.load_model(out)
+    assert found.config == model.config
+    assert_same(found.params, model.params)
+    with pytest.raises(rl.CheckpointError, match="is a converted checkpoint, whose weights are quantised when it is"):
+        rl.load_model(out, quantize="fp8-block")
+
+
+def test_a_tied_output_is_quantised_beside_the_embedding(bundled):
+    model = rl.load_model("bundled", dtype="float32", quantize_output="int8")
+    assert model.config.quantization == rl.Quantization(None, SCHEMES["int8"])
+    np.testing.assert_array_equal(model.params["embedding"], bundled.params["embedding"])
+    tokens = jnp.arange(40)[None]
+    found, expected = (rl.forward(m.params, m.config, tokens) for m in (model, bundled))
+    assert 0 < jnp.abs(found - expected).max() < 0.05 * jnp.abs(expected).max()
+
+
+def test_random_parameters_and_their_count():
+    config = tiny_config()
+    quantised = config.replace(quantization=rl.Quantization(SCHEMES["int8"], skip=("layers.1.down",)))
+    found, whole = (rl.init_params(c, jax.random.key(3)) for c in (quantised, config))
+    assert_same(found["layers"][0]["down"], rl.quantize(whole["layers"][0]["down"], SCHEMES["int8"]))
+    np.testing.assert_array_equal(found["layers"][1]["down"], whole["layers"][1]["down"])
+    assert rl.count_parameters(quantised) == rl.count_parameters(config)
+
+
+def test_unknown_schemes_are_refused():
+    message = "quantisation scheme 'int3' is not known; known: int8, int8-dynamic, fp8"
+    with pytest.raises(ValueError, match=message):
+        scheme("int3")
+    with pytest.raises(ValueError, match=message):
+        rl.load_model("bundled", quantize="int3")
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-32", "fp8"])
+def test_quantised_models_still_tell_the_story(bundled, name):
+    """Decode step by step gives the logits of one forward pass, and greedy text stays that of float32 for a while."""
+    model = rl.load_model("bundled", dtype="float32", quantize=name)
+    greedy = rl.SamplingParams(max_tokens=24, temperature=0.0)
+    found, expected = (rl.generate(m, ["Once upon a time"], greedy)[0] for m in (model, bundled))
+    agreed = next((i for i, (a, b) in enumerate(zip(found.tokens, expected.tokens, strict=True)) if a != b), 24)
+    assert agreed >= 8
+    prompt = model.tokenizer.encode("Once upon a time")
+    tokens = jnp.asarray([prompt + found.tokens])
+    logits = rl.forward(model.params, model.config, tokens)[0]
+    np.testing.assert_array_equal(jnp.argmax(logits[len(prompt) - 1 : -1], axis=-1), found.tokens)
