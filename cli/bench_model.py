@@ -14,9 +14,8 @@ from ..model.hf import config_from_hf
 from ..model.loading import BUNDLED, GenerationDefaults, Model, load_model
 from ..model.params import float_specs, init_params
 from ..model.presets import PRESETS
-from ..model.schemes import quantization
 from ..roofline.deployment import Deployment
-from .common import model_config
+from .common import model_config, quantised
 
 _FIELDS: dict[str, tuple[str, type]] = {
     "vocab_size": ("vocab_size", int),
@@ -87,7 +86,7 @@ def find_subject(
             )
         config = model_config(model)
         config = config if dtype is None else config.replace(dtype=dtype)
-        return Subject(model, _quantised(config, schemes), None, {}, schemes)
+        return Subject(model, quantised(config, **schemes), None, {}, schemes)
     hf = PRESETS[model] | {_FIELDS[field][0]: value for field, value in changes.items()}
     if dtype is not None:
         hf["torch_dtype"] = dtype
@@ -98,12 +97,7 @@ def find_subject(
     for field, value in changes.items():
         if getattr(config, field) != value:
             raise ValueError(f"--set {field}={value} has no effect: for {model} it is {getattr(config, field)}")
-    return Subject(model, _quantised(config, schemes), hf, changes, schemes)
-
-
-def _quantised(config: ModelConfig, schemes: Mapping[str, str | None]) -> ModelConfig:
-    asked = quantization(*schemes.values())
-    return config if asked is None else config.replace(quantization=asked)
+    return Subject(model, quantised(config, **schemes), hf, changes, schemes)
 
 
 def _setting(text: str) -> tuple[str, Any]:

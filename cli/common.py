@@ -21,7 +21,7 @@ from ..model.config import DTYPES, ModelConfig
 from ..model.hf import config_from_hf
 from ..model.loading import BUNDLED, Model, load_model
 from ..model.presets import PRESETS, preset
-from ..model.schemes import SCHEMES
+from ..model.schemes import SCHEMES, quantization
 from ..sharding.mesh import make_mesh
 
 OK, FAILURE, USAGE = 0, 1, 2
@@ -143,3 +143,17 @@ def model_config(model: str) -> ModelConfig:
         raise UsageError(f"{model!r} is no directory with a config.json and no preset; presets: {names}")
     stated = config_from_hf(read_object(file))
     return read_description(directory, stated) if converted else stated
+
+
+def quantised(config: ModelConfig, quantize: str | None, quantize_output: str | None) -> ModelConfig:
+    """The configuration of a model that is to be quantised; the schemes as `load_model` takes them.
+
+    Raises:
+      ValueError: its weights come quantised.
+    """
+    asked = quantization(quantize, quantize_output)
+    if asked is None:
+        return config
+    if config.quantization is not None:
+        raise ValueError("its weights come quantised; leave out --quantize and --quantize-output")
+    return config.replace(quantization=asked)

@@ -12,10 +12,9 @@ from rich.table import Table
 from ..decode.buckets import prefill_bucket
 from ..decode.lowering import abstract_cache, abstract_params, bytes_per_device, lower_decode, lower_prefill
 from ..model.presets import PRESETS
-from ..model.schemes import quantization
 from ..sharding.hlo import Collective, collectives, parse
 from ..sharding.targets import CHIPS, Chip, compile_for_target, find_chip, target_mesh
-from .common import OK, add_format_options, model_config, terminal, usage_errors
+from .common import OK, add_format_options, model_config, quantised, terminal, usage_errors
 
 _MEMORY_FRACTION = 0.75  # of a GPU's memory, which JAX takes at start unless it is told otherwise
 
@@ -73,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if not 1 <= prompt <= args.context:
             raise ValueError(f"--prompt is {prompt}; it must be between 1 and --context {args.context}")
         config = model_config(args.model).replace(dtype=args.dtype)
-        asked = quantization(args.quantize, args.quantize_output)
-        config = (config if asked is None else config.replace(quantization=asked)).replicate_kv_heads(args.devices)
+        config = quantised(config, args.quantize, args.quantize_output).replicate_kv_heads(args.devices)
     mesh = target_mesh(args.target, tensor=args.devices)
     chip = find_chip(args.target)
     sizes = {"batch_size": args.batch, "max_length": args.context, "kv_dtype": args.kv_dtype}

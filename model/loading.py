@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..sharding.mesh import AXES
+from .checkpoint.check import checkpoint_dtype, with_stored_scales
 from .checkpoint.description import is_converted, read_description
 from .checkpoint.files import CheckpointError, listing, read_object, read_optional
-from .checkpoint.load import checkpoint_dtype, load_params
+from .checkpoint.load import load_params
 from .checkpoint.orbax import convert, restore
 from .checkpoint.safetensors import Checkpoint
 from .config import DTYPES, ModelConfig
-from .hf import config_from_hf, family_of
+from .hf import config_from_hf, tensors_of
 from .params import Params, param_shardings
-from .schemes import Quantization, scheme
+from .schemes import Quantization, quantization
 from .tokenizer import Tokenizer, load_tokenizer
 
 _BUNDLED = Path(__file__).parent / "bundled"
@@ -95,20 +96,21 @@ def load_model(
       mesh: as `make_mesh` returns it; None is one device.
       dtype: "float32", "bfloat16" or "float16", of weights, activations and KV cache; the checkpoint's own by default.
       quantize: the scheme, one of `SCHEMES`, that the matrices of the layers are stored in. Each is quantised as it is
-        loaded. None leaves them as the checkpoint has them.
+        loaded. None leaves them as the checkpoint has them, which may hold them quantised.
       quantize_output: the scheme of the output projection. Where it is tied to the embedding, the embedding stays and
         a quantised copy of it makes the logits.
 
     Raises:
-      CheckpointError: a file or tensor that is missing, damaged or not supported; it names the file and the remedy.
+      CheckpointError: a file or tensor that is missing, damaged or not supported, or weights to be quantised that the
+        checkpoint holds quantised; it names the file and the remedy.
       ValueError: an unknown dtype or scheme, or a mesh that the model does not divide over; nothing has been read then.
     """
     chosen = None if dtype is None else _dtype_name(dtype)
-    quantization = _quantization(quantize, quantize_output)
+    asked = quantization(quantize, quantize_output)
     directory, raw, stated = _open(path)
     converted = is_converted(directory)
     if not converted:
-        stated = stated.replace(quantization=quantization)
+        stated = _quantized(directory, stated, asked)
     if mesh is not None:
         _check_mesh(stated, mesh)
     # Read before the weights, so that a damaged small file is told before minutes of loading.
@@ -117,7 +119,7 @@ def load_model(
 
     if converted:
         stored = read_description(directory, stated)
-        if quantization not in (None, stored.quantization):
+        if asked not in (None, stored.quantization):
             raise CheckpointError(
                 f"{directory} is a converted checkpoint, whose weights are quantised when it is written or not at all; "
                 f"convert the original again with quantize={quantize!r}, quantize_output={quantize_output!r}"
@@ -127,7 +129,7 @@ def load_model(
     else:
         checkpoint, config = _open_weights(directory, raw, stated, chosen)
         config = _on_mesh(config, mesh)
-        params = load_params(checkpoint, config, family_of(config).tensors(config), mesh)
+        params = load_params(checkpoint, config, tensors_of(config, raw), mesh)
     return Model(config, params, tokenizer, generation, directory, mesh)
 
 
@@ -158,15 +160,15 @@ def convert_model(
       ValueError: an unknown dtype or scheme.
     """
     chosen = None if dtype is None else _dtype_name(dtype)
-    quantization = _quantization(quantize, quantize_output)
+    asked = quantization(quantize, quantize_output)
     directory, raw, stated = _open(path)
-    stated = stated.replace(quantization=quantization)
     if is_converted(directory):
         raise CheckpointError(f"{directory} is a converted checkpoint already; give the original to convert it anew")
+    stated = _quantized(directory, stated, asked)
     generation_defaults(directory)
     load_tokenizer(directory)
     checkpoint, config = _open_weights(directory, raw, stated, chosen)
-    convert(checkpoint, config, family_of(config).tensors(config), out := Path(out).expanduser().absolute())
+    convert(checkpoint, config, tensors_of(config, raw), out := Path(out).expanduser().absolute())
     return out
 
 
@@ -190,16 +192,24 @@ def _open_weights(
     directory: Path, raw: dict[str, Any], config: ModelConfig, dtype: str | None
 ) -> tuple[Checkpoint, ModelConfig]:
     """The safetensors files, and the configuration in the dtype asked for, stated, or that of the tensors."""
-    checkpoint = Checkpoint(directory)
+    checkpoint, tensors = Checkpoint(directory), tensors_of(config, raw)
     if dtype is None and raw.get("dtype") is None and raw.get("torch_dtype") is None:
-        dtype = checkpoint_dtype(checkpoint, family_of(config).tensors(config))
+        dtype = checkpoint_dtype(checkpoint, tensors)
+    config = with_stored_scales(checkpoint, config, tensors)
     return checkpoint, config if dtype is None else config.replace(dtype=dtype)
 
 
-def _quantization(layers: str | None, output: str | None) -> Quantization | None:
-    if layers is None and output is None:
-        return None
-    return Quantization(*(None if name is None else scheme(name) for name in (layers, output)))
+def _quantized(directory: Path, stated: ModelConfig, asked: Quantization | None) -> ModelConfig:
+    """The configuration with what the checkpoint holds quantised, and what is to be quantised besides."""
+    held = stated.quantization
+    if held is None or asked is None:
+        return stated if asked is None else stated.replace(quantization=asked)
+    if asked.layers is not None or held.output is not None:
+        raise CheckpointError(
+            f"{directory} is quantised already, to {held.layers.dtype}; load it without quantize= and "
+            "quantize_output=, or load the checkpoint that it was quantised from"
+        )
+    return stated.replace(quantization=dataclasses.replace(held, output=asked.output))
 
 
 def _check_mesh(config: ModelConfig, mesh: Mesh) -> None:

@@ -14,7 +14,6 @@ FEW_ROWS = 64
 """Up to so many rows a product waits for its weight, on CPUs and GPUs."""
 _MOST_TERMS = 64 if jax.__version_info__ >= (0, 11) else 12  # that XLA:CPU fuses into one vectorised loop
 _DIGITS = 3
-_INT4_LANES = {32: (16,), 64: (32,), 128: (32, 64)}  # bytes, which do not straddle groups
 
 
 def product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
@@ -36,7 +35,7 @@ def _product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, 
 
 
 def _quantized_product(x: Float[Array, "M I"], w: QuantizedArray, product: Callable = _product) -> Array:
-    if w.scheme.group is not None:
+    if w.scheme.group is not None or w.scheme.dtype == "int4":
         return product(x, dequantize(w, x.dtype))
     # Integers and e4m3 numbers are exact in x's dtype; their scales, one an output, follow the product.
     return product(x, w.values.astype(x.dtype)) * w.scales[..., 0]
@@ -80,12 +79,15 @@ def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Arr
 def _quantized_product_cpu(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
     rows, size = x.shape
     if _cpu_devices() == 1 and rows == 1:
-        group = w.scheme.group
-        if group is None and (lanes := _lanes(size)):
+        if w.scheme.dtype == "int4":
+            group = w.scheme.group or size
+            whole = tuple(lanes for lanes in (32, 64, 16) if group // 2 % lanes == 0)  # which do not straddle groups
+            if size % group == 0 and (lanes := _lanes(size // 2, whole)):
+                return _int4_product_by_lanes(x, w, lanes)
+        elif w.scheme.group is None and (lanes := _lanes(size)):
             return _product_by_lanes(x, w.values, lanes) * w.scales[..., 0]
-        if w.scheme.dtype == "int4" and size % group == 0 and (lanes := _lanes(size // 2, _INT4_LANES[group])):
-            return _int4_product_by_lanes(x, w, lanes)
-    if w.scheme.dtype == "int8" and rows * _DIGITS <= FEW_ROWS:
+    # Over several devices the largest number of a row would have to be communicated.
+    if _cpu_devices() == 1 and w.scheme.dtype == "int8" and rows * _DIGITS <= FEW_ROWS:
         return _int8_product_by_digits(x, w)
     if w.scheme.dtype == "float8_e4m3fn":
         w = w.replace(values=_wide(w.values))
@@ -132,7 +134,7 @@ def _product_by_lanes(x: Float[Array, "1 I"], w: Num[Array, "*out I"], lanes: in
 
 def _int4_product_by_lanes(x: Float[Array, "1 I"], w: QuantizedArray, lanes: int) -> Float[Array, "1 *out"]:
     """The same for int4, `lanes` bytes a term: a group's scale multiplies the sum of its terms."""
-    group, x = w.scheme.group, x[0].astype(jnp.float32)
+    group, x = w.scheme.group or x.shape[1], x[0].astype(jnp.float32)
     scales = w.scales.astype(jnp.float32)
     zeros = ZERO_NIBBLE if w.zeros is None else w.zeros.astype(jnp.float32)
     sums = jnp.sum(x.reshape(-1, group), axis=1)  # what zero points multiply

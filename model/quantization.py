@@ -84,7 +84,7 @@ def quantize(w: Float[Array, "..."], scheme: Scheme, in_axes: int = 1) -> Quanti
         # Zero is always within the range, so that it is stored exactly and padding changes nothing.
         low, high = _extreme(jnp.min, blocks), _extreme(jnp.max, blocks)
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-        scales = _scales(high / 15 - low / 15, scheme)
+        scales = _scales((0.5 * high - 0.5 * low) / 7.5, scheme)  # halves are exact, and do not overflow
         zeros = jnp.clip(jnp.round(-low / scales), 0, 15)
         values = jnp.clip(jnp.round(blocks / scales) + zeros, 0, 15)
         zeros = zeros.astype(jnp.uint8).reshape(scales_shape)

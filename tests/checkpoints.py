@@ -37,6 +37,7 @@ LLAMA = {
 }
 PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False}
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "float64": "F64", "uint8": "U8"}
+NAMES |= {"int32": "I32", "int64": "I64", "float8_e4m3fn": "F8_E4M3"}
 FIXTURES = Path(__file__).parent / "fixtures" / "parity"
 EMBEDDING, DOWN = "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"
 

@@ -13,10 +13,10 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "parity"
 SIZES = {"vocab_size": 528, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 
 
-def write_checkpoint(directory: pathlib.Path, family: str, heads: int, kv_heads: int) -> pathlib.Path:
+def write_checkpoint(directory: pathlib.Path, family: str, heads: int, kv_heads: int, **sizes: int) -> pathlib.Path:
     """A random checkpoint of a family, in sizes that divide; norms and biases are perturbed too."""
     hf = json.loads((FIXTURES / family / "config.json").read_text()) | SIZES
-    hf |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "torch_dtype": "float32"}
+    hf |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "torch_dtype": "float32"} | sizes
     if "layer_types" in hf:
         hf["layer_types"] = hf["layer_types"][-2:]
     config = config_from_hf(hf)

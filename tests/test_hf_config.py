@@ -221,7 +221,6 @@ BAD = [
     ({"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 8}}, "'longrope' needs short_factor"),
     ({"rope_theta": "10000"}, "needs rope_theta, a positive number; found '10000'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in config.json is 0.5"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .*awq.* load the checkpoint"),
     ({"hidden_size": ...}, "config.json has no 'hidden_size'"),
     ({"vocab_size": None}, "config.json has no 'vocab_size'"),
     ({"num_hidden_layers": 0}, "num_hidden_layers in config.json is 0; it must be a positive whole number"),

@@ -158,7 +158,7 @@ def test_config_with_another_vocabulary(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "pattern"),
     [
-        ("int8", r"has dtype I8, expected one of F32, BF16, F16; quantised checkpoints are not read"),
+        ("int8", r"has dtype I8, expected one of F32, BF16, F16; config\.json, whose quantization_config"),
         ("float64", r"has dtype F64, expected one of F32, BF16, F16; save the model again in float32"),
     ],
 )
@@ -171,7 +171,7 @@ def test_unsupported_dtype(tmp_path, dtype, pattern):
 def test_fp8_is_named(tmp_path):
     t = random_tensors(LLAMA)
     save(tmp_path, tensors=t | {DOWN: t[DOWN].astype("uint8")}, edit=lambda h: h[DOWN].update(dtype="F8_E4M3"))
-    refused(tmp_path, rf"'{DOWN}' has dtype F8_E4M3, expected one of .*take the unquantised one")
+    refused(tmp_path, rf"'{DOWN}' has dtype F8_E4M3, expected one of .*load the unquantised checkpoint")
 
 
 def test_packed_quantised_tensors_are_named(tmp_path):
@@ -179,7 +179,7 @@ def test_packed_quantised_tensors_are_named(tmp_path):
     t = random_tensors(LLAMA)
     packed = t.pop(DOWN).astype("uint8")
     save(tmp_path, tensors=t | {"model.layers.1.mlp.down_proj.qweight": packed})
-    refused(tmp_path, r"'model\.layers\.1\.mlp\.down_proj\.qweight' has dtype U8, .*take the unquantised one")
+    refused(tmp_path, r"'model\.layers\.1\.mlp\.down_proj\.qweight' has dtype U8, .*load the unquantised checkpoint")
 
 
 def test_values_beyond_float16(tmp_path):

@@ -9,7 +9,7 @@ import ridgeline as rl
 from checkpoints import assert_same, save
 from ridgeline.model.layers import linear
 from ridgeline.model.quantization import pack_int4, unpack_int4
-from ridgeline.model.schemes import SCHEMES, scheme
+from ridgeline.model.schemes import SCHEMES, Scheme, scheme
 from tiny import tiny_config
 
 SHAPES = {
@@ -109,10 +109,12 @@ def test_products_are_those_of_the_dequantised_weight(name, dtype):
         np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
 
 
-def test_a_last_group_may_be_shorter():
-    w = rl.quantize(weights((6, 192)), SCHEMES["int4"])
-    x = jax.random.normal(jax.random.key(0), (1, 192))
-    np.testing.assert_allclose(linear(x, w), x @ rl.dequantize(w).T, atol=1e-5)
+@pytest.mark.parametrize("group", [None, 16, 48, 128, 256])
+def test_groups_of_any_size(group):
+    w = rl.quantize(weights((6, 192)), Scheme("int4", group, zero_points=group == 48))
+    x = jax.random.normal(jax.random.key(0), (2, 192))
+    for rows in (x[:1], x):
+        np.testing.assert_allclose(linear(rows, w), rows @ rl.dequantize(w).T, atol=1e-5)
 
 
 def test_int8_products_of_rows_with_outliers():

@@ -1,14 +1,12 @@
-"""Checkpoint tensors -> parameters: the tensors are checked against the configuration, then read shard by shard."""
+"""Checkpoint tensors -> parameters, read shard by shard."""
 
 import collections
 import dataclasses
 import functools
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,15 +16,21 @@ from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..hf.family import Piece, TensorMap
-from ..params import Params, ParamSpec, float_specs, param_name, param_shardings, scheme_of, spec_shardings
+from ..params import (
+    Params,
+    ParamSpec,
+    float_specs,
+    param_name,
+    param_shardings,
+    param_specs,
+    scheme_of,
+    spec_shardings,
+)
 from ..quantization import QuantizedArray, quantize
 from ..schemes import Scheme
-from .files import CheckpointError, listing
-from .safetensors import DTYPES, Checkpoint, check_dtype
-
-# Buffers that older checkpoints carry and that the configuration determines.
-_HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-_UNEMBEDDING = "lm_head.weight"
+from .check import check_tensors
+from .files import CheckpointError
+from .safetensors import Checkpoint
 
 THREADS = 8
 """Shards read at once: a drive answers several requests at a time, and pages of a mapped file are asked for singly."""
@@ -43,8 +47,8 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
     Each shard is a slice of the mapped file, read by several threads and put on its device; replicas of it are
     read once, shards of other processes not at all. The shards in flight never exceed the largest parameter in bytes
     (nor a shard fewer than one), which bounds host memory above the file cache. A parameter that the configuration
-    quantises is quantised where it lies as soon as all of it is there. A progress bar is drawn on a terminal's stderr
-    once loading has taken a second.
+    quantises is read as it is where the checkpoint holds it so; else it is quantised where it lies as soon as all of it
+    is there. A progress bar is drawn on a terminal's stderr once loading has taken a second.
 
     Args:
       checkpoint: the open checkpoint.
@@ -56,7 +60,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
       CheckpointError: as `check_tensors`, or a value that float16 cannot hold.
       ValueError: a parameter that the mesh does not divide; nothing has been read then.
     """
-    tree = float_specs(config)
+    tree = specs_read(config, tensors)
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names, specs = [param_name(path) for path, _ in paths], [spec for _, spec in paths]
     shardings = [None] * len(specs) if mesh is None else jax.tree.leaves(spec_shardings(tree, mesh))
@@ -79,8 +83,9 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
     ]
 
     def bytes_of(shard: _Shard) -> int:
-        whole = _bytes_read(checkpoint, tensors[names[shard.parameter]])
-        return whole * shard.nbytes // specs[shard.parameter].nbytes
+        spec, pieces = specs[shard.parameter], tensors[names[shard.parameter]]
+        packed = any(piece.unpack is not None for piece in pieces)  # packed integers take about what they do here
+        return (spec.nbytes if packed else _bytes_read(checkpoint, pieces)) * shard.nbytes // spec.nbytes
 
     def finish(number: int) -> Any:
         spec, sharding, parts = specs[number], shardings[number], arrays.pop(number)
@@ -106,6 +111,14 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
             while len(finished) < len(specs) and not missing[len(finished)]:
                 finished.append(finish(len(finished)))
     return treedef.unflatten(finished)
+
+
+def specs_read(config: ModelConfig, tensors: TensorMap) -> Params:
+    """What is read of a checkpoint: the parts of parameters that it holds quantised, all others before they are."""
+    specs, stored = float_specs(config), param_specs(config)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, spec, parts: spec if param_name(path) in tensors else parts, specs, stored
+    )
 
 
 @functools.cache
@@ -177,10 +190,13 @@ def _fill(out: np.ndarray, checkpoint: Checkpoint, spec: ParamSpec, pieces: tupl
         shared = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, region, strict=True)]
         if any(start >= stop for start, stop in shared):
             continue
-        tensor = checkpoint.read(piece.tensor)
-        if piece.rows is not None:
-            tensor = tensor[slice(*piece.rows)]
-        part = tensor.reshape([stop - start for start, stop in region])[_within(shared, region)]
+        tensor, sizes = checkpoint.read(piece.tensor), [stop - start for start, stop in region]
+        if piece.unpack is not None:
+            part = _unpacked(tensor, piece, sizes, _within(shared, region))
+        elif piece.rows is not None:
+            part = tensor[slice(*piece.rows)].reshape(sizes)[_within(shared, region)]
+        else:
+            part = tensor.reshape(sizes)[_within(shared, region)]
         target = out[_within(shared, wanted)]
         if part.dtype == target.dtype:
             # numpy copies bfloat16, which is not its own, one element at a time and without letting other threads run.
@@ -202,6 +218,22 @@ def _fill(out: np.ndarray, checkpoint: Checkpoint, spec: ParamSpec, pieces: tupl
         )
 
 
+def _unpacked(tensor: np.ndarray, piece: Piece, sizes: list[int], wanted: tuple[slice, ...]) -> np.ndarray:
+    """A slice of the array of those sizes that the rows of a packed tensor are; no more is unpacked."""
+    first, last = piece.rows
+    out = next(axes for axes in range(len(sizes) + 1) if math.prod(sizes[:axes]) == last - first)
+    rows, cols = _runs(sizes[:out], wanted[:out], first), _runs(sizes[out:], wanted[out:])
+    part = np.block([[piece.unpack(tensor, r, c) for c in cols] for r in rows])
+    return part.reshape([index.stop - index.start for index in wanted])
+
+
+def _runs(sizes: list[int], wanted: tuple[slice, ...], first: int = 0) -> list[slice]:
+    """The consecutive numbers among those of a slice's elements, where the array's are numbered from `first`."""
+    numbers = np.arange(first, first + math.prod(sizes)).reshape(sizes)[wanted].ravel()
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
+
+
 def _blocks(wanted: _Ranges, itemsize: int) -> list[_Ranges]:
     """Ranges cut into parts of about BLOCK bytes along the longest axis but the last, whose elements lie together."""
     sizes = [stop - start for start, stop in wanted]
@@ -211,57 +243,6 @@ def _blocks(wanted: _Ranges, itemsize: int) -> list[_Ranges]:
     return [
         [*wanted[:axis], (start, min(start + step, last)), *wanted[axis + 1 :]] for start in range(first, last, step)
     ]
-
-
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap) -> None:
-    """Compare what a checkpoint holds with what its configuration calls for.
-
-    Raises:
-      CheckpointError: a tensor of a dtype that is not read, missing, of another shape, used by no parameter, or an
-        unembedding that differs from the embedding it is tied to.
-    """
-    expected = {piece.tensor: piece.shape for pieces in tensors.values() for piece in pieces}
-    found = {name: info for name, info in checkpoint.tensors.items() if not _HARMLESS.search(name)}
-    for name, info in found.items():
-        check_dtype(name, info)
-
-    model = f"{config.num_layers} layers of family {config.family!r}"
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
-    if missing:
-        unused = f"; it holds {listing(extra)} instead" if extra else ""
-        tied = "; if embeddings are tied, set tie_word_embeddings to true" if missing == [_UNEMBEDDING] else ""
-        raise CheckpointError(
-            f"{_where(checkpoint)} lacks {len(missing)} of the {len(expected)} tensors that config.json calls for "
-            f"({model}): {listing(missing)}{unused}; the checkpoint is incomplete or config.json belongs to "
-            f"another{tied}"
-        )
-    for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise CheckpointError(
-                f"{found[name].file}: tensor {name!r} has shape {list(found[name].shape)}, expected {list(shape)} by "
-                f"config.json ({_sizes(config)}); config.json belongs to another checkpoint"
-            )
-    if config.tie_embeddings and _UNEMBEDDING in extra:
-        embedding = tensors["embedding"][0].tensor
-        if not checkpoint.same_bytes(_UNEMBEDDING, embedding):
-            raise CheckpointError(
-                f"{found[_UNEMBEDDING].file}: config.json ties the embeddings, but tensor {_UNEMBEDDING!r} differs "
-                f"from {embedding!r}; set tie_word_embeddings to false in config.json to use it"
-            )
-        extra.remove(_UNEMBEDDING)
-    if extra:
-        files = sorted({str(found[name].file) for name in extra})
-        raise CheckpointError(
-            f"{listing(files)}: {len(extra)} tensors that nothing in config.json calls for ({model}): "
-            f"{listing(extra)}; check num_hidden_layers, the bias settings and architectures in config.json"
-        )
-
-
-def checkpoint_dtype(checkpoint: Checkpoint, tensors: TensorMap) -> str | None:
-    """The dtype of the stored embedding, by its JAX name; None if it is absent or not read."""
-    info = checkpoint.tensors.get(tensors["embedding"][0].tensor)
-    return DTYPES[info.dtype].name if info is not None and info.dtype in DTYPES else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,16 +320,3 @@ def _bytes_read(checkpoint: Checkpoint, pieces: tuple[Piece, ...]) -> int:
         rows = info.shape[0] if piece.rows is None else piece.rows[1] - piece.rows[0]
         total += (info.stop - info.start) // info.shape[0] * rows
     return total
-
-
-def _where(checkpoint: Checkpoint) -> Path:
-    return checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.directory
-
-
-def _sizes(config: ModelConfig) -> str:
-    return (
-        f"vocab_size {config.vocab_size}, hidden_size {config.embed_dim}, intermediate_size {config.ffn_dim}, "
-        f"num_attention_heads {config.num_heads}, num_key_value_heads "
-        f"{config.num_kv_heads // config.kv_replicas}, "
-        f"head_dim {config.head_dim}"
-    )

@@ -14,10 +14,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSh
 from ...sharding.rules import RULES, named_sharding
 from ..config import ModelConfig
 from ..hf.family import TensorMap
-from ..params import Params, ParamSpec, float_specs, param_name, param_shardings, param_specs, store
+from ..params import Params, ParamSpec, param_name, param_shardings, param_specs, store
+from .check import check_tensors
 from .description import ARRAYS, DESCRIPTION, INCOMPLETE, write_description
 from .files import CheckpointError, listing
-from .load import check_tensors, progress, read_parameter
+from .load import progress, read_parameter, specs_read
 from .safetensors import Checkpoint
 
 COPIED = (
@@ -128,7 +129,7 @@ def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mes
 def _save(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, target: Path) -> None:
     from orbax.checkpoint import v1
 
-    floats, specs = _flat(float_specs(config)), _flat(param_specs(config))
+    read, specs = _flat(specs_read(config, tensors)), _flat(param_specs(config))
 
     def stored_as(path: tuple, _: Any) -> Any:
         return v1.options.ArrayOptions.Saving.StorageOptions(**_chunks(specs[path[0].key]))
@@ -137,13 +138,13 @@ def _save(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, targe
     context.array.saving.scoped_storage_options_creator = stored_as
     context.array.saving.use_compression = False  # of weights it takes off little, and it slows loading down
     context.memory.deepcopy_host_arrays = False
-    with context, progress(f"converting {checkpoint.directory.name}", sum(s.nbytes for s in floats.values())) as bar:
-        for batch in _batches(floats):
-            whole = {name: (slice(None),) * len(floats[name].shape) for name in batch}
-            read = {name: read_parameter(checkpoint, floats[name], tensors[name], whole[name]) for name in batch}
-            stored = {name: store(array, config, name, floats[name]) for name, array in read.items()}
+    with context, progress(f"converting {checkpoint.directory.name}", sum(s.nbytes for s in read.values())) as bar:
+        for batch in _batches(read):
+            whole = {name: (slice(None),) * len(read[name].shape) for name in batch}
+            arrays = {name: read_parameter(checkpoint, read[name], tensors[name], whole[name]) for name in batch}
+            stored = {name: store(array, config, name, read[name]) for name, array in arrays.items()}
             v1.partial.save(target, _flat(stored))
-            bar.update(sum(floats[name].nbytes for name in batch))
+            bar.update(sum(read[name].nbytes for name in batch))
         v1.partial.finalize(target)
 
 

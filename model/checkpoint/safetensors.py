@@ -7,6 +7,7 @@ Source: https://github.com/huggingface/safetensors#format
 
 import dataclasses
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,15 @@ from .files import CheckpointError, listing, parse_object, read_object
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-DTYPES = {"F32": np.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": np.dtype("float16")}
-"""The element types that are read, by their names in the header."""
+FLOATS = {"F32": np.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": np.dtype("float16")}
+"""The element types of parameters and of scales, by their names in the header."""
+DTYPES = FLOATS | {
+    "F8_E4M3": jnp.dtype("float8_e4m3fn"),
+    "I8": np.dtype("int8"),
+    "I32": np.dtype("int32"),
+    "I64": np.dtype("int64"),
+}
+"""The element types that are read: those of quantised weights too."""
 
 _REFETCH = "the file is damaged, fetch it again"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -102,7 +110,7 @@ class Checkpoint:
           CheckpointError: if its dtype is not one of `DTYPES`.
         """
         info = self.tensors[name]
-        check_dtype(name, info)
+        check_dtype(name, info, DTYPES)
         return self._maps[info.file][info.start : info.stop].view(DTYPES[info.dtype]).reshape(info.shape)
 
     def same_bytes(self, a: str, b: str) -> bool:
@@ -114,16 +122,19 @@ class Checkpoint:
         return memoryview(self._maps[x.file])[x.start : x.stop] == memoryview(self._maps[y.file])[y.start : y.stop]
 
 
-def check_dtype(name: str, info: TensorInfo) -> None:
-    """Raise `CheckpointError` if a tensor is of an element type that is not read."""
-    if info.dtype in DTYPES:
+def check_dtype(name: str, info: TensorInfo, wanted: Collection[str]) -> None:
+    """Raise `CheckpointError` if a tensor is of none of the element types, by their names in the header."""
+    if info.dtype in wanted:
         return
     if info.dtype == "F64":
         remedy = "save the model again in float32 or bfloat16"
     else:
-        remedy = "quantised checkpoints are not read: take the unquantised one"
+        remedy = (
+            "config.json, whose quantization_config says how weights are quantised, belongs to another checkpoint: "
+            "take all files from one place, or load the unquantised checkpoint"
+        )
     raise CheckpointError(
-        f"{info.file}: tensor {name!r} has dtype {info.dtype}, expected one of {', '.join(DTYPES)}; {remedy}"
+        f"{info.file}: tensor {name!r} has dtype {info.dtype}, expected one of {', '.join(wanted)}; {remedy}"
     )
 
 

@@ -2,8 +2,8 @@
 
 from ..config import ModelConfig
 from . import gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3
-from .common import refuse
 from .family import Family, HFConfig, Piece, TensorMap
+from .quantized import stored_quantization, stored_tensors
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2)
@@ -18,17 +18,28 @@ def config_from_hf(hf_config: HFConfig) -> ModelConfig:
       hf_config: its contents, as `json.load` returns them.
 
     Returns:
-      The configuration, in the dtype that config.json states (float32 where it states none).
+      The configuration, in the dtype that config.json states (float32 where it states none), with the weights quantised
+      that it says are; the dtype of their scales, which it does not say, is the usual one.
 
     Raises:
       ValueError: the architecture, or something that the config asks of it, is not supported, or a key is missing.
     """
     family = _family_for(hf_config)
-    refuse(hf_config, "quantization_config", (), "load the checkpoint that it was quantised from")
     for key in ("rope_scaling", "rope_parameters"):
         if hf_config.get(key) is not None and not isinstance(hf_config[key], dict):
             raise ValueError(f"{key} in config.json is {hf_config[key]!r}; it must be an object or null")
-    return family.config(hf_config)
+    config = family.config(hf_config)
+    return config.replace(quantization=stored_quantization(hf_config, config, family.tensors(config)))
+
+
+def tensors_of(config: ModelConfig, hf_config: HFConfig) -> TensorMap:
+    """Where the checkpoint of that config.json keeps each parameter, or each part of those that it holds quantised.
+
+    Args:
+      config: the model, its KV heads copied or not.
+      hf_config: as `config_from_hf` takes it.
+    """
+    return stored_tensors(hf_config, config, family_of(config).tensors(config))
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -53,4 +64,4 @@ def _family_for(hf: HFConfig) -> Family:
     return found[0]
 
 
-__all__ = ["FAMILIES", "Family", "HFConfig", "Piece", "TensorMap", "config_from_hf", "family_of"]
+__all__ = ["FAMILIES", "Family", "HFConfig", "Piece", "TensorMap", "config_from_hf", "family_of", "tensors_of"]

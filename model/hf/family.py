@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from ..config import ModelConfig
 
 HFConfig = Mapping[str, Any]
@@ -11,26 +13,50 @@ HFConfig = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Implied:
+    """A tensor that may lie beside others and says what their layout takes for granted.
+
+    Attributes:
+      tensor: its name in the checkpoint.
+      contents: makes what it must hold, integers.
+      otherwise: what other contents would mean, and the remedy.
+    """
+
+    tensor: str
+    contents: Callable[[], np.ndarray]
+    otherwise: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """The part of a parameter that one checkpoint tensor holds.
 
-    `parameter[index] == tensor[rows].reshape(parameter[index].shape)`.
+    `parameter[index] == tensor[rows].reshape(parameter[index].shape)`, where a packed tensor is unpacked first.
 
     Attributes:
       tensor: its name in the checkpoint.
       shape: the tensor's full shape in the checkpoint.
       index: where it goes in the parameter; () is all of it.
-      rows: which rows of the tensor it is; None is all of them.
+      rows: which rows of the tensor, or of what it unpacks to, it is; None, which packed ones never have, is all.
+      dtype: that the tensor must have, by its JAX name; None is any float.
+      unpack: (tensor, rows, columns) -> those of the matrix that a packed tensor stands for.
+      implied: tensors that may lie beside it.
     """
 
     tensor: str
     shape: tuple[int, ...]
     index: tuple[slice | int, ...] = ()
     rows: tuple[int, int] | None = None
+    dtype: str | None = None
+    unpack: Callable[[np.ndarray, slice, slice], np.ndarray] | None = None
+    implied: tuple[Implied, ...] = ()
 
 
 TensorMap = dict[str, tuple[Piece, ...]]
-"""Pieces of every parameter, by its dotted path in the parameter tree, such as "layers.0.qkv"."""
+"""Pieces of every parameter, by its dotted path in the parameter tree, such as "layers.0.qkv".
+
+Of a parameter that the checkpoint holds quantised, those of each part: "layers.0.qkv.values", ".scales", ".zeros".
+"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""Quantised weights on meshes: the parameters and the logits of one device, in every scheme."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ridgeline as rl
+from checkpoints import assert_same
+from families import write_checkpoint
+from ridgeline.decode.lowering import lower_decode
+from ridgeline.model.schemes import SCHEMES
+from ridgeline.sharding.hlo import collectives, parse
+
+TOKENS = jnp.arange(80).reshape(4, 20)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 64}
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), "llama3", 8, 2, **sizes)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_mesh_computes_what_one_device_does(checkpoint, name):
+    # Two devices hold whole groups of every scheme; four hold groups of 64, each with a copy of a KV head.
+    small = (SCHEMES[name].group or 64) <= 64
+    one = rl.load_model(checkpoint, quantize=name, quantize_output="int8")
+    model = rl.load_model(
+        checkpoint, quantize=name, quantize_output="int8", mesh=rl.make_mesh(data=2, tensor=4 if small else 2)
+    )
+    shardings = rl.param_shardings(model.config, model.mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, model.params) == shardings
+    if not small:
+        assert_same(model.params, one.params)
+    for rows in (4, 1):  # 80 tokens multiply rounded activations in dynamic schemes, 20 do not
+        found, expected = (np.asarray(rl.forward(m.params, m.config, TOKENS[:rows])) for m in (model, one))
+        if model.config.quantization.layers.dynamic and rows == 4:
+            # Sums in another order round some activations to the next number.
+            assert np.abs(found - expected).mean() < 0.01 * np.abs(expected).mean()
+        else:
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_groups_that_devices_cannot_share_are_refused(checkpoint):
+    message = r"layers.0.down.scales \(128, 4\): axis 'ffn' of size 4 does not divide over the 8 devices"
+    with pytest.raises(ValueError, match=message):
+        rl.load_model(checkpoint, quantize="int4", mesh=rl.make_mesh(tensor=8))
+
+
+def test_quantised_weights_add_no_communication():
+    config = rl.preset("llama-3.1-8b")
+    config = config.replace(layers=config.layers[:2], dtype="float32")
+    for name in ("int8", "int4"):
+        quantised = config.replace(quantization=rl.Quantization(SCHEMES[name], SCHEMES["int8"]))
+        program = lower_decode(quantised, rl.make_mesh(tensor=8), batch_size=16, max_length=1024).compile()
+        found = {c.kind: c.count for c in collectives(parse(program.as_text()))}
+        assert found == {"all-reduce": 2 * config.num_layers + 1}

@@ -1,0 +1,201 @@
+"""Checkpoints that arrive quantised, each beside one of the float matrices that it stands for.
+
+The packers follow the loops of the programs that write such checkpoints: `WQLinear_GEMM.from_linear` of AutoAWQ,
+`QuantLinear.pack` of AutoGPTQ, `pack_to_int32` of compressed-tensors.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ridgeline as rl
+from checkpoints import LLAMA, PHI3, random_tensors, save
+from ridgeline.model.params import Params
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+HF, FUSED = LLAMA | SIZES, PHI3 | SIZES
+
+Matrix = Callable[[np.random.Generator, int, int], tuple[dict[str, np.ndarray], np.ndarray]]
+"""(random numbers, outputs, inputs) -> the stored tensors by the last part of their names, the matrix."""
+
+
+def words(values: np.ndarray, axis: int, order: Iterable[int] = range(8)) -> np.ndarray:
+    """Numbers below 16, eight to an int32 along an axis: number `order[i]` of the eight in bits 4 i to 4 i + 3."""
+    values = np.moveaxis(values, axis, -1)
+    values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % 8)]).astype(np.uint32)
+    packed = np.zeros((*values.shape[:-1], values.shape[-1] // 8), np.uint32)
+    for word in range(packed.shape[-1]):
+        for i, number in enumerate(order):
+            packed[..., word] |= values[..., 8 * word + number] << np.uint32(4 * i)
+    return np.ascontiguousarray(np.moveaxis(packed.view(np.int32), -1, axis))
+
+
+def _int4(rng, outputs: int, inputs: int, group: int, scale_dtype: str, zeros: np.ndarray | None = None):
+    """Values [O, I], scales and zeros [O, N], and the matrix."""
+    of = np.arange(inputs) // group
+    values = rng.integers(0, 16, (outputs, inputs))
+    scales = rng.uniform(0.01, 0.1, (outputs, of[-1] + 1)).astype(jnp.dtype(scale_dtype))
+    zeros = rng.integers(0, 16, scales.shape) if zeros is None else np.broadcast_to(zeros, scales.shape)
+    return values, scales, zeros, ((values - zeros[:, of]) * scales.astype(np.float32)[:, of]).astype(np.float32)
+
+
+def packed(symmetric: bool, group: int, scale_dtype: str) -> Matrix:
+    """compressed-tensors, pack-quantized."""
+
+    def matrix(rng, outputs, inputs):
+        values, scales, zeros, dense = _int4(rng, outputs, inputs, group, scale_dtype, 8 if symmetric else None)
+        tensors = {"weight_packed": words(values, 1), "weight_scale": scales}
+        if not symmetric:
+            tensors["weight_zero_point"] = words(zeros, 0)
+        return tensors | {"weight_shape": np.array([outputs, inputs])}, dense
+
+    return matrix
+
+
+def _awq(rng, outputs, inputs):
+    values, scales, zeros, dense = _int4(rng, outputs, inputs, 8, "float16")
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    return {"qweight": words(values.T, 1, order), "qzeros": words(zeros.T, 1, order), "scales": scales.T.copy()}, dense
+
+
+def gptq(group: int | None, v1: bool = True) -> Matrix:
+    def matrix(rng, outputs, inputs):
+        values, scales, zeros, dense = _int4(rng, outputs, inputs, group or inputs, "float16")
+        tensors = {"qweight": words(values.T, 0), "qzeros": words(zeros.T, 1), "scales": scales.T.copy()}
+        if v1:  # as `convert_gptq_v2_to_v1_format_module` of GPTQModel does; AutoGPTQ wrote a bias of zeros besides
+            tensors["qzeros"] = (tensors["qzeros"].view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
+            tensors["bias"] = np.zeros(outputs, np.float16)
+        return tensors | {"g_idx": (np.arange(inputs) // (group or inputs)).astype(np.int32)}, dense
+
+    return matrix
+
+
+def plain(dtype: str, rows: int | None, columns: int | None, scale: str, scale_dtype: str) -> Matrix:
+    """A byte a value; a scale a block, None being all; the scale of everything is [1]."""
+
+    def matrix(rng, outputs, inputs):
+        values = rng.integers(-127, 128, (outputs, inputs)) if dtype == "int8" else rng.normal(0, 99, (outputs, inputs))
+        values = values.astype(jnp.dtype(dtype))
+        blocks = (math.ceil(outputs / (rows or outputs)), math.ceil(inputs / (columns or inputs)))
+        scales = rng.uniform(0.001, 0.01, blocks).astype(jnp.dtype(scale_dtype))
+        each = scales.astype(np.float32).repeat(rows or outputs, 0).repeat(columns or inputs, 1)[:outputs, :inputs]
+        stored = scales if (rows, columns) != (None, None) else scales[0]
+        return {"weight": values, scale: stored}, values.astype(np.float32) * each
+
+    return matrix
+
+
+def compressed(form: str, weights: dict, dynamic: bool = False, ignore=("lm_head",)) -> dict:
+    weights = {"dynamic": False, "symmetric": True, "actorder": None, "observer": "minmax"} | weights
+    inputs = {"num_bits": 8, "type": weights["type"], "dynamic": True, "strategy": "token"} if dynamic else None
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+    }
+
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+FP8 = {"num_bits": 8, "type": "float"}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True, "version": "GEMM"}
+GPTQ = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": 8,
+    "desc_act": False,
+    "sym": False,
+    "checkpoint_format": "gptq",
+}
+BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 8]}
+
+CHECKPOINTS: dict[str, tuple[dict, dict, Matrix]] = {
+    "int4 that leaves a matrix as it is": (
+        HF,
+        compressed("pack-quantized", INT4, ignore=["lm_head", r"re:.*\.layers\.1\.mlp\.down_proj$"]),
+        packed(True, 8, "bfloat16"),
+    ),
+    "int4 with zero points, output too": (
+        FUSED,
+        compressed("pack-quantized", INT4 | {"symmetric": False}, ignore=[]),
+        packed(False, 8, "float32"),
+    ),
+    "int8 of eight-bit products": (
+        HF,
+        compressed("int-quantized", INT8, dynamic=True),
+        plain("int8", 1, None, "weight_scale", "bfloat16"),
+    ),
+    "fp8 with one scale": (
+        FUSED,
+        compressed("float-quantized", FP8 | {"strategy": "tensor"}),
+        plain("float8_e4m3fn", None, None, "weight_scale", "float32"),
+    ),
+    "awq": (HF, AWQ | {"modules_to_not_convert": ["layers.1.mlp"]}, _awq),
+    "gptq": (FUSED, GPTQ, gptq(8)),
+    "gptq of one group": (
+        HF,
+        GPTQ | {"checkpoint_format": "gptq_v2", "group_size": -1},
+        gptq(None, v1=False),
+    ),
+    "fp8 in blocks": (HF, BLOCK_FP8, plain("float8_e4m3fn", 16, 8, "weight_scale_inv", "bfloat16")),
+    "fp8 in blocks that are cut off": (
+        FUSED | {"intermediate_size": 40},
+        compressed("float-quantized", FP8 | {"strategy": "block", "block_structure": [16, 16]}),
+        plain("float8_e4m3fn", 16, 16, "weight_scale", "float32"),
+    ),
+}
+"""config.json, its quantization_config, and how matrices are stored."""
+
+LEFT = {
+    "int4 that leaves a matrix as it is": ("lm_head", "layers.1.mlp.down"),
+    "int4 with zero points, output too": (),
+    "awq": ("lm_head", "layers.1.mlp"),
+}
+"""What stays float, by parts of its name; else it is the output projection."""
+
+
+def write_pair(directory: Path, name: str, **sizes: int) -> tuple[Path, Path]:
+    """A quantised checkpoint, and one of the matrices that it stands for, in float32."""
+    hf, quantization, matrix = CHECKPOINTS[name]
+    hf = hf | sizes
+    rng, tensors, dense = np.random.default_rng(1), {}, random_tensors(hf)
+    for tensor, array in dense.items():
+        left = (
+            array.ndim == 1 or "embed_tokens" in tensor or any(part in tensor for part in LEFT.get(name, ("lm_head",)))
+        )
+        if left:
+            tensors[tensor] = array
+        else:
+            parts, dense[tensor] = matrix(rng, *array.shape)
+            tensors |= {tensor.removesuffix("weight") + part: stored for part, stored in parts.items()}
+    paths = directory / "quantised", directory / "dense"
+    for path, config, content in zip(
+        paths, (hf | {"quantization_config": quantization}, hf), (tensors, dense), strict=True
+    ):
+        path.mkdir()
+        save(path, config, content)
+    return paths
+
+
+def assert_stands_for(params: Params, dense: Params) -> None:
+    """Every parameter is the matrix that it was packed from, exactly."""
+    arrays = jax.tree.map(np.asarray, params)
+    found = _dequantized(arrays)
+    assert jax.tree.structure(found) == jax.tree.structure(dense)
+    jax.tree.map(np.testing.assert_array_equal, found, dense)
+
+
+@jax.jit
+def _dequantized(params):
+    def one(leaf):
+        return rl.dequantize(leaf) if isinstance(leaf, rl.QuantizedArray) else leaf
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, rl.QuantizedArray))

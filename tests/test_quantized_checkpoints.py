@@ -1,0 +1,186 @@
+"""Checkpoints that arrive quantised: every format is read as it is, and what is not read is said."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ridgeline as rl
+from checkpoints import assert_same, refused, save
+from quantized_checkpoints import (
+    AWQ,
+    BLOCK_FP8,
+    CHECKPOINTS,
+    FP8,
+    GPTQ,
+    HF,
+    INT4,
+    INT8,
+    assert_stands_for,
+    compressed,
+    write_pair,
+)
+from ridgeline.model.checkpoint import Checkpoint, read_parameter
+from ridgeline.model.hf import tensors_of
+from ridgeline.model.loading import convert_model, load_model
+from ridgeline.model.params import param_name
+
+SCHEMES = {
+    "int4 that leaves a matrix as it is": rl.Scheme("int4", group=8, scale_dtype="bfloat16"),
+    "int4 with zero points, output too": rl.Scheme("int4", group=8, zero_points=True),
+    "int8 of eight-bit products": rl.Scheme("int8", scale_dtype="bfloat16", dynamic=True),
+    "fp8 with one scale": rl.Scheme("float8_e4m3fn"),
+    "awq": rl.Scheme("int4", group=8, zero_points=True, scale_dtype="float16"),
+    "gptq": rl.Scheme("int4", group=8, zero_points=True, scale_dtype="float16"),
+    "gptq of one group": rl.Scheme("int4", zero_points=True, scale_dtype="float16"),
+    "fp8 in blocks": rl.Scheme("float8_e4m3fn", group=8, rows=16, scale_dtype="bfloat16"),
+    "fp8 in blocks that are cut off": rl.Scheme("float8_e4m3fn", group=16, rows=16),
+}
+SKIPPED = {
+    "int4 that leaves a matrix as it is": ("layers.1.down",),
+    "awq": ("layers.1.down", "layers.1.gate_up"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_parameters_are_the_matrices_that_are_stored(tmp_path, name):
+    quantised, dense = map(load_model, write_pair(tmp_path, name))
+    output = SCHEMES[name] if name == "int4 with zero points, output too" else None
+    assert quantised.config.quantization == rl.Quantization(SCHEMES[name], output, SKIPPED.get(name, ()))
+    specs = rl.param_specs(quantised.config)
+    assert jax.tree.structure(quantised.params) == jax.tree.structure(specs)
+    for leaf, spec in zip(jax.tree.leaves(quantised.params), jax.tree.leaves(specs), strict=True):
+        assert (leaf.shape, leaf.dtype.name) == (spec.shape, spec.dtype)
+
+    assert_stands_for(quantised.params, dense.params)
+
+
+@pytest.mark.parametrize("name", ["awq", "int8 of eight-bit products"])
+def test_logits_are_those_of_the_matrices(tmp_path, name):
+    tokens = jnp.arange(12).reshape(2, 6)
+    quantised, dense = (rl.forward(m.params, m.config, tokens) for m in map(load_model, write_pair(tmp_path, name)))
+    np.testing.assert_allclose(quantised, dense, rtol=0, atol=1e-5 * float(jnp.abs(dense).max()))
+
+
+@pytest.mark.parametrize("name", ["int4 with zero points, output too", "awq", "gptq", "fp8 in blocks"])
+def test_any_slice_of_any_part(tmp_path, name):
+    directory, _ = write_pair(tmp_path, name)
+    model, checkpoint, rng = load_model(directory), Checkpoint(directory), np.random.default_rng(2)
+    tensors = tensors_of(model.config, json.loads((directory / "config.json").read_text()))
+    specs = jax.tree_util.tree_leaves_with_path(rl.param_specs(model.config)["layers"][0])
+    for (path, spec), full in zip(specs, jax.tree.leaves(model.params["layers"][0]), strict=True):
+        for _ in range(6):
+            index = tuple(slice(*sorted(rng.choice(n + 1, 2, replace=False).tolist())) for n in spec.shape)
+            part = read_parameter(checkpoint, spec, tensors[f"layers.0.{param_name(path)}"], index)
+            np.testing.assert_array_equal(part, np.asarray(full)[index])
+
+
+def test_conversions_hold_what_was_read(tmp_path):
+    """An output projection that came as it was may be quantised besides."""
+    directory, _ = write_pair(tmp_path, "awq")
+    model = load_model(directory, quantize_output="int8")
+    assert model.config.quantization.output == rl.SCHEMES["int8"]
+    assert_same(model.params["layers"], load_model(directory).params["layers"])
+    again = load_model(convert_model(directory, tmp_path / "out", quantize_output="int8"))
+    assert again.config == model.config
+    assert_same(again.params, model.params)
+
+
+def test_nothing_is_quantised_twice(tmp_path):
+    directory, _ = write_pair(tmp_path, "gptq")
+    for load in (load_model, lambda path, **asked: convert_model(path, tmp_path / "out", **asked)):
+        with pytest.raises(rl.CheckpointError, match=r"quantised is quantised already, to int4; load it without quant"):
+            load(directory, quantize="int8")
+
+
+# --- errors: config.json ---
+
+
+def mixed() -> dict:
+    stated = compressed("pack-quantized", INT4)
+    stated["config_groups"]["group_1"] = compressed("float-quantized", FP8 | {"strategy": "channel"})["config_groups"][
+        "group_0"
+    ] | {"format": "float-quantized"}
+    return stated
+
+
+def static() -> dict:
+    stated = compressed("float-quantized", FP8 | {"strategy": "tensor"}, dynamic=True)
+    stated["config_groups"]["group_0"]["input_activations"]["dynamic"] = False
+    return stated
+
+
+@pytest.mark.parametrize(
+    ("stated", "pattern"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "quant_method 'bitsandbytes', which is not supported; supported: compressed-tensors, awq, gptq, fp8; load "
+            "the checkpoint that it was quantised from, with quantize=",
+        ),
+        ("awq", "quantization_config in config.json is 'awq'; it must be an object"),
+        (GPTQ | {"bits": 3}, r"quantization_config\.bits in config.json is 3, which is not supported: 4 is; load"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format .* 'marlin', .*: 'gptq' or 'gptq_v2' is"),
+        (GPTQ | {"group_size": None}, "group_size .* is None; it must be positive or -1"),
+        (GPTQ | {"dynamic": {"-:.*down.*": {}}}, "dynamic .* not supported"),
+        (
+            GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.down_proj"]]},
+            r"leaves model\.layers\.0\.self_attn\.k_proj, model\.layers\.0\.self_attn\.v_proj as they are and "
+            r"quantises the rest of .*, which are one parameter here \('layers\.0\.qkv'\): load",
+        ),
+        (AWQ | {"version": "gemv"}, "version .* 'gemv', .*: 'gemm' is"),
+        (AWQ | {"zero_point": False}, "zero_point .* False"),
+        (AWQ | {"backend": "llm-awq"}, "backend .* 'llm-awq'"),
+        (BLOCK_FP8 | {"weight_block_size": None}, r"weight_block_size .* is None; two positive .* \[128, 128\]"),
+        (BLOCK_FP8 | {"activation_scheme": "static"}, "activation_scheme .* 'static', .*: 'dynamic' is"),
+        (compressed("nvfp4-pack-quantized", INT4), "format .* 'nvfp4-pack-quantized', .* 'pack-quantized' or"),
+        (compressed("pack-quantized", INT4 | {"num_bits": 8}), "num_bits .* 8, .*: 4 is"),
+        (compressed("pack-quantized", INT4 | {"actorder": "group"}), "actorder .* 'group'"),
+        (compressed("int-quantized", INT8 | {"symmetric": False}), "symmetric .* False"),
+        (compressed("int-quantized", INT8 | {"strategy": "group"}), "strategy .* 'group', .*: 'channel' or 'tensor'"),
+        (static(), r"input_activations\.dynamic .* False, .*: True is"),
+        (mixed(), "config_groups group_0, group_1 .* differ, and one scheme for all layers is supported: load"),
+        (compressed("pack-quantized", INT4) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme .*: null is"),
+        (compressed("pack-quantized", INT4) | {"config_groups": {}}, "config_groups {}; it must name one or more"),
+    ],
+)
+def test_what_is_not_read_is_refused(stated, pattern):
+    with pytest.raises(ValueError, match=pattern):
+        rl.config_from_hf(HF | {"quantization_config": stated})
+
+
+# --- errors: the tensors ---
+
+DOWN = "model.layers.1.mlp.down_proj."
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (
+            {"g_idx": np.arange(64, dtype=np.int32)[::-1] // 8},
+            rf"by tensor '{DOWN}g_idx', its inputs were regrouped by activation \(desc_act\), which is not .*: load",
+        ),
+        ({"qzeros": None}, rf"lacks 1 of the \d+ tensors .*: {DOWN}qzeros"),
+        ({"qweight": np.zeros((8, 16), np.int32)}, rf"'{DOWN}qweight' has shape \[8, 16\], expected \[8, 32\]"),
+        ({"scales": np.zeros((8, 32), np.float32)}, rf"'{DOWN}scales' has dtype F32, expected one of F16; config"),
+        ({"bias": np.ones(32, np.float16)}, rf"1 tensors that nothing in config\.json calls for .*: {DOWN}bias"),
+        ({"weight": np.ones((32, 64), np.float16)}, rf"1 tensors that nothing in config\.json calls .*: {DOWN}weight"),
+    ],
+)
+def test_tensors_that_do_not_go_with_config_json(tmp_path, change, pattern):
+    directory, _ = write_pair(tmp_path, "gptq")
+    checkpoint = Checkpoint(directory)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    tensors |= {DOWN + name: tensor for name, tensor in change.items()}
+    hf = json.loads((directory / "config.json").read_text())
+    save(tmp_path, hf, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+    refused(tmp_path, pattern)
+
+
+def test_weights_that_config_json_does_not_call_quantised(tmp_path):
+    directory, _ = write_pair(tmp_path, "fp8 in blocks")
+    (directory / "config.json").write_text(json.dumps(HF))
+    refused(directory, r"o_proj\.weight' has dtype F8_E4M3, expected one of F32, BF16, F16; config\.json, whose quant")
