@@ -1,4 +1,4 @@
-"""What the attention kernels take of a GPU: registers, spills, shared memory, blocks a multiprocessor.
+"""What the kernels take of a GPU: registers, spills, shared memory, blocks a multiprocessor.
 
 The kernels are compiled for the GPU and nothing runs, so that none is needed. ptxas' report and the launch in Mosaic's
 host code are printed by JAX's CUDA plugin on standard output, from C++, and read from there.
@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from matmul_rows import LAYERS, Row, rows
+
 ASK = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
 """Settings that make the plugin print what is read here; it looks at them when a process first compiles a kernel."""
 
@@ -26,7 +28,7 @@ THREADS = 2048
 BLOCKS = 32
 RESERVED = 1024  # bytes of shared memory that the system takes for each block
 
-FILLS = "split_kernel"  # launches as many blocks as the GPU is to hold at once; others, as many as the batch needs
+FILLS = ("split_kernel", "matmul")  # launch as many blocks as the GPU is to hold at once; others, what the batch needs
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}
 
@@ -102,13 +104,27 @@ CASES = [
     prefill(G=4, tensor=8),
     prefill(G=8),
     prefill(G=8, tensor=8, quick=True),
+    # Products of a few rows, of every weight of a layer in every form.
+    *rows(tuple(LAYERS), (1, 16, 64)),
 ]
+
+QUICK_PRODUCTS = {
+    *(("8b gate_up", 64, form) for form in ("bf16", "int8", "fp8", "fp8-block")),
+    ("70b tensor 8 down", 64, "int4"),
+    ("8b qkv", 16, "int4-32-zero"),
+    ("1b out", 64, "int4-32"),
+}
+
+
+def quick(case: Case | Row) -> bool:
+    """Whether a case is of the short list."""
+    return (case.weight, case.M, case.form) in QUICK_PRODUCTS if isinstance(case, Row) else case.quick
 
 
 # --- compiling ---
 
 
-def resources(cases: Sequence[Case], target: str = "h200", done: Callable[[], None] = lambda: None) -> list[dict]:
+def resources(cases: Sequence[Case | Row], target: str = "h200", done: Callable[[], None] = lambda: None) -> list[dict]:
     """What the kernels of each case take, compiled for `target`.
 
     Args:
@@ -132,10 +148,10 @@ def resources(cases: Sequence[Case], target: str = "h200", done: Callable[[], No
     target_mesh(target)  # says so at once if the plugin is missing
     results = []
     for number, case in enumerate(cases):
-        result: dict[str, Any] = {"case": str(case), **dataclasses.asdict(case)}
-        del result["quick"]
+        result: dict[str, Any] = {"case": str(case), "op": "matmul", **dataclasses.asdict(case)}
+        result.pop("quick", None)
         # A kernel that the process has compiled before is not reported again. Batch sizes that neither 2 nor 3 divides
-        # make all kernels differ, whatever the number of heads.
+        # make all attention kernels differ, whatever the number of heads; products differ in their weights.
         batch = 6 * number + 5
         started = time.perf_counter()
         try:
@@ -157,17 +173,49 @@ def resources(cases: Sequence[Case], target: str = "h200", done: Callable[[], No
     return results
 
 
-def compiled_text(case: Case, target: str, batch: int) -> dict[str, int]:
+def compiled_text(case: Case | Row, target: str, batch: int) -> dict[str, int]:
     """Compiles; returns how many Mosaic kernels the program has, and how many collectives."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from ridgeline.pallas_kernels.attention import decode_attention, prefill_attention
     from ridgeline.sharding.hlo import collectives, parse
     from ridgeline.sharding.targets import compile_for_target, target_mesh
 
-    mesh = target_mesh(target, tensor=case.tensor)
+    if isinstance(case, Row):
+        whole, mesh = PartitionSpec(), target_mesh(target)
+        op, out_spec = product_op(case), whole
+        shapes = {name: (*of, whole) for name, of in case.operands.items()}
+    else:
+        mesh = target_mesh(target, tensor=case.tensor)
+        op, shapes, out_spec = attention_op(case, batch)
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
+        for name, (shape, dtype, spec) in shapes.items()
+    }
+    specs = {name: spec for name, (_, _, spec) in shapes.items()}
+    local = jax.shard_map(
+        lambda arrays: op(**arrays), mesh=mesh, in_specs=(specs,), out_specs=out_spec, check_vma=False
+    )
+    text = compile_for_target(jax.jit(local).lower(arrays)).as_text()
+    return {
+        "custom_calls": len(re.findall(r'custom_call_target="mosaic_gpu', text)),
+        "collectives": sum(found.count for found in collectives(parse(text))),
+    }
+
+
+def product_op(row: Row) -> Callable[..., Any]:
+    from ridgeline.pallas_kernels.matmul import matmul
+
+    return functools.partial(matmul, activation="silu" if row.gated else None, implementation="mosaic")
+
+
+def attention_op(case: Case, batch: int) -> tuple[Callable[..., Any], dict[str, tuple[Any, ...]], Any]:
+    """The op, the shape, dtype and partition of each operand, and the partition of the result."""
+    from jax.sharding import PartitionSpec
+
+    from ridgeline.pallas_kernels.attention import decode_attention, prefill_attention
+
     pages = 8192 // case.S
     quantised = case.kv in ("int8", "fp8")
     heads, whole = PartitionSpec(None, "tensor"), PartitionSpec()
@@ -185,23 +233,9 @@ def compiled_text(case: Case, target: str, batch: int) -> dict[str, int]:
         shapes |= {f"{name}_scales": ((4096, case.K, case.S), "float32", heads) for name in "kv"}
     if case.every:
         shapes["sinks"] = ((case.K, case.G), "float32", PartitionSpec("tensor"))
-    arrays = {
-        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
-        for name, (shape, dtype, spec) in shapes.items()
-    }
     options = {"window": 1024, "soft_cap": 50.0} if case.every else {}
     op = {"decode": decode_attention, "prefill": prefill_attention}[case.op]
-
-    def attend(arrays):
-        return op(**arrays, scale=case.H**-0.5, implementation="mosaic", **options)
-
-    specs = {name: spec for name, (_, _, spec) in shapes.items()}
-    local = jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=q_spec, check_vma=False)
-    text = compile_for_target(jax.jit(local).lower(arrays)).as_text()
-    return {
-        "custom_calls": len(re.findall(r'custom_call_target="mosaic_gpu', text)),
-        "collectives": sum(found.count for found in collectives(parse(text))),
-    }
+    return functools.partial(op, scale=case.H**-0.5, implementation="mosaic", **options), shapes, q_spec
 
 
 @contextlib.contextmanager
@@ -270,7 +304,7 @@ def occupancy(kernel: dict[str, Any], chip: Any) -> dict[str, Any]:
     warps_a_scheduler = REGISTERS // 4 // (-(-kernel["registers"] // 8) * 8 * 32)
     shared = -(-kernel["shared_memory"] // 128) * 128 + RESERVED
     held = min(4 * warps_a_scheduler // warps, chip.shared_memory // shared, THREADS // (32 * warps), BLOCKS)
-    fills = held and kernel["kernel"] == FILLS
+    fills = held and kernel["kernel"] in FILLS
     waves = round(kernel["blocks"] / (held * chip.multiprocessors), 2) if fills else None
     return {"blocks_per_sm": held, "waves": waves}
 
@@ -338,7 +372,7 @@ def main() -> None:
     from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
     from ridgeline.sharding.targets import find_chip
 
-    cases = [case for case in CASES if (args.cases == "all" or case.quick) and args.only in str(case)]
+    cases = [case for case in CASES if (args.cases == "all" or quick(case)) and args.only in str(case)]
     if not cases:
         parser.error(f"--only is {args.only!r}, which no case has in its name; names look like {str(CASES[0])!r}")
     with tqdm(total=len(cases), unit="case", file=sys.stderr) as bar:

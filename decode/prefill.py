@@ -51,7 +51,7 @@ def prefill(
     valid = jnp.arange(T) < new[:, None]
 
     attend = cached_attend(cache, prefill_attention, positions, valid, starts, starts + new)
-    x, layers = transformer(params, config, tokens, positions, attend, cache.layers, cache.max_lengths)
+    x, layers = transformer(params, config, tokens, positions, attend, cache.layers, cache.max_lengths, cache.mesh)
     last = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
-    logits = jnp.where((new > 0)[:, None], unembed(params, config, last), jnp.nan)
+    logits = jnp.where((new > 0)[:, None], unembed(params, config, last, cache.mesh), jnp.nan)
     return cache.updated(logits, layers, starts + new)

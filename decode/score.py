@@ -279,8 +279,8 @@ def _logits(
     positions = starts[:, None] + jnp.arange(T)
     valid = jnp.arange(T) < lengths[:, None]
     attend = cached_attend(cache, prefill_attention, positions, valid, starts, starts + lengths)
-    x, layers = transformer(params, config, tokens, positions, attend, cache.layers, cache.max_lengths)
-    logits = constrain(unembed(params, config, x), cache.mesh, "batch", None, "vocab")
+    x, layers = transformer(params, config, tokens, positions, attend, cache.layers, cache.max_lengths, cache.mesh)
+    logits = constrain(unembed(params, config, x, cache.mesh), cache.mesh, "batch", None, "vocab")
     _, cache = cache.updated(logits[:, -1], layers, starts + lengths)
     return logits, cache
 

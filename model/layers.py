@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from .params import Params
@@ -19,6 +20,8 @@ def linear(
     bias: Float[Array, "..."] | None = None,
     *,
     in_axes: int = 1,
+    axes: tuple[str | None, ...] | None = None,
+    mesh: Mesh | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """x @ w.T with float32 accumulation: every weight product of the project goes through here.
@@ -29,6 +32,7 @@ def linear(
         weight that it stands for.
       bias: [*out], added in float32.
       in_axes: how many trailing axes are contracted.
+      axes, mesh: the logical names of w's axes and the mesh that it is split over; kernels run on each device's part.
       out_dtype: of the result, x's own by default.
 
     Returns:
@@ -39,7 +43,10 @@ def linear(
         raise ValueError(f"linear contracts {x.shape[len(rows) :]} of x with {w.shape[len(out) :]} of w; they differ")
     # The axes of `out` are not flattened: one that is split over devices and is not the first would be gathered.
     x = x.reshape(math.prod(rows), -1)
-    y = quantized_product(x, w) if isinstance(w, QuantizedArray) else product(x, w.reshape(*out, -1))
+    if isinstance(w, QuantizedArray):
+        y = quantized_product(x, w, axes or (None,) * len(w.shape), mesh)
+    else:
+        y = product(x, w.reshape(*out, -1))
     y = y.reshape(rows + out)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
@@ -71,9 +78,11 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def gated_mlp(x: Float[Array, "B T D"], weights: Params, activation: str) -> Float[Array, "B T D"]:
+def gated_mlp(
+    x: Float[Array, "B T D"], weights: Params, activation: str, mesh: Mesh | None = None
+) -> Float[Array, "B T D"]:
     """down(activation(gate(x)) * up(x)): SwiGLU and its kin (Shazeer 2020)."""
-    gate_up = linear(x, weights["gate_up"], weights.get("gate_up_bias"))
+    gate_up = linear(x, weights["gate_up"], weights.get("gate_up_bias"), axes=(None, "ffn", "embed"), mesh=mesh)
     gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
     hidden = ACTIVATION_FUNCTIONS[activation](gate.astype(jnp.float32)).astype(x.dtype) * up
-    return linear(hidden, weights["down"], weights.get("down_bias"))
+    return linear(hidden, weights["down"], weights.get("down_bias"), axes=("embed", "ffn"), mesh=mesh)

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ..sharding.rules import named_sharding
 from .config import ModelConfig
-from .quantization import QuantizedArray, quantize, stored_shapes
+from .quantization import QuantizedArray, quantize, scale_axes, stored_shapes
 from .schemes import Scheme
 
 Params = dict[str, Any]
@@ -76,10 +76,7 @@ def scheme_of(config: ModelConfig, name: str, spec: ParamSpec) -> Scheme | None:
 def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
     """The specs of a weight's parts."""
     values, scales = stored_shapes(spec.shape, scheme, spec.in_axes)
-    out = len(spec.shape) - spec.in_axes
-    # Groups follow each other along the inputs, whose first axis is the one that may be split over devices.
-    groups = None if scales[-1] == 1 else spec.axes[out]
-    axes = (*spec.axes[: out - 1], spec.axes[out - 1] if scales[-2] > 1 else None, groups)
+    axes = scale_axes(spec.axes, spec.in_axes, scales)
     return QuantizedArray(
         values=ParamSpec(values, "uint8" if scheme.dtype == "int4" else scheme.dtype, spec.axes),
         scales=ParamSpec(scales, scheme.scale_dtype, axes),

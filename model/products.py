@@ -6,9 +6,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Num
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int8, Num
 
-from .quantization import LARGEST, ZERO_NIBBLE, QuantizedArray, dequantize
+from ..pallas_kernels.dispatch import current_device, serve
+from ..pallas_kernels.matmul import check_kernel, matmul
+from ..sharding.rules import RULES, shard_map
+from .quantization import LARGEST, ZERO_NIBBLE, QuantizedArray, dequantize, scale_axes
 
 FEW_ROWS = 64
 """Up to so many rows a product waits for its weight, on CPUs and GPUs."""
@@ -21,13 +25,73 @@ def product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "
     return lax.platform_dependent(x, w, cpu=_product_cpu, default=_product)
 
 
-def quantized_product(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
-    """x @ w.T, float32, of a weight whose input axes, however many, are contracted as one."""
+def quantized_product(
+    x: Float[Array, "M I"], w: QuantizedArray, axes: tuple[str | None, ...], mesh: Mesh | None
+) -> Float[Array, "M *out"]:
+    """x @ w.T, float32, of a weight whose input axes, however many, are contracted as one.
+
+    Args:
+      x: activations.
+      w: the weight.
+      axes: the logical names of its axes.
+      mesh: that both lie on.
+    """
     out = w.scales.ndim - 1
     w = w.replace(values=w.values.reshape(*w.values.shape[:out], -1))
     if w.scheme.dynamic and x.shape[0] > FEW_ROWS:
         return _dynamic_product(x, w)
+    whole_groups = x.shape[1] % (w.scheme.group or 1) == 0
+    if x.shape[0] <= FEW_ROWS and current_device(mesh).is_hopper and whole_groups:
+        return _kernel_product(x, w, axes[: out + 1], mesh)
     return lax.platform_dependent(x, w, cpu=_quantized_product_cpu, default=_quantized_product)
+
+
+def _kernel_product(
+    x: Float[Array, "M I"], w: QuantizedArray, axes: tuple[str | None, ...], mesh: Mesh | None
+) -> Float[Array, "M *out"]:
+    """By the kernel that streams the weight, on each device's own part of it."""
+    *out, inputs = axes
+    parts = [part for part in (w.values, w.scales, w.zeros) if part is not None]
+    entries = scale_axes(axes, 1, w.scales.shape)
+
+    def local(x: Array, *parts: Array) -> Array:
+        y = _streamed(x, QuantizedArray(*parts, *[None] * (3 - len(parts)), w.scheme))
+        split = mesh is not None and inputs is not None and RULES[inputs] is not None
+        return lax.psum(y, RULES[inputs]) if split else y
+
+    in_axes = (("batch", inputs), axes, *[entries] * (len(parts) - 1))
+    return shard_map(local, mesh, in_axes, ("batch", *out))(x, *parts)
+
+
+@jax.custom_vjp
+def _streamed(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
+    """The kernel's product where it serves, else XLA's; differentiable in x alone."""
+    parts = (w.values, w.scales, w.zeros)
+
+    def flat(*parts: Array | None) -> list[Array | None]:
+        return [None if part is None else part.reshape(-1, part.shape[-1]) for part in parts]
+
+    def kernel(x: Array, *parts: Array | None) -> Array:
+        y = matmul(x, *flat(*parts), out_dtype=jnp.float32, implementation="mosaic")
+        return y.reshape(-1, *parts[0].shape[:-1])
+
+    def by_xla(x: Array, *parts: Array | None) -> Array:
+        return _quantized_product(x, QuantizedArray(*parts, w.scheme))
+
+    return serve("linear", None, kernel, by_xla, functools.partial(check_kernel, x, *flat(*parts)), x, *parts)
+
+
+def _streamed_forward(x: Array, w: QuantizedArray) -> tuple[Array, tuple[QuantizedArray, Array]]:
+    return _streamed(x, w), (w, jnp.zeros((0,), x.dtype))
+
+
+def _streamed_backward(saved: tuple[QuantizedArray, Array], dy: Array) -> tuple[Array, None]:
+    w, like = saved
+    dx = jnp.einsum("m...,...i->mi", dy, dequantize(w), preferred_element_type=jnp.float32)
+    return dx.astype(like.dtype), None
+
+
+_streamed.defvjp(_streamed_forward, _streamed_backward)
 
 
 def _product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
@@ -90,7 +154,7 @@ def _quantized_product_cpu(x: Float[Array, "M I"], w: QuantizedArray) -> Float[A
     if _cpu_devices() == 1 and w.scheme.dtype == "int8" and rows * _DIGITS <= FEW_ROWS:
         return _int8_product_by_digits(x, w)
     if w.scheme.dtype == "float8_e4m3fn":
-        w = w.replace(values=_wide(w.values))
+        w = w.replace(values=_e4m3(lax.bitcast_convert_type(w.values, jnp.int8)))
     return _quantized_product(x, w, _product_cpu)
 
 
@@ -106,14 +170,6 @@ def _weight_left(x: Array, w: Array, dtype: jax.typing.DTypeLike) -> Array:
     return lax.dot_general(w, x, (((w.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
-def _wide(w: Num[Array, "..."]) -> Float[Array, "..."]:
-    """In float32. XLA:CPU widens float8 one number at a time; e4m3's bits are those of a float16 a 256th as large."""
-    if w.dtype != jnp.float8_e4m3fn:
-        return w.astype(jnp.float32)
-    bits = lax.bitcast_convert_type(w, jnp.int8).astype(jnp.int16)  # the sign is copied to the upper half
-    return lax.bitcast_convert_type(bits << 7 & 0xBFFF, jnp.float16).astype(jnp.float32) * 256
-
-
 def _lanes(size: int, choices: tuple[int, ...] = (32, 64)) -> int:
     """Columns a term of a product by lanes; 0 where it would take too many terms for one loop."""
     return next((lanes for lanes in choices if size % lanes == 0 and size <= _MOST_TERMS * lanes), 0)
@@ -125,9 +181,12 @@ def _product_by_lanes(x: Float[Array, "1 I"], w: Num[Array, "*out I"], lanes: in
     Each of `lanes` sums takes every such column; a second, small product adds them up.
     """
     x, w = _at_this_step(x[0].astype(jnp.float32), w)
+    is_e4m3 = w.dtype == jnp.float8_e4m3fn
+    w = lax.bitcast_convert_type(w, jnp.int8) if is_e4m3 else w  # before it is cut: XLA:CPU would copy cut float8
 
     def term(first: int) -> Array:
-        return _wide(w[..., first : first + lanes]) * x[first : first + lanes]
+        part = w[..., first : first + lanes]
+        return (_e4m3(part) if is_e4m3 else part.astype(jnp.float32)) * x[first : first + lanes]
 
     return _sum_of_lanes(term(first) for first in range(0, w.shape[-1], lanes))
 
@@ -138,13 +197,15 @@ def _int4_product_by_lanes(x: Float[Array, "1 I"], w: QuantizedArray, lanes: int
     scales = w.scales.astype(jnp.float32)
     zeros = ZERO_NIBBLE if w.zeros is None else w.zeros.astype(jnp.float32)
     sums = jnp.sum(x.reshape(-1, group), axis=1)  # what zero points multiply
-    x, values, scales = _at_this_step(x.reshape(-1, 2).T, w.values, scales)
+    even, odd = x.reshape(-1, 2).T
+    odd = odd / 16  # a byte is 16 times its high number and once its low one, which `even` makes up for
+    even, odd, values, scales = _at_this_step(even - odd, odd, w.values, scales)
 
     def term(first: int) -> Array:
-        nibbles, columns = values[..., first : first + lanes], slice(first, first + lanes)
-        low, high = ((nibbles >> shift & 15).astype(jnp.float32) for shift in (0, 4))
+        part, columns = values[..., first : first + lanes], slice(first, first + lanes)
+        low, both = (part & 15).astype(jnp.float32), part.astype(jnp.float32)
         index = 2 * first // group
-        return (low * x[0, columns] + high * x[1, columns]) * scales[..., index : index + 1]
+        return (low * even[columns] + both * odd[columns]) * scales[..., index : index + 1]
 
     return _sum_of_lanes(term(first) for first in range(0, values.shape[-1], lanes)) - (scales * zeros) @ sums
 
@@ -157,6 +218,12 @@ def _at_this_step(*arrays: Array) -> tuple[Array, ...]:
 def _sum_of_lanes(terms) -> Float[Array, "1 *out"]:
     sums = lax.optimization_barrier(functools.reduce(jnp.add, terms))
     return (sums @ jnp.ones((sums.shape[-1],), jnp.float32))[None]
+
+
+def _e4m3(bits: Int8[Array, "..."]) -> Float[Array, "..."]:
+    """Float8 numbers from their bits, which are those of a float16 a 256th as large: XLA:CPU widens float16 faster."""
+    bits = bits.astype(jnp.int16)  # the sign is copied to the upper half
+    return lax.bitcast_convert_type(bits << 7 & 0xBFFF, jnp.float16).astype(jnp.float32) * 256
 
 
 def _int8_product_by_digits(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:

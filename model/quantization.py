@@ -6,6 +6,7 @@ that what was quantised once quantises to the same values again.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -66,6 +67,16 @@ def stored_shapes(shape: tuple[int, ...], scheme: Scheme, in_axes: int) -> tuple
     if shape[-1] % 2:
         raise ValueError(f"a weight of shape {shape} cannot be stored two to a byte: its last axis is odd; use int8")
     return (*shape[:-1], shape[-1] // 2), scales
+
+
+def scale_axes(axes: Sequence[str | None], in_axes: int, scales: tuple[int, ...]) -> tuple[str | None, ...]:
+    """Logical axes of scales of that shape, from those of the weight: they are split with it.
+
+    Groups follow each other along the inputs, whose first axis is the one that may be split.
+    """
+    out = len(axes) - in_axes
+    last = axes[out - 1] if scales[-2] > 1 else None
+    return (*axes[: out - 1], last, axes[out] if scales[-1] > 1 else None)
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "in_axes"))

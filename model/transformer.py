@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ..pallas_kernels.attention import causal_attention
@@ -48,6 +49,7 @@ def transformer(
     attend: Attend,
     state: Sequence[Any],
     max_lengths: Int[Array, "B"],
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
     """Run every layer.
 
@@ -59,6 +61,7 @@ def transformer(
       attend: attention over whatever keys and values it has; see `Attend`.
       state: one entry a layer, threaded through `attend` (None where it keeps nothing).
       max_lengths: the length each row may reach, which length-dependent RoPE kinds read.
+      mesh: that the parameters lie on, for kernels; without it XLA alone splits the work.
 
     Returns:
       The final hidden states after the last norm, ready for `unembed`, and the new states.
@@ -71,7 +74,8 @@ def transformer(
     for index, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
         spec = AttentionSpec(index, config.query_scale, layer.window, config.attn_soft_cap)
         with jax.named_scope(f"layer_{index}"):
-            x, kept = _layer(x, weights, config, ropes[layer.rope], functools.partial(attend, spec=spec), state[index])
+            attention = functools.partial(attend, spec=spec, state=state[index])
+            x, kept = _layer(x, weights, config, ropes[layer.rope], attention, mesh)
         new_state.append(kept)
     with jax.named_scope("final_norm"):
         x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_offset)
@@ -85,37 +89,40 @@ def embed(params: Params, config: ModelConfig, tokens: Int[Array, "..."]) -> Flo
     return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
-def unembed(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Logits in float32 of final hidden states."""
+def unembed(
+    params: Params, config: ModelConfig, x: Float[Array, "... D"], mesh: Mesh | None = None
+) -> Float[Array, "... V"]:
+    """Logits in float32 of final hidden states; `mesh` as in `transformer`."""
     with jax.named_scope("unembed"):
         weight = params["unembedding"] if config.has_unembedding else params["embedding"]
-        return soft_cap(linear(x, weight, out_dtype=jnp.float32), config.logit_soft_cap)
+        logits = linear(x, weight, axes=("vocab", "embed"), mesh=mesh, out_dtype=jnp.float32)
+        return soft_cap(logits, config.logit_soft_cap)
 
 
-def _layer(x, weights, config, rope, attend, state):
+def _layer(x, weights, config, rope, attend, mesh):
     norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
     before, after = config.norm_position != "post", config.norm_position != "pre"
 
     with jax.named_scope("attention"):
         h = norm(x, weights["attn_norm"]) if before else x
-        h, state = _attention(h, weights, config, norm, rope, attend, state)
+        h, state = _attention(h, weights, config, norm, rope, attend, mesh)
         x = x + (norm(h, weights["post_attn_norm"]) if after else h)
     with jax.named_scope("mlp"):
         h = norm(x, weights["mlp_norm"]) if before else x
-        h = gated_mlp(h, weights, config.activation)
+        h = gated_mlp(h, weights, config.activation, mesh)
         x = x + (norm(h, weights["post_mlp_norm"]) if after else h)
     return x, state
 
 
-def _attention(x, weights, config, norm, rope, attend, state):
-    G = config.q_per_kv
-    qkv = linear(x, weights["qkv"], weights.get("qkv_bias"))  # [B, T, K, G + 2, H]
+def _attention(x, weights, config, norm, rope, attend, mesh):
+    G, heads = config.q_per_kv, ("kv_heads", "q_per_kv", "head_dim")
+    qkv = linear(x, weights["qkv"], weights.get("qkv_bias"), axes=(*heads, "embed"), mesh=mesh)  # [B, T, K, G + 2, H]
     q, k, v = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
     if config.qk_norm is not None:
         q, k = norm(q, weights["q_norm"]), norm(k, weights["k_norm"])
     q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-    out, state = attend(q, k, v, state=state)
-    return linear(out, weights["out"], weights.get("out_bias"), in_axes=3), state
+    out, state = attend(q, k, v)
+    return linear(out, weights["out"], weights.get("out_bias"), in_axes=3, axes=("embed", *heads), mesh=mesh), state
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -106,6 +106,21 @@ def store_transposed(ref: Any, value: Any, transforms: tuple[Any, ...]) -> None:
     write(ref, value)
 
 
+def scatter_transposed(ref: Any, value: Any, *, interpreted: bool) -> None:
+    """Writes [n, m], float32 in wgmma's layout, to an [m, n] reference of global memory, element by element."""
+    if interpreted:
+        store(transposed(ref), value)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def write(_, elements, array):
+        from jax._src.lib.mlir.dialects import memref
+
+        array.foreach(lambda element, at: memref.store(element, elements, at[::-1]))
+
+    write(ref, value)
+
+
 def iota(shape: Sequence[int], dimension: int, layout: Any) -> Any:
     return plgpu.broadcasted_iota(jnp.int32, tuple(shape), dimension, layout=layout)
 

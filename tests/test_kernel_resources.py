@@ -1,4 +1,4 @@
-"""The attention kernels, compiled for an H200 that is not there: no spills, and blocks that fit."""
+"""The kernels, compiled for an H200 that is not there: no spills, and blocks that fit."""
 
 import json
 import subprocess
@@ -28,7 +28,9 @@ def test_the_kernels_fit_an_h200(plugin, program, tmp_path):
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     report = json.loads(out.read_text())
-    assert [result["case"] for result in report["results"]] == [str(case) for case in program.CASES if case.quick]
+    assert [result["case"] for result in report["results"]] == [
+        str(case) for case in program.CASES if program.quick(case)
+    ]
     for result in report["results"]:
         assert "error" not in result
         assert result["collectives"] == 0
@@ -41,6 +43,8 @@ def test_the_kernels_fit_an_h200(plugin, program, tmp_path):
             assert kernel["blocks_per_sm"] >= 1
         if result["op"] == "decode":
             assert [kernel["waves"] for kernel in kernels if kernel["waves"]] == [1.0]
+        if result["op"] == "matmul":  # equal shares: nearly as many blocks as multiprocessors
+            assert 0.9 <= kernels[0]["waves"] <= 1.0
 
 
 PRINTED = """\
@@ -90,7 +94,7 @@ def test_reports_of_compiler_and_host_code_are_read(program, kind, call):
     ],
 )
 def test_blocks_a_multiprocessor(program, threads, registers, shared, held):
-    kernel = {"kernel": program.FILLS, "threads": threads, "registers": registers, "shared_memory": shared}
+    kernel = {"kernel": program.FILLS[0], "threads": threads, "registers": registers, "shared_memory": shared}
     found = program.occupancy(kernel | {"blocks": 3 * held * 132}, CHIPS["h200"])
     assert found == {"blocks_per_sm": held, "waves": 3.0}
 

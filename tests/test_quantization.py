@@ -7,9 +7,11 @@ import pytest
 
 import ridgeline as rl
 from checkpoints import assert_same, save
+from ridgeline.model import products
 from ridgeline.model.layers import linear
 from ridgeline.model.quantization import pack_int4, unpack_int4
 from ridgeline.model.schemes import SCHEMES, Scheme, scheme
+from ridgeline.pallas_kernels.dispatch import Device
 from tiny import tiny_config
 
 SHAPES = {
@@ -128,6 +130,18 @@ def test_int8_products_of_rows_with_outliers():
     np.testing.assert_allclose(rest, expected[0] - 1e5 * np.asarray(rl.dequantize(w), np.float64)[:, 3], atol=2e-2)
 
 
+@pytest.mark.parametrize("name", ["int8-dynamic", "fp8-dynamic"])
+def test_dynamic_schemes_multiply_in_8_bits_where_rows_are_many(name):
+    w = rl.quantize(weights((8, 64)), SCHEMES[name])
+
+    def dtypes(rows):
+        program = jax.make_jaxpr(lambda x: linear(x, w))(jnp.ones((rows, 64), jnp.bfloat16))
+        return {v.aval.dtype.name for e in program.eqns if e.primitive.name == "dot_general" for v in e.invars}
+
+    assert dtypes(65) == {SCHEMES[name].dtype}
+    assert SCHEMES[name].dtype not in dtypes(64)
+
+
 def test_products_of_every_e4m3_number():
     values = jnp.arange(256, dtype=jnp.uint8).view(jnp.float8_e4m3fn)
     values = jnp.where(jnp.isnan(values.astype(jnp.float32)), 0, values.astype(jnp.float32)).astype(jnp.float8_e4m3fn)
@@ -144,7 +158,9 @@ def test_two_to_a_byte():
         rl.quantize(weights((4, 33)), SCHEMES["int4"])
 
 
-def test_gradients_reach_the_inputs():
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H200"])  # the way of a Hopper GPU, on which the kernel gives way here
+def test_gradients_reach_the_inputs(kind, monkeypatch):
+    monkeypatch.setattr(products, "current_device", lambda mesh: Device("gpu" if kind != "cpu" else "cpu", kind, None))
     w = rl.quantize(weights((8, 64)), SCHEMES["int4-32"])
     found = jax.grad(lambda x: linear(x, w).sum())(jnp.ones((2, 64)))
     np.testing.assert_allclose(found[0], rl.dequantize(w).sum(0), rtol=1e-5)

@@ -9,7 +9,9 @@ import ridgeline as rl
 from checkpoints import assert_same
 from families import write_checkpoint
 from ridgeline.decode.lowering import lower_decode
+from ridgeline.model import products
 from ridgeline.model.schemes import SCHEMES
+from ridgeline.pallas_kernels.dispatch import current_device
 from ridgeline.sharding.hlo import collectives, parse
 
 TOKENS = jnp.arange(80).reshape(4, 20)
@@ -56,3 +58,20 @@ def test_quantised_weights_add_no_communication():
         program = lower_decode(quantised, rl.make_mesh(tensor=8), batch_size=16, max_length=1024).compile()
         found = {c.kind: c.count for c in collectives(parse(program.as_text()))}
         assert found == {"all-reduce": 2 * config.num_layers + 1}
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8-block", "int4-64", "int4-32-zero"])
+def test_kernels_see_each_device_s_part(checkpoint, name, monkeypatch):
+    """The way of Hopper GPUs, its kernel replaced by plain jnp: parts are cut and sums reduced as without it."""
+    one = rl.load_model(checkpoint, quantize=name, quantize_output="int8")
+    tokens, lengths = TOKENS[:2, :11], jnp.full((2,), 11, jnp.int32)
+    expected = rl.forward(one.params, one.config, tokens)[:, -1]
+    hopper = current_device()._replace(platform="gpu", kind="NVIDIA H200")
+    monkeypatch.setattr(products, "current_device", lambda mesh: hopper)
+    model = rl.load_model(checkpoint, quantize=name, quantize_output="int8", mesh=rl.make_mesh(data=2, tensor=2))
+    cache = rl.init_cache(model.config, 2, 64, mesh=model.mesh)
+    program = rl.prefill.lower(model.params, model.config, tokens, lengths, cache).compile()
+    reductions = sum(c.count for c in collectives(parse(program.as_text())) if c.kind == "all-reduce")
+    assert reductions == 2 * model.config.num_layers + 1
+    found, _ = rl.prefill(model.params, model.config, tokens, lengths, cache)
+    np.testing.assert_allclose(found, expected, atol=1e-4)

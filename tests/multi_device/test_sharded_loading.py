@@ -18,11 +18,8 @@ OLMO2 = LLAMA | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "
 FAMILIES = {"llama": LLAMA | SIZES, "phi3": PHI3 | SIZES, "olmo2": OLMO2 | SIZES}
 MESHES = {
     "tensor 1": {},
-    "tensor 2": {"tensor": 2},
-    "tensor 4": {"tensor": 4},
     "tensor 8": {"tensor": 8},
     "data 2 x tensor 2": {"data": 2, "tensor": 2},
-    "data 8": {"data": 8},
 }
 
 

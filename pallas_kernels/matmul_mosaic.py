@@ -1,0 +1,251 @@
+"""Products of a few rows with a weight, at the speed at which the weight arrives from memory: Mosaic GPU, for Hopper.
+
+Rows of the weight are the rows of wgmma, and activations its columns, so that 1 to 64 of them cost 8 to 64 columns. A
+thread block a multiprocessor takes an equal share of the weight (`matmul_schedule`). Up to four warpgroups of it
+multiply, 64 rows each, and share the activations that come with each step; the first also keeps a ring of loads in
+flight, since a warpgroup for that alone would take a fifth of the registers.
+
+Weights of fewer bits are widened in registers (`matmul_widen`) and multiplied from there: through shared memory it
+would take 36 cycles a 64 x 16 tile of 4 bits, of which one arrives every 25. Products of integers are exact; scales
+multiply the float32 sums of their group, or of the whole output.
+
+The blocks' partial sums are added outside the kernel, in the one operation that XLA makes of that, of whatever follows
+the product, and often of what the layer does next: no more launches than an epilogue within the kernel would take.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Num, UInt8
+
+from . import mosaic
+from .matmul_schedule import WARPGROUP_ROWS, Schedule, make_schedule
+from .matmul_widen import BASE_LAYOUT, RAW_LAYOUT, arranged, base, twice, widen, widen_interpreted
+
+_LAYOUT = plgpu.Layout.WGMMA
+_INPUTS_AT_ONCE = 128  # that are multiplied from registers: 32 of a thread
+_COLUMNS_AT_ONCE = 32  # that they are multiplied with: 16 more
+
+
+# Jitted, so that the layers of a model share one trace of the kernel.
+@functools.partial(jax.jit, static_argnames=("blocks", "interpret"))
+def matmul_mosaic(
+    x: Float[Array, "M K"],
+    values: Num[Array, "N C"],
+    scales: Float[Array, "blocks groups"] | None,
+    zeros: UInt8[Array, "N groups"] | None,
+    *,
+    blocks: int | None = None,
+    interpret: Any = None,
+) -> Float[Array, "M N"]:
+    """x @ w.T, in float32.
+
+    Args:
+      x: 1 to 64 rows, bfloat16 or float16.
+      values, scales, zeros: the weight, as in `matmul.matmul`.
+      blocks: thread blocks; None fills the device.
+      interpret: parameters of Mosaic's interpreter, None to compile.
+
+    Raises:
+      NotImplementedError: the kernel does not take such a weight.
+    """
+    M, N = x.shape[0], values.shape[0]
+    s = make_schedule(x, values, scales, zeros, blocks=blocks)
+    x = arranged(jnp.pad(x, ((0, s.columns - M), (0, 0))), s.bits)
+    factors = None if s.group is None else scales
+    if s.scales_a_step:
+        factors = _in_steps(scales, s.scales_a_step)
+    if zeros is not None:
+        zeros = _in_steps(zeros, s.zeros_a_step)
+    partial = mosaic.kernel(
+        functools.partial(_body, s, interpret is not None),
+        out_type=jax.ShapeDtypeStruct((s.pieces, s.columns, N), jnp.float32),
+        grid=(s.blocks,),
+        grid_names=("block",),
+        num_threads=s.warpgroups,
+        thread_name="warpgroup",
+        scratch_types={"ring": _scratch(s, x, values, factors, zeros, interpreted=interpret is not None)},
+        reduction_scratch_bytes=0,
+        kernel_name="matmul",
+        interpret=interpret,
+    )(values.reshape(-1, WARPGROUP_ROWS, values.shape[1]), x, factors, zeros)
+
+    pieces = np.repeat([last - first + 1 for first, last in map(s.span, range(s.bands))], s.rows)
+    written = np.arange(s.pieces)[:, None, None] < pieces
+    sums = jnp.where(written, partial[:, :M], 0.0).sum(axis=0)
+    if scales is not None and factors is None:
+        sums = sums * jnp.repeat(scales[:, 0].astype(jnp.float32), N // scales.shape[0])
+    return sums
+
+
+def _in_steps(entries: Array, count: int) -> Array:
+    """Scales or zero points with as many columns as whole copies have."""
+    return jnp.pad(entries, ((0, 0), (0, -entries.shape[1] % count)))
+
+
+class _Ring(NamedTuple):
+    """Steps in shared memory, and the barriers that say when one has arrived and when all have multiplied it."""
+
+    weight: Any
+    x: Any
+    scales: Any
+    zeros: Any
+    filled: Any
+    freed: Any
+    wide: Any
+
+
+def _scratch(s: Schedule, x: Array, values: Array, factors: Any, zeros: Any, *, interpreted: bool) -> _Ring:
+    def transforms(columns, itemsize):
+        swizzle = min(128, columns * itemsize)
+        return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+    stored = s.width * s.bits // 8 // values.dtype.itemsize
+    wide = transforms(s.part, 2)
+    copies = 2
+    rings = []
+    for entries, count in ((factors, s.scales_a_step), (zeros, s.zeros_a_step)):
+        copies += count > 0
+        rings.append(plgpu.SMEM((s.stages, s.rows, count), entries.dtype) if count else None)
+    widened = plgpu.SMEM((s.warpgroups, WARPGROUP_ROWS, s.part), x.dtype, transforms=wide)
+    return _Ring(
+        plgpu.SMEM(
+            (s.stages, s.warpgroups, WARPGROUP_ROWS, stored),
+            values.dtype,
+            transforms=transforms(stored, values.dtype.itemsize),
+        ),
+        plgpu.SMEM((s.stages, s.columns, s.width), x.dtype, transforms=wide),
+        *rings,
+        plgpu.Barrier(num_arrivals=copies, num_barriers=s.stages),
+        plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.stages),
+        widened if interpreted and s.bits < 16 else None,
+    )
+
+
+def _body(s, interpreted, weight, x, factors, zeros, out, *, ring):
+    start = lax.axis_index("block") * s.share
+    count = jnp.minimum(s.share, s.bands * s.steps - start)
+    fetch = functools.partial(_fetch, s, start, (weight, x, factors, zeros), ring)
+    _multiply(s, interpreted, start, count, factors, ring, out, fetch)
+
+
+def _at(s, linear):
+    """Band, and step of it."""
+    return lax.div(linear, jnp.int32(s.steps)), lax.rem(linear, jnp.int32(s.steps))
+
+
+def _fetch(s, start, sources, ring, i):
+    """Starts the copies of the block's step i."""
+    weight, x, factors, zeros = sources
+    stored = ring.weight.shape[-1]
+    slot = lax.rem(i, jnp.int32(s.stages))
+    band, step = _at(s, start + i)
+    filled = ring.filled.at[slot]
+    tiles = weight.at[pl.ds(band * s.warpgroups, s.warpgroups), :, pl.ds(step * stored, stored)]
+    plgpu.copy_gmem_to_smem(tiles, ring.weight.at[slot], filled)
+    plgpu.copy_gmem_to_smem(x.at[:, pl.ds(step * s.width, s.width)], ring.x.at[slot], filled)
+    rows = pl.ds(band * s.rows, s.rows)
+    for source, entries, each in ((factors, ring.scales, s.scales_a_step), (zeros, ring.zeros, s.zeros_a_step)):
+        if each:  # a copy may reach beyond the step's own, to be long enough
+            first = lax.div(step * s.parts, jnp.int32(each)) * each
+            plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(first, each)], entries.at[slot], filled)
+
+
+def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
+    """What every warpgroup does, the first of which also keeps the ring filled."""
+    warpgroup = lax.axis_index("warpgroup")
+    dtype = ring.x.dtype
+    ahead = s.stages - 1  # steps that are fetched before they are multiplied
+    mine = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    at_once = s.columns if s.bits == 16 else min(s.columns, _COLUMNS_AT_ONCE)
+    blocks = [pl.ds(first, min(at_once, s.columns - first)) for first in range(0, s.columns, at_once)]
+    # Interpreted, a part takes the same shared memory as the one before it.
+    parts_at_once = 1 if interpreted else max(1, min(_INPUTS_AT_ONCE // s.part, _COLUMNS_AT_ONCE // at_once))
+
+    def row_entries(entries, slot, step, part, each):
+        """Each row's scale or zero point, for one group of a step."""
+        place = lax.rem(step * s.parts, jnp.int32(each)) + part
+        return mosaic.load(entries.at[slot, mine, place], BASE_LAYOUT, optimized=False)
+
+    def block_scales(linear):
+        """The scales of a step that all of the warpgroup's rows share: loaded a step ahead, so that nothing waits."""
+        if factors is None or s.scales_a_step:
+            return ()
+        band, step = _at(s, jnp.minimum(linear, s.bands * s.steps - 1))
+        row = lax.div(band * s.rows + warpgroup * WARPGROUP_ROWS, jnp.int32(s.scale_rows))
+        return tuple(factors[row, step * s.parts + part] for part in range(s.parts))
+
+    def operand(weight, slot, step, part):
+        """The weight of a group, as the row operand of wgmma."""
+        if s.bits == 16:
+            return weight
+        stored = weight.shape[1] // s.parts
+        columns, zeros = slice(part * stored, (part + 1) * stored), None
+        if s.zeros_a_step:
+            zeros = row_entries(ring.zeros, slot, step, part, s.zeros_a_step).astype(jnp.int32)
+        if not interpreted:
+            return widen(weight, columns, None if zeros is None else twice(zeros | base(dtype)), dtype)
+        wide = ring.wide.at[warpgroup]
+        wide[...] = widen_interpreted(weight, columns, zeros, dtype)
+        plgpu.commit_smem()
+        return wide
+
+    def products(operands, slot, parts, columns):
+        def product(*sums):
+            for acc, weight, part in zip(sums, operands, parts, strict=True):
+                plgpu.wgmma(acc, weight, mosaic.transposed(ring.x.at[slot, columns, pl.ds(part * s.part, s.part)]))
+            return tuple(acc[...] for acc in sums)
+
+        return pl.run_scoped(product, *(plgpu.ACC((WARPGROUP_ROWS, columns.size), jnp.float32) for _ in parts))
+
+    def scaled(product, slot, step, part, scales):
+        if s.scales_a_step:
+            rows = row_entries(ring.scales, slot, step, part, s.scales_a_step).astype(jnp.float32)
+            return product * lax.broadcast_in_dim(rows, product.shape, [0])
+        return product * scales[part] if scales else product
+
+    def body(i, carry):
+        sums, scales = carry
+        slot = lax.rem(i, jnp.int32(s.stages))
+        band, step = _at(s, start + i)
+        next_scales = block_scales(start + i + 1)
+
+        @pl.when((warpgroup == 0) & (i + ahead < count))
+        def _():  # into the slot of the step before, which the others have left by now
+            pl.when(i > 0)(lambda: plgpu.barrier_wait(ring.freed.at[lax.rem(i + ahead, jnp.int32(s.stages))]))
+            fetch(i + ahead)
+
+        plgpu.barrier_wait(ring.filled.at[slot])
+        weight, sums = ring.weight.at[slot, warpgroup], list(sums)
+        if s.bits < 16:
+            weight = mosaic.load(weight, RAW_LAYOUT, optimized=False)
+        for first in range(0, s.parts, parts_at_once):
+            parts = range(first, min(first + parts_at_once, s.parts))
+            operands = [operand(weight, slot, step, part) for part in parts]
+            for n, columns in enumerate(blocks):
+                for part, product in zip(parts, products(operands, slot, parts, columns), strict=True):
+                    sums[n] = sums[n] + scaled(product, slot, step, part, scales)
+        plgpu.barrier_arrive(ring.freed.at[slot])
+        done = (step + 1 == s.steps) | (i + 1 == count)
+
+        @pl.when(done)
+        def _():
+            piece = lax.axis_index("block") - lax.div(band * s.steps, jnp.int32(s.share))
+            rows = pl.ds(band * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            for total, columns in zip(sums, blocks, strict=True):
+                mosaic.scatter_transposed(out.at[piece, columns, rows], total, interpreted=interpreted)
+
+        return tuple(jnp.where(done, 0.0, total) for total in sums), next_scales
+
+    @pl.when(warpgroup == 0)
+    def _():
+        pl.loop(0, jnp.minimum(ahead, count))(fetch)
+
+    zeros = tuple(mosaic.filled((WARPGROUP_ROWS, columns.size), 0.0, _LAYOUT) for columns in blocks)
+    lax.fori_loop(0, count, body, (zeros, block_scales(start)))
