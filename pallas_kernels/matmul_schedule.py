@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from . import mosaic
 from .dispatch import current_device
 
-MAX_ROWS = 64  # of activations
+_COLUMNS = (8, 16, 32, 64)  # to which rows of activations are padded: few kernels, all of whose registers are known
 WARPGROUP_ROWS = 64  # of the weight: the height of one wgmma
 _PADDING_BYTES = 2048  # of shared memory, that barriers take and that buffers lose to alignment
 _STEP_BYTES = (128, 64)  # of a row of the weight in a step: the swizzles at which copies and wgmma do best
@@ -102,8 +102,8 @@ def make_schedule(
     N = values.shape[0]
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"activations are {x.dtype}; the kernel takes bfloat16 and float16")
-    if M > MAX_ROWS:
-        raise NotImplementedError(f"{M} rows of activations; the kernel takes up to {MAX_ROWS}")
+    if M > _COLUMNS[-1]:
+        raise NotImplementedError(f"{M} rows of activations; the kernel takes up to {_COLUMNS[-1]}")
     if scales is None and values.dtype != x.dtype:
         raise NotImplementedError(f"the weight is {values.dtype}, activations {x.dtype}; the kernel takes one for both")
     blocks = blocks or current_device().multiprocessors or _MULTIPROCESSORS
@@ -119,16 +119,17 @@ def make_schedule(
             f"multiples of {WARPGROUP_ROWS}"
         )
 
-    columns = -(-M // 8) * 8
+    columns = next(columns for columns in _COLUMNS if columns >= M)
     # Sums of many columns leave each thread registers for 64 bytes of a row of 4 bits.
-    sizes = _STEP_BYTES[1:] if bits == 4 and columns > 32 else _STEP_BYTES
+    sizes = _STEP_BYTES[1:] if bits == 4 and columns > 16 else _STEP_BYTES
     widths = [size * 8 // bits for size in sizes]
     fitting = [width for width in widths if K % width == 0 and width % (group or width) == 0]
     if not fitting or (group or 32) % 32:
         wanted = f"multiples of {widths[-1]}" + ("" if group is None else f" and groups of 32, 64 or 128, not {group}")
         raise NotImplementedError(f"the weight has {K} inputs of {bits} bits; the kernel takes {wanted}")
     width = fitting[0]
-    tallest = 2 if group == 32 and columns > 40 else 4  # as many as find registers for each group's sums
+    small = group is not None and group <= (32 if zeros is None else 64)
+    tallest = 2 if small and columns > 32 else 4  # as many as find registers for each small group's sums
     heights = [n for n in (4, 2, 1) if n <= tallest and N % (n * WARPGROUP_ROWS) == 0]
     if not heights:
         raise NotImplementedError(f"the weight has {N} outputs; the kernel takes multiples of {WARPGROUP_ROWS}")
