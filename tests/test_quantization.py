@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import ridgeline as rl
-from checkpoints import assert_same, save
+from checkpoints import LLAMA, assert_same, save
 from ridgeline.model import products
+from ridgeline.model.checkpoint import load
 from ridgeline.model.layers import linear
 from ridgeline.model.quantization import pack_int4, unpack_int4
 from ridgeline.model.schemes import SCHEMES, Scheme, scheme
@@ -185,6 +186,23 @@ def test_loading_quantises_each_parameter(tmp_path, name):
     assert jax.tree.structure(model.params) == jax.tree.structure(specs)
     for array, spec in zip(jax.tree.leaves(model.params), jax.tree.leaves(specs), strict=True):
         assert (array.shape, array.dtype.name) == (spec.shape, spec.dtype)
+
+
+def test_the_float_weights_are_never_there_together(tmp_path, monkeypatch):
+    hf = LLAMA | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+    save(tmp_path, hf)
+    quantizer, held = load._quantizer, []
+    layer = 4 * (128 * 12 * 4 + 128 * 6 * 4 + 3 * 128 * 512)
+
+    def watched(*args):
+        held.append(sum(a.nbytes for a in jax.live_arrays() if a.dtype == jnp.float32 and 128 in a.shape))
+        return quantizer(*args)
+
+    before = sum(a.nbytes for a in jax.live_arrays() if a.dtype == jnp.float32 and 128 in a.shape)
+    monkeypatch.setattr(load, "_quantizer", watched)
+    rl.load_model(tmp_path, quantize="int8")
+    assert len(held) == 6 * 4
+    assert max(held) - before < 2 * layer  # of six
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-32", "fp8"])

@@ -13,6 +13,7 @@ from ridgeline.model import products
 from ridgeline.model.schemes import SCHEMES
 from ridgeline.pallas_kernels.dispatch import current_device
 from ridgeline.sharding.hlo import collectives, parse
+from ridgeline.sharding.targets import compile_for_target, target_mesh
 
 TOKENS = jnp.arange(80).reshape(4, 20)
 
@@ -50,14 +51,33 @@ def test_groups_that_devices_cannot_share_are_refused(checkpoint):
         rl.load_model(checkpoint, quantize="int4", mesh=rl.make_mesh(tensor=8))
 
 
-def test_quantised_weights_add_no_communication():
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_quantised_weights_add_no_communication(name):
+    program = lower_decode(two_layers(name, "float32"), rl.make_mesh(tensor=8), batch_size=16, max_length=1024)
+    assert communicated(program.compile()) == {"all-reduce": 5}
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "int4"])
+def test_a_decode_step_of_h200s_is_kernels_that_read_the_stored_weights(plugin, name):
+    mesh = target_mesh("h200", tensor=4)
+    config = two_layers(name, "bfloat16")
+    program = compile_for_target(lower_decode(config, mesh, batch_size=16, max_length=1024))
+    assert communicated(program) == {"all-reduce": 5}
+    # Four products and two kernels of attention a layer, and the output's product.
+    assert program.as_text().count('custom_call_target="mosaic_gpu') == 13
+    # No weight is widened: the smallest of a layer would take 8 MiB on each device.
+    smallest = config.embed_dim * config.num_heads * config.head_dim // 4 * 2
+    assert program.memory_analysis().temp_size_in_bytes < smallest
+
+
+def two_layers(name: str, dtype: str) -> rl.ModelConfig:
     config = rl.preset("llama-3.1-8b")
-    config = config.replace(layers=config.layers[:2], dtype="float32")
-    for name in ("int8", "int4"):
-        quantised = config.replace(quantization=rl.Quantization(SCHEMES[name], SCHEMES["int8"]))
-        program = lower_decode(quantised, rl.make_mesh(tensor=8), batch_size=16, max_length=1024).compile()
-        found = {c.kind: c.count for c in collectives(parse(program.as_text()))}
-        assert found == {"all-reduce": 2 * config.num_layers + 1}
+    quantization = rl.Quantization(SCHEMES[name], SCHEMES["int8"])
+    return config.replace(layers=config.layers[:2], dtype=dtype, quantization=quantization)
+
+
+def communicated(program) -> dict[str, int]:
+    return {found.kind: found.count for found in collectives(parse(program.as_text()))}
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8-block", "int4-64", "int4-32-zero"])
@@ -71,7 +91,6 @@ def test_kernels_see_each_device_s_part(checkpoint, name, monkeypatch):
     model = rl.load_model(checkpoint, quantize=name, quantize_output="int8", mesh=rl.make_mesh(data=2, tensor=2))
     cache = rl.init_cache(model.config, 2, 64, mesh=model.mesh)
     program = rl.prefill.lower(model.params, model.config, tokens, lengths, cache).compile()
-    reductions = sum(c.count for c in collectives(parse(program.as_text())) if c.kind == "all-reduce")
-    assert reductions == 2 * model.config.num_layers + 1
+    assert communicated(program)["all-reduce"] == 2 * model.config.num_layers + 1
     found, _ = rl.prefill(model.params, model.config, tokens, lengths, cache)
     np.testing.assert_allclose(found, expected, atol=1e-4)
