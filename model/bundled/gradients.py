@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from .. import layers
+from .. import products
 
 _QUERY_BLOCK = 128  # queries scored at once: blocks above the diagonal are never computed
 _NEVER = -1e30
@@ -24,12 +24,12 @@ _NEVER = -1e30
 @contextlib.contextmanager
 def fast_products() -> Iterator[None]:
     """While a training step is traced inside, `linear` differentiates through `product` on CPU."""
-    original = layers._product_cpu
-    layers._product_cpu = product
+    original = products._product_cpu
+    products._product_cpu = product
     try:
         yield
     finally:
-        layers._product_cpu = original
+        products._product_cpu = original
 
 
 def product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
