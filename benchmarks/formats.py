@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ridgeline import roofline
 from ridgeline.cli.bench_model import SETTABLE, find_subject, make_model
-from ridgeline.cli.bench_runs import Contest, decode_turn, in_turns, plan_steps
+from ridgeline.cli.bench_runs import Contest, Turn, decode_turn, in_turns, plan_steps
 from ridgeline.cli.formats import integers
 from ridgeline.model.config import DTYPES
 from ridgeline.roofline.environment import RESULTS, Others, command, hardware, now, store, versions
@@ -44,16 +44,17 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         name: roofline.count_decode(roofline.Deployment(subject.config), 1, args.context).weights.bytes
         for name, subject in subjects.items()
     }
+
+    def turn(name: str, batch: int) -> Turn:
+        """Its time is stored under the format's name."""
+        run = decode_turn(models[name], batch, steps, None)
+        return lambda: {name: run()["tpot"]}
+
     contests = [
-        Contest("decode", batch, args.context, {n: decode_turn(m, batch, steps, None) for n, m in models.items()})
-        for batch in args.batch
+        Contest("decode", batch, args.context, {name: turn(name, batch) for name in models}) for batch in args.batch
     ]
     total = len(models) * len(contests) * (args.repeats + 1)
     with tqdm(total=total, unit="turn", disable=None, leave=False) as bar:
-        # A turn is stored under what it timed; formats are told apart by names of their own.
-        for contest in contests:
-            for name, turn in contest.turns.items():
-                contest.turns[name] = lambda turn=turn, name=name: {name: turn()["tpot"]}
         in_turns(contests, args.repeats, lambda what: bar.update())
     rows = []
     for contest in contests:

@@ -13,11 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from ..model.config import DTYPES, ModelConfig
+from ..model.quantization import rounded
 from ..sharding.rules import constrain, named_sharding
 
-_LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
-"""What the largest element of a token and head is stored as, by the dtype of quantised pages."""
-
+_QUANTISED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
 KV_DTYPES = {name: jnp.dtype(name) for name in (*DTYPES, "int8")} | {"fp8": jnp.dtype(jnp.float8_e4m3fn)}
 """What pages may hold, by the name of a `kv_dtype`."""
 
@@ -75,12 +74,13 @@ class KVCache:
         return tuple(zip(*(leaves for leaves in kinds if leaves), strict=True))
 
     def updated(
-        self, logits: Float[Array, "B V"], layers: Sequence[tuple[Any, ...]], lengths: Int[Array, "B"]
-    ) -> tuple[Float[Array, "B V"], "KVCache"]:
+        self, logits: Float[Array, "B *T V"], layers: Sequence[tuple[Any, ...]], lengths: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B *T V"], "KVCache"]:
         """What prefill and decode return: logits and the cache with new layers and lengths, placed as the old ones."""
+        axes = ("batch", *[None] * (logits.ndim - 2), "vocab")
         kinds = dict(zip(("k", "v", "k_scales", "v_scales"), zip(*layers, strict=True), strict=False))
         lengths = constrain(lengths, self.mesh, "batch")
-        return constrain(logits, self.mesh, "batch", "vocab"), self.replace(**kinds, lengths=lengths)
+        return constrain(logits, self.mesh, *axes), self.replace(**kinds, lengths=lengths)
 
 
 def init_cache(
@@ -139,8 +139,8 @@ def init_cache(
         ),
         lengths=array("lengths", 0, jnp.int32, batch=batch_size),
         max_lengths=array("max_lengths", max_length, jnp.int32, batch=batch_size),
-        k_scales=leaves("k_scales", jnp.float32) if dtype in _LARGEST else (),
-        v_scales=leaves("v_scales", jnp.float32) if dtype in _LARGEST else (),
+        k_scales=leaves("k_scales", jnp.float32) if dtype in _QUANTISED else (),
+        v_scales=leaves("v_scales", jnp.float32) if dtype in _QUANTISED else (),
         identity_table=True,
         mesh=mesh,
     )
@@ -173,21 +173,6 @@ def _broadcast(shape: tuple[int, ...], sharding: NamedSharding | None) -> Callab
     return jax.jit(lambda value: jnp.broadcast_to(value, shape), out_shardings=sharding)
 
 
-def quantise(
-    x: Float[Array, "B T K H"], dtype: jax.typing.DTypeLike
-) -> tuple[Num[Array, "B T K H"], Float[Array, "B T K"]]:
-    """Keys or values as quantised pages hold them: x / scale in `dtype`, and the scales, float32.
-
-    A scale is the largest magnitude of its H elements over the largest number of the dtype, 127 or 448. Elements of
-    int8 are rounded to the nearest, ties to even.
-    """
-    x, largest = x.astype(jnp.float32), _LARGEST[jnp.dtype(dtype)]
-    scales = jnp.abs(x).max(axis=-1) / largest
-    scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 1.0, scales)  # nothing but zeros is stored as zeros
-    x = jnp.clip(x / scales[..., None], -largest, largest)  # beyond its largest number float8_e4m3fn has NaN alone
-    return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scales
-
-
 def write_layer(
     layer: tuple[Array, ...],
     k: Float[Array, "B T K H"],
@@ -210,9 +195,9 @@ def write_layer(
     page = jnp.where(valid, page, pages)  # out of bounds, so that mode="drop" drops it
     new = k, v
     if len(layer) > 2:
-        dtype = jnp.int8 if layer[0].dtype == jnp.int8 else jnp.float8_e4m3fn
-        (k, k_scales), (v, v_scales) = quantise(k, dtype), quantise(v, dtype)
-        new = k, v, k_scales, v_scales
+        dtype = "int8" if layer[0].dtype == jnp.int8 else "float8_e4m3fn"
+        (k, k_scales), (v, v_scales) = rounded(k, dtype), rounded(v, dtype)
+        new = k, v, k_scales[..., 0], v_scales[..., 0]
 
     def written(leaf: Array, part: Array) -> Array:
         part = lax.bitcast_convert_type(part, jnp.uint8) if leaf.dtype == jnp.uint8 else part.astype(leaf.dtype)

@@ -1,6 +1,7 @@
 """Prefill: many tokens a row in one compute-bound program."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +48,17 @@ def prefill(
     starts = cache.lengths
     fits = (lengths >= 0) & (lengths <= T) & (starts + lengths <= cache.max_lengths)
     new = jnp.where(fits, lengths, 0)
-    positions = starts[:, None] + jnp.arange(T)
-    valid = jnp.arange(T) < new[:, None]
-
-    attend = cached_attend(cache, prefill_attention, positions, valid, starts, starts + new)
-    x, layers = transformer(params, config, tokens, positions, attend, cache.layers, cache.max_lengths, cache.mesh)
+    x, layers = hidden_states(params, config, tokens, new, cache)
     last = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = jnp.where((new > 0)[:, None], unembed(params, config, last, cache.mesh), jnp.nan)
     return cache.updated(logits, layers, starts + new)
+
+
+def hidden_states(
+    params: Params, config: ModelConfig, tokens: Int[Array, "B T"], new: Int[Array, "B"], cache: KVCache
+) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+    """The final hidden states after every token, and the layers of the cache with the first `new` of each row."""
+    starts, steps = cache.lengths, jnp.arange(tokens.shape[1])
+    positions, valid = starts[:, None] + steps, steps < new[:, None]
+    attend = cached_attend(cache, prefill_attention, positions, valid, starts, starts + new)
+    return transformer(params, config, tokens, positions, attend, cache.layers, cache.max_lengths, cache.mesh)

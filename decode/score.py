@@ -17,11 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from ..model.config import ModelConfig
 from ..model.loading import Model
 from ..model.params import Params
-from ..model.transformer import transformer, unembed
-from ..pallas_kernels.attention import prefill_attention
-from ..sharding.rules import constrain
-from .attend import cached_attend
+from ..model.transformer import unembed
 from .cache import KVCache, init_cache
+from .prefill import hidden_states
 
 _CHUNK = 256
 """Tokens a row that pass at once, so that the logits of no more than these are ever held."""
@@ -275,14 +273,8 @@ def _logits(
     params: Params, config: ModelConfig, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], cache: KVCache
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """`prefill` with the logits after every token; all must fit."""
-    starts, T = cache.lengths, tokens.shape[1]
-    positions = starts[:, None] + jnp.arange(T)
-    valid = jnp.arange(T) < lengths[:, None]
-    attend = cached_attend(cache, prefill_attention, positions, valid, starts, starts + lengths)
-    x, layers = transformer(params, config, tokens, positions, attend, cache.layers, cache.max_lengths, cache.mesh)
-    logits = constrain(unembed(params, config, x, cache.mesh), cache.mesh, "batch", None, "vocab")
-    _, cache = cache.updated(logits[:, -1], layers, starts + lengths)
-    return logits, cache
+    x, layers = hidden_states(params, config, tokens, lengths, cache)
+    return cache.updated(unembed(params, config, x, cache.mesh), layers, cache.lengths + lengths)
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int8, Num
 from ..pallas_kernels.dispatch import current_device, serve
 from ..pallas_kernels.matmul import check_kernel, matmul
 from ..sharding.rules import RULES, shard_map
-from .quantization import LARGEST, ZERO_NIBBLE, QuantizedArray, dequantize, scale_axes
+from .quantization import ZERO_NIBBLE, QuantizedArray, dequantize, rounded, scale_axes
 
 FEW_ROWS = 64
 """Up to so many rows a product waits for its weight, on CPUs and GPUs."""
@@ -107,19 +107,10 @@ def _quantized_product(x: Float[Array, "M I"], w: QuantizedArray, product: Calla
 
 def _dynamic_product(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
     """A product in the weight's own dtype: each row of x is rounded to it by a scale of its own."""
-    x, scales = _rounded(x, w.scheme.dtype)
+    x, scales = rounded(x, w.scheme.dtype)
     sums = jnp.int32 if w.scheme.dtype == "int8" else jnp.float32
     y = jnp.einsum("mi,...i->m...", x, w.values, preferred_element_type=sums)
     return y * scales.reshape(-1, *[1] * (y.ndim - 1)) * w.scales[..., 0]
-
-
-def _rounded(x: Float[Array, "M I"], dtype: str) -> tuple[Num[Array, "M I"], Float[Array, "M 1"]]:
-    """Rows in an 8-bit dtype, and the scale of each."""
-    largest, x = LARGEST[dtype], x.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(x), axis=1, keepdims=True) / largest
-    scales = jnp.where(scales == 0, 1.0, scales)
-    x = jnp.clip(x / scales, -largest, largest)
-    return (jnp.round(x) if dtype == "int8" else x).astype(dtype), scales
 
 
 def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
@@ -142,7 +133,8 @@ def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Arr
 
 def _quantized_product_cpu(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
     rows, size = x.shape
-    if _cpu_devices() == 1 and rows == 1:
+    one_device = _cpu_devices() == 1
+    if one_device and rows == 1:
         if w.scheme.dtype == "int4":
             group = w.scheme.group or size
             whole = tuple(lanes for lanes in (32, 64, 16) if group // 2 % lanes == 0)  # which do not straddle groups
@@ -151,7 +143,7 @@ def _quantized_product_cpu(x: Float[Array, "M I"], w: QuantizedArray) -> Float[A
         elif w.scheme.group is None and (lanes := _lanes(size)):
             return _product_by_lanes(x, w.values, lanes) * w.scales[..., 0]
     # Over several devices the largest number of a row would have to be communicated.
-    if _cpu_devices() == 1 and w.scheme.dtype == "int8" and rows * _DIGITS <= FEW_ROWS:
+    if one_device and w.scheme.dtype == "int8" and rows * _DIGITS <= FEW_ROWS:
         return _int8_product_by_digits(x, w)
     if w.scheme.dtype == "float8_e4m3fn":
         w = w.replace(values=_e4m3(lax.bitcast_convert_type(w.values, jnp.int8)))

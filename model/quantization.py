@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num, UInt8
 
 from .schemes import Scheme
 
-LARGEST = {"int8": 127.0, "float8_e4m3fn": float(jnp.finfo(jnp.float8_e4m3fn).max)}
-"""The largest value of the 8-bit dtypes."""
+_LARGEST = {"int8": 127.0, "float8_e4m3fn": float(jnp.finfo(jnp.float8_e4m3fn).max)}
 ZERO_NIBBLE = 8
 """What stands for zero in int4 without zero points."""
 
@@ -95,23 +94,34 @@ def quantize(w: Float[Array, "..."], scheme: Scheme, in_axes: int = 1) -> Quanti
         # Zero is always within the range, so that it is stored exactly and padding changes nothing.
         low, high = _extreme(jnp.min, blocks), _extreme(jnp.max, blocks)
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-        scales = _scales((0.5 * high - 0.5 * low) / 7.5, scheme)  # halves are exact, and do not overflow
+        scales = _scales((0.5 * high - 0.5 * low) / 7.5, scheme.scale_dtype)  # halves are exact, and do not overflow
         zeros = jnp.clip(jnp.round(-low / scales), 0, 15)
         values = jnp.clip(jnp.round(blocks / scales) + zeros, 0, 15)
         zeros = zeros.astype(jnp.uint8).reshape(scales_shape)
     elif scheme.dtype == "int4":
         # The largest in magnitude becomes -8, whatever its sign: all sixteen values serve, as in llama.cpp's Q4_0.
         low, high = _extreme(jnp.min, blocks), _extreme(jnp.max, blocks)
-        scales = _scales(jnp.where(-low >= high, low, high) / -8, scheme)
+        scales = _scales(jnp.where(-low >= high, low, high) / -8, scheme.scale_dtype)
         values = jnp.clip(jnp.round(blocks / scales), -8, 7) + ZERO_NIBBLE
     else:
-        largest = LARGEST[scheme.dtype]
-        scales = _scales(_extreme(jnp.max, jnp.abs(blocks)) / largest, scheme)
-        values = jnp.clip(blocks / scales, -largest, largest)
-        values = jnp.round(values) if scheme.dtype == "int8" else values
+        values, scales = rounded(blocks, scheme.dtype, (-3, -1), scheme.scale_dtype)
     values = _unblock(values, w.shape, in_axes)
     values = pack_int4(values.astype(jnp.uint8)) if scheme.dtype == "int4" else values.astype(scheme.dtype)
     return QuantizedArray(values.reshape(shape), scales.astype(scheme.scale_dtype).reshape(scales_shape), zeros, scheme)
+
+
+def rounded(
+    x: Float[Array, "..."], dtype: str, axes: int | tuple[int, ...] = -1, scale_dtype: str = "float32"
+) -> tuple[Num[Array, "..."], Float[Array, "..."]]:
+    """Numbers in an 8-bit dtype, and the float32 scales, of size one along `axes`, that they are multiplied by.
+
+    A scale is the largest magnitude along `axes` over the largest number of the dtype, 127 or 448. Integers are rounded
+    to the nearest, ties to even.
+    """
+    largest, x = _LARGEST[dtype], x.astype(jnp.float32)
+    scales = _scales(jnp.max(jnp.abs(x), axis=axes, keepdims=True) / largest, scale_dtype)
+    x = jnp.clip(x / scales, -largest, largest)  # beyond its largest number float8_e4m3fn has NaN alone
+    return (jnp.round(x) if dtype == "int8" else x).astype(dtype), scales
 
 
 def dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "..."]:
@@ -154,10 +164,10 @@ def _extreme(reduction, blocks: Array) -> Array:
     return reduction(blocks, axis=(-3, -1), keepdims=True)
 
 
-def _scales(scales: Array, scheme: Scheme) -> Array:
-    """As they will be read: rounded to their dtype; a group of zeros has scale one."""
-    scales = scales.astype(scheme.scale_dtype).astype(jnp.float32)
-    return jnp.where(scales == 0, 1.0, scales)
+def _scales(scales: Array, dtype: str) -> Array:
+    """As they will be read: rounded to their dtype; a group of zeros, or of numbers next to it, has scale one."""
+    scales = scales.astype(dtype).astype(jnp.float32)
+    return jnp.where(jnp.abs(scales) < jnp.finfo(jnp.float32).tiny, 1.0, scales)
 
 
 def _expand(scales: Array, outputs: int, inputs: int, scheme: Scheme) -> Array:

@@ -5,12 +5,9 @@ thread block a multiprocessor takes an equal share of the weight (`matmul_schedu
 multiply, 64 rows each, and share the activations that come with each step; the first also keeps a ring of loads in
 flight, since a warpgroup for that alone would take a fifth of the registers.
 
-Weights of fewer bits are widened in registers (`matmul_widen`) and multiplied from there: through shared memory it
-would take 36 cycles a 64 x 16 tile of 4 bits, of which one arrives every 25. Products of integers are exact; scales
-multiply the float32 sums of their group, or of the whole output.
-
-The blocks' partial sums are added outside the kernel, in the one operation that XLA makes of that, of whatever follows
-the product, and often of what the layer does next: no more launches than an epilogue within the kernel would take.
+Weights of fewer bits are widened in registers (`matmul_widen`) and multiplied from there: by count, shared memory would
+take 36 cycles to write and read a widened 64 x 16 tile of 4 bits, of which one arrives every 25. Products of integers
+are exact; scales multiply the float32 sums of their group, or of the whole output.
 """
 
 import functools

@@ -91,10 +91,10 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
         spec, sharding, parts = specs[number], shardings[number], arrays.pop(number)
         whole = parts[0] if mesh is None else jax.make_array_from_single_device_arrays(spec.shape, sharding, parts)
         scheme = scheme_of(config, names[number], spec)
+        if scheme is None:
+            return whole
         # Awaited, so that unquantised parameters do not pile up.
-        return (
-            whole if scheme is None else jax.block_until_ready(_quantizer(scheme, spec.in_axes, final[number])(whole))
-        )
+        return jax.block_until_ready(_quantizer(scheme, spec.in_axes, final[number])(whole))
 
     arrays: dict[int, list[jax.Array]] = {number: [] for number in range(len(specs))}
     missing = collections.Counter(shard.parameter for shard in shards)
