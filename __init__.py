@@ -23,15 +23,16 @@ from .model.config import LayerConfig, ModelConfig, RopeConfig
 from .model.hf import config_from_hf
 from .model.loading import GenerationDefaults, Model, convert_model, load_model
 from .model.params import ParamSpec, count_parameters, init_params, param_shardings, param_specs
-from .model.presets import preset
+from .model.presets import PRESETS, preset
 from .model.quantization import QuantizedArray, dequantize, quantize
 from .model.schemes import SCHEMES, Quantization, Scheme
 from .model.tokenizer import StreamDecoder, Tokenizer
-from .model.transformer import AttentionSpec, forward, transformer, unembed
+from .model.transformer import AttentionSpec, attend_to_tokens, forward, transformer, unembed
 from .sharding.distributed import initialize_distributed
 from .sharding.mesh import make_mesh
 
 __all__ = [
+    "PRESETS",
     "SCHEMES",
     "AttentionSpec",
     "CheckpointError",
@@ -55,6 +56,7 @@ __all__ = [
     "StreamDecoder",
     "TokenLogprobs",
     "Tokenizer",
+    "attend_to_tokens",
     "config_from_hf",
     "convert_model",
     "count_parameters",

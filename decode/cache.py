@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -73,6 +74,21 @@ class KVCache:
         kinds = (self.k, self.v, self.k_scales, self.v_scales)
         return tuple(zip(*(leaves for leaves in kinds if leaves), strict=True))
 
+    def read(self, layer: int) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"]]:
+        """A layer's keys and values, float32, of all C positions that a row's table can hold, in the row's order.
+
+        Those at lengths[b] and after are not row b's: zeros, or what an earlier row left in the page.
+        """
+        k, v, *scales = self.layers[layer]
+        scales = scales or (1.0, 1.0)
+
+        def rows(pages: Array, scales: Array | float) -> Array:
+            scaled = numbers(pages).astype(jnp.float32) * jnp.asarray(scales)[..., None]
+            found = jnp.moveaxis(scaled[self.block_tables], 2, 3)  # [B, N, S, K, H]
+            return found.reshape(self.batch_size, self.capacity, *found.shape[3:])
+
+        return rows(k, scales[0]), rows(v, scales[1])
+
     def updated(
         self, logits: Float[Array, "B *T V"], layers: Sequence[tuple[Any, ...]], lengths: Int[Array, "B"]
     ) -> tuple[Float[Array, "B *T V"], "KVCache"]:
@@ -91,8 +107,9 @@ def init_cache(
     mesh: Mesh | None = None,
     page_size: int = 64,
     kv_dtype: jax.typing.DTypeLike | None = None,
+    block_tables: Sequence[Sequence[int]] | np.ndarray | Array | None = None,
 ) -> KVCache:
-    """An empty cache of `batch_size` rows, each with room for `max_length` tokens of its own.
+    """An empty cache of `batch_size` rows, each with room for `max_length` tokens.
 
     Args:
       config: the model.
@@ -101,9 +118,13 @@ def init_cache(
       mesh: the model's mesh, or None for one device.
       page_size: positions a page.
       kv_dtype: of keys and values, as `page_dtype` takes it; "int8" and "fp8" bring a float32 scale a token and head.
+      block_tables: [batch_size, N] integers, the page of each stretch of `page_size` positions of each row; the largest
+        says how many pages there are. Rows that name the same page share what it holds, so let one of them write it.
+        By default every row has pages of its own.
 
     Raises:
-      ValueError: a size that is not positive, or that does not divide over the mesh, or an unknown `kv_dtype`.
+      ValueError: a size that is not positive, or that does not divide over the mesh, an unknown `kv_dtype`, or
+        `block_tables` of another shape or with negative entries.
     """
     for name, value in (("batch_size", batch_size), ("max_length", max_length), ("page_size", page_size)):
         if value <= 0:
@@ -116,7 +137,14 @@ def init_cache(
     dtype = page_dtype(kv_dtype, config, mesh)
     held = jnp.uint8 if dtype == jnp.float8_e4m3fn else dtype
     pages_per_row = math.ceil(max_length / page_size)
-    pages = batch_size * pages_per_row
+    own = block_tables is None
+    tables = np.arange(batch_size * pages_per_row).reshape(batch_size, -1) if own else np.asarray(block_tables)
+    if tables.shape != (batch_size, pages_per_row) or tables.dtype.kind not in "iu" or tables.min() < 0:
+        raise ValueError(
+            f"init_cache: block_tables is {tables.dtype} {tables.shape} from {tables.min()} up; give integers from 0 "
+            f"up, {batch_size} rows of {pages_per_row} (max_length {max_length} in pages of {page_size})"
+        )
+    pages = int(tables.max()) + 1
 
     def array(name: str, value: int | jax.Array, dtype: Any, **axes: int) -> jax.Array:
         shape = tuple(axes.values())
@@ -132,7 +160,7 @@ def init_cache(
         v=leaves("v", held, head_dim=config.head_dim),
         block_tables=array(
             "block_tables",
-            jnp.arange(pages).reshape(batch_size, -1),
+            jnp.asarray(tables),
             jnp.int32,
             batch=batch_size,
             entries=pages_per_row,
@@ -141,7 +169,7 @@ def init_cache(
         max_lengths=array("max_lengths", max_length, jnp.int32, batch=batch_size),
         k_scales=leaves("k_scales", jnp.float32) if dtype in _QUANTISED else (),
         v_scales=leaves("v_scales", jnp.float32) if dtype in _QUANTISED else (),
-        identity_table=True,
+        identity_table=own,
         mesh=mesh,
     )
 

@@ -214,6 +214,7 @@ def _candidates(top_k: list[int], vocab_size: int) -> int | None:
     return next((width for width in (64, 1024) if max(top_k) <= width < vocab_size), None)
 
 
+@functools.partial(jax.jit, static_argnames="plan")
 def sample(
     logits: Float[Array, "B V"], state: SamplingState, positions: Int[Array, "B"], plan: SamplingPlan
 ) -> tuple[Int32[Array, "B"], SampleLogprobs | None, SamplingState]:

@@ -40,16 +40,25 @@ Attend = Callable[
 ]
 """attend(q, k, v, spec, state) -> (output, state): q and k come rotated, state is this layer's own."""
 
+Residual = Callable[[Float[Array, "B T D"], int], Float[Array, "B T D"]]
+"""residual(x, n) -> x: the residual stream after n layers, the token embeddings where n is 0."""
+
+
+def attend_to_tokens(q, k, v, spec, state):
+    """An `Attend` whose keys and values are those of the tokens themselves: teacher forcing, without a cache."""
+    return causal_attention(q, k, v, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap), state
+
 
 def transformer(
     params: Params,
     config: ModelConfig,
     tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    attend: Attend,
-    state: Sequence[Any],
-    max_lengths: Int[Array, "B"],
+    positions: Int[Array, "B T"] | None = None,
+    attend: Attend = attend_to_tokens,
+    state: Sequence[Any] | None = None,
+    max_lengths: Int[Array, "B"] | None = None,
     mesh: Mesh | None = None,
+    residual: Residual | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
     """Run every layer.
 
@@ -57,17 +66,24 @@ def transformer(
       params: as `param_specs(config)`.
       config: the model.
       tokens: token ids.
-      positions: absolute position of each token in its row.
+      positions: absolute position of each token in its row; 0 to T - 1 by default.
       attend: attention over whatever keys and values it has; see `Attend`.
-      state: one entry a layer, threaded through `attend` (None where it keeps nothing).
-      max_lengths: the length each row may reach, which length-dependent RoPE kinds read.
+      state: one entry a layer, threaded through `attend`; by default each is None.
+      max_lengths: the length each row may reach, which length-dependent RoPE kinds read; T by default.
       mesh: that the parameters lie on, for kernels; without it XLA alone splits the work.
+      residual: sees the residual stream before the first layer and after each, and may put another in its place.
 
     Returns:
       The final hidden states after the last norm, ready for `unembed`, and the new states.
     """
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
+    state = (None,) * config.num_layers if state is None else state
+    max_lengths = jnp.full((B,), T) if max_lengths is None else max_lengths
+    residual = residual or (lambda x, n: x)
+
     with jax.named_scope("embed"):
-        x = embed(params, config, tokens)
+        x = residual(embed(params, config, tokens), 0)
     with jax.named_scope("rope"):
         ropes = {layer.rope: rope_tables(layer.rope, positions, max_lengths) for layer in config.layers}
     new_state = []
@@ -76,6 +92,7 @@ def transformer(
         with jax.named_scope(f"layer_{index}"):
             attention = functools.partial(attend, spec=spec, state=state[index])
             x, kept = _layer(x, weights, config, ropes[layer.rope], attention, mesh)
+            x = residual(x, index + 1)
         new_state.append(kept)
     with jax.named_scope("final_norm"):
         x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_offset)
@@ -134,13 +151,5 @@ def forward(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> F
       config: the model.
       tokens: token ids; shorter rows are padded on the right, which no earlier position sees.
     """
-
-    def attend(q, k, v, spec, state):
-        out = causal_attention(q, k, v, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap)
-        return out, state
-
-    B, T = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    state = (None,) * config.num_layers
-    x, _ = transformer(params, config, tokens, positions, attend, state, jnp.full((B,), T))
+    x, _ = transformer(params, config, tokens)
     return unembed(params, config, x)

@@ -14,7 +14,6 @@ from ridgeline.decode.sampling import (
 from ridgeline.decode.sampling_params import SamplingParams
 
 INF, NAN = math.inf, math.nan
-jitted_sample = jax.jit(sample, static_argnames="plan")
 
 
 def reference_scores(logits, params, prompt, output, eos=()):
@@ -68,7 +67,7 @@ def one_row(logits, params, *, prompt=(), seed=0, position=None, eos=(), output=
         counts = np.bincount(np.array(output, np.int64), minlength=logits.shape[1]).astype(np.int32)
         state = state.replace(output_counts=jnp.asarray(counts[None]))
     position = len(prompt) + len(output) if position is None else position
-    tokens, logprobs, _ = jitted_sample(logits, state, jnp.array([position]), plan=plan)
+    tokens, logprobs, _ = sample(logits, state, jnp.array([position]), plan=plan)
     return int(tokens[0]), jax.tree.map(lambda a: np.asarray(a)[0], logprobs)
 
 

@@ -114,8 +114,7 @@ def quantised(request, model, tokens):
 
     @jax.jit
     def logits(params):
-        positions, lengths = jnp.broadcast_to(jnp.arange(64), (3, 64)), jnp.full((3,), 64)
-        x, _ = transformer(params, model.config, tokens, positions, attend, (None,) * 2, lengths)
+        x, _ = transformer(params, model.config, tokens, attend=attend)
         return unembed(params, model.config, x)
 
     return request.param, np.asarray(logits(model.params))

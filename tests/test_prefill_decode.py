@@ -187,3 +187,44 @@ def test_mismatched_batches_are_refused(model, tokens):
         step(model, tokens[:, 0], cache)
     with pytest.raises(ValueError, match="max_length is 0"):
         rl.init_cache(model.config, 2, 0)
+
+
+def test_rows_share_the_pages_that_their_tables_share(model, tokens):
+    """Three rows begin alike: one of them writes the beginning, all read it, and each writes on a page of its own."""
+    beginning = jnp.broadcast_to(tokens[:1, : 2 * PAGE], (3, 2 * PAGE))
+    tables = [[3, 0, 1], [3, 0, 4], [3, 0, 2]]
+    cache = rl.init_cache(model.config, 3, 3 * PAGE, page_size=PAGE, block_tables=tables)
+    assert cache.k[0].shape[0] == 5
+    _, cache = prefill(model, beginning, [2 * PAGE, 0, 0], cache)
+    cache = cache.replace(lengths=jnp.full(3, 2 * PAGE))
+    own = prefill(model, beginning, [2 * PAGE] * 3, rl.init_cache(model.config, 3, 3 * PAGE, page_size=PAGE))[1]
+    for n in range(4):
+        logits, cache = step(model, tokens[:, n], cache)
+        expected, own = step(model, tokens[:, n], own)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tables", [[[0, 1]], [[0, 1, 2]] * 2, [[0, -1]] * 2, np.ones((2, 2))], ids=str)
+def test_block_tables_that_are_none_are_refused(model, tables):
+    with pytest.raises(ValueError, match=r"block_tables is \w+ \(., .\) from .* up; give integers .* 2 rows of 2 "):
+        rl.init_cache(model.config, 2, 20, page_size=10, block_tables=tables)
+
+
+@pytest.mark.parametrize(("kv", "atol"), [("float32", 1e-5), ("int8", 0.06), ("fp8", 0.4)])
+def test_a_cache_reads_back_as_the_keys_and_values_of_forward(model, tokens, kv, atol):
+    kept = []
+
+    def attend(q, k, v, spec, state):
+        kept.append((k, v))
+        return rl.attend_to_tokens(q, k, v, spec, state)
+
+    rl.transformer(model.params, model.config, tokens, attend=attend)
+    tables = np.random.default_rng(1).permutation(15).reshape(3, 5)
+    empty = rl.init_cache(model.config, 3, T, page_size=PAGE, kv_dtype=kv, block_tables=tables)
+    _, cache = prefill(model, tokens, LENGTHS, empty)
+    for layer, exact in enumerate(kept):
+        for read, part in zip(cache.read(layer), exact, strict=True):
+            assert (read.shape, read.dtype) == ((3, 80, *part.shape[2:]), jnp.float32)
+            for row, length in enumerate(LENGTHS):
+                np.testing.assert_allclose(read[row, :length], part[row, :length], atol=atol)
+                assert not read[row, length:].any()

@@ -14,7 +14,7 @@ from ridgeline.decode.sampling import (
     sample,
 )
 from ridgeline.decode.sampling_params import SamplingParams
-from sampling_reference import INF, NAN, jitted_sample, kept, one_row, random_params, reference_noise, reference_scores
+from sampling_reference import INF, NAN, kept, one_row, random_params, reference_noise, reference_scores
 
 # The whole pipeline against the reference
 
@@ -33,7 +33,7 @@ def test_pipeline_equals_the_reference_over_random_parameters(scale):
     lengths = np.array([len(p) for p in prompts])
     for step in range(steps):
         positions = jnp.asarray(lengths + step)
-        tokens, logprobs, state = jitted_sample(jnp.asarray(logits[step]), state, positions, plan=plan)
+        tokens, logprobs, state = sample(jnp.asarray(logits[step]), state, positions, plan=plan)
         assert logprobs is None
         for row, (p, token) in enumerate(zip(params, np.asarray(tokens).tolist(), strict=True)):
             greedy, scores, margin = reference_scores(logits[step, row], p, prompts[row], outputs[row], eos)
@@ -160,10 +160,10 @@ def test_a_broken_row_gives_token_0_and_leaves_the_others_alone(bad, everywhere)
     for params in (SamplingParams(temperature=0, logprobs=2), SamplingParams(top_p=0.8, logprobs=2, min_p=0.01)):
         state, plan = make_sampling_state([params] * 3, [[1]] * 3, [1, 2, 3], V)
         positions = jnp.array([1, 1, 1])
-        whole, reported, _ = jitted_sample(jnp.asarray(logits), state, positions, plan=plan)
+        whole, reported, _ = sample(jnp.asarray(logits), state, positions, plan=plan)
         broken = logits.copy()
         broken[1, slice(None) if everywhere else 5] = bad
-        tokens, broken_reported, _ = jitted_sample(jnp.asarray(broken), state, positions, plan=plan)
+        tokens, broken_reported, _ = sample(jnp.asarray(broken), state, positions, plan=plan)
         assert tokens.tolist() == [whole[0], 0, whole[2]]
         assert np.isnan(broken_reported.chosen[1])
         np.testing.assert_array_equal(broken_reported.chosen[::2], reported.chosen[::2])
@@ -174,7 +174,7 @@ def test_a_nan_row_is_not_counted_against_its_neighbours():
     params = SamplingParams(frequency_penalty=1.0, temperature=0)
     state, plan = make_sampling_state([params] * 2, [[1]] * 2, [0, 0], 4)
     logits = jnp.array([[NAN] * 4, [0.0, 1.0, 3.0, 2.0]])
-    _, _, state = jitted_sample(logits, state, jnp.array([1, 1]), plan=plan)
+    _, _, state = sample(logits, state, jnp.array([1, 1]), plan=plan)
     assert state.output_counts.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
 
 

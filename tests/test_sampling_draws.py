@@ -17,7 +17,7 @@ from ridgeline.decode.sampling import (
     sample,
 )
 from ridgeline.decode.sampling_params import SamplingParams
-from sampling_reference import INF, jitted_sample, one_row, reference_noise, reference_scores
+from sampling_reference import INF, one_row, reference_noise, reference_scores
 
 # Log probabilities
 
@@ -30,7 +30,7 @@ def test_logprobs_are_the_models_own(temperature):
     logits[:, 17] = logits[:, 3]
     params = SamplingParams(temperature=temperature, top_k=30, logprobs=n, logit_bias={17: 6.0}, repetition_penalty=1.3)
     state, plan = make_sampling_state([params] * B, [[1, 2]] * B, range(B), V)
-    tokens, reported, _ = jitted_sample(jnp.asarray(logits), state, jnp.full(B, 2), plan=plan)
+    tokens, reported, _ = sample(jnp.asarray(logits), state, jnp.full(B, 2), plan=plan)
     assert isinstance(reported, SampleLogprobs)
     expected = scipy.special.log_softmax(logits.astype(np.float64), axis=-1)
     for row, token in enumerate(np.asarray(tokens).tolist()):
@@ -108,7 +108,7 @@ def test_seeds_and_positions_draw_apart():
     logits = jnp.zeros((8, V))
     state, plan = make_sampling_state([SamplingParams()] * 8, [[]] * 8, [0, 1, 2**32, 2**33, 2**64 - 1, 7, 7, 7], V)
     positions = jnp.array([5, 5, 5, 5, 5, 5, 5, 50])
-    runs = [np.asarray(jitted_sample(logits, state, positions + n, plan=plan)[0]) for n in range(12)]
+    runs = [np.asarray(sample(logits, state, positions + n, plan=plan)[0]) for n in range(12)]
     columns = [tuple(int(run[row]) for run in runs) for row in range(8)]
     assert columns[5] == columns[6]  # one seed and one position
     assert len(set(columns)) == 7
@@ -230,7 +230,7 @@ def test_padding_rows_are_inert():
     assert not np.asarray(state.bias)[1:].any()
     assert not np.asarray(state.stop_mask)[1:].any()
     assert state.min_length.tolist() == [5, 0, 0, 0]
-    tokens, _, _ = jitted_sample(jnp.zeros((4, 8)).at[1, 6].set(1.0), state, jnp.array([2, 0, 0, 0]), plan=plan)
+    tokens, _, _ = sample(jnp.zeros((4, 8)).at[1, 6].set(1.0), state, jnp.array([2, 0, 0, 0]), plan=plan)
     assert tokens.tolist()[1:] == [6, 0, 0]
 
 
@@ -252,5 +252,5 @@ def test_few_candidates_draw_what_the_whole_vocabulary_draws(top_k):
     for mate in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.9)):
         state, plan = make_sampling_state([*params, mate], [[]] * 3, [0] * 3, 2000)
         assert (plan.candidates is None) == (not mate.greedy)
-        drawn.append([jitted_sample(logits, state, jnp.full(3, n), plan=plan)[0][:2].tolist() for n in range(20)])
+        drawn.append([sample(logits, state, jnp.full(3, n), plan=plan)[0][:2].tolist() for n in range(20)])
     assert drawn[0] == drawn[1]

@@ -25,10 +25,7 @@ def losses(
     def attend(q, k, v, spec, state):
         return attention(q, k, v), state
 
-    B, T = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    state = (None,) * config.num_layers
-    x, _ = transformer(params, config, tokens, positions, attend, state, jnp.full((B,), T))
+    x, _ = transformer(params, config, tokens, attend=attend)
     return cross_entropy(unembed(params, config, x), targets)
 
 
