@@ -12,6 +12,7 @@ from . import roofline
 from .decode.cache import KVCache, init_cache
 from .decode.generate import StreamChunk, default_sampling, generate, stream, warm_up
 from .decode.loop import decode_steps
+from .decode.lowering import lower_decode, lower_prefill
 from .decode.prefill import prefill
 from .decode.request import RequestOutput, TokenLogprobs
 from .decode.sampling import SamplingPlan, SamplingState, make_sampling_state, sample
@@ -28,8 +29,13 @@ from .model.quantization import QuantizedArray, dequantize, quantize
 from .model.schemes import SCHEMES, Quantization, Scheme
 from .model.tokenizer import StreamDecoder, Tokenizer
 from .model.transformer import AttentionSpec, attend_to_tokens, forward, transformer, unembed
+from .sharding import hlo
 from .sharding.distributed import initialize_distributed
 from .sharding.mesh import make_mesh
+from .sharding.plugin import silence_without_driver
+from .sharding.targets import compile_for_target, target_mesh
+
+silence_without_driver()
 
 __all__ = [
     "PRESETS",
@@ -57,6 +63,7 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "attend_to_tokens",
+    "compile_for_target",
     "config_from_hf",
     "convert_model",
     "count_parameters",
@@ -67,10 +74,13 @@ __all__ = [
     "evaluate",
     "forward",
     "generate",
+    "hlo",
     "init_cache",
     "init_params",
     "initialize_distributed",
     "load_model",
+    "lower_decode",
+    "lower_prefill",
     "make_mesh",
     "make_sampling_state",
     "param_shardings",
@@ -81,6 +91,7 @@ __all__ = [
     "roofline",
     "sample",
     "stream",
+    "target_mesh",
     "transformer",
     "unembed",
     "warm_up",
