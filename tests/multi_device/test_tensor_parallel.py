@@ -13,16 +13,15 @@ PROMPTS = [list(range(1, 24)), [5], [7, 11, 300, 2], list(range(200, 212))]
 GREEDY = rl.SamplingParams(temperature=0.0, max_tokens=8)
 
 
-def outputs(model: rl.Model) -> tuple[list[np.ndarray], list[list[int]]]:
-    """Logits of forward and prefill, and greedy tokens of prefill and decode; each program is awaited."""
+def outputs(model: rl.Model) -> tuple[np.ndarray, list[list[int]]]:
+    """Logits of prefill, and greedy tokens of prefill and decode; each program is awaited."""
     tokens = np.zeros((4, prefill_bucket(23)), np.int32)  # the shapes of `generate`, whose programs then serve here
     for row, prompt in enumerate(PROMPTS):
         tokens[row, : len(prompt)] = prompt
     lengths = np.array([len(p) for p in PROMPTS], np.int32)
     cache = rl.init_cache(model.config, 4, cache_bucket(31), mesh=model.mesh)
     logits, _ = jax.block_until_ready(rl.prefill(model.params, model.config, tokens, lengths, cache))
-    teacher_forced = np.asarray(rl.forward(model.params, model.config, tokens))
-    return [teacher_forced, np.asarray(logits)], [output.tokens for output in rl.generate(model, PROMPTS, GREEDY)]
+    return np.asarray(logits), [output.tokens for output in rl.generate(model, PROMPTS, GREEDY)]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +56,16 @@ def test_a_mesh_computes_what_one_device_does(references, family, heads, kv_head
     directory, (expected, tokens) = references(family, heads, kv_heads)
     model = rl.load_model(directory, mesh=rl.make_mesh(**mesh))
     found, found_tokens = outputs(model)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
     assert found_tokens == tokens
+
+
+def test_forward_takes_split_weights(references):
+    directory, _ = references("llama3", 8, 4)
+    tokens = np.arange(48).reshape(4, 12)
+    one, split = rl.load_model(directory), rl.load_model(directory, mesh=rl.make_mesh(data=2, tensor=4))
+    expected, found = (rl.forward(model.params, model.config, tokens) for model in (one, split))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_seeded_sampling_on_a_split_vocabulary(references):
