@@ -32,10 +32,10 @@ from .model.transformer import AttentionSpec, attend_to_tokens, forward, transfo
 from .sharding import hlo
 from .sharding.distributed import initialize_distributed
 from .sharding.mesh import make_mesh
-from .sharding.plugin import silence_without_driver
+from .sharding.plugin import allow_compiling_without_driver
 from .sharding.targets import compile_for_target, target_mesh
 
-silence_without_driver()
+allow_compiling_without_driver()
 
 __all__ = [
     "PRESETS",

@@ -42,6 +42,16 @@ class Phase:
         return self.counts.intensity
 
     @property
+    def flops_per_second(self) -> float:
+        """FLOP/s of one device over the whole of the time."""
+        return self.counts.flops / self.seconds
+
+    def measured(self, seconds: float) -> "Phase":
+        """The same steps in the time that they were measured to take: its MFU and MBU are those reached."""
+        slower = seconds / self.seconds
+        return dataclasses.replace(self, seconds=seconds, mfu=self.mfu / slower, mbu=self.mbu / slower)
+
+    @property
     def bound(self) -> Literal["compute", "bandwidth", "communication"]:
         """What takes longest."""
         seconds = {

@@ -8,7 +8,7 @@ import dataclasses
 from .counts import count_step
 from .deployment import Deployment
 from .hardware import Hardware
-from .predict import predict, predict_decode
+from .predict import Phase, predict, predict_decode
 
 
 def expected_tokens(acceptance: int | float, draft_tokens: int) -> float:
@@ -35,19 +35,20 @@ class Speculation:
 
     Attributes:
       tokens: that it yields a row, on average.
-      draft_seconds, verify_seconds: its two halves.
+      draft_seconds: of the proposals, one after the other.
+      verify: the step in which the target scores all of them and one token more.
       plain_seconds: a decode step without a draft.
     """
 
     tokens: float
     draft_seconds: float
-    verify_seconds: float
+    verify: Phase
     plain_seconds: float
 
     @property
     def tpot(self) -> float:
         """Mean seconds a token."""
-        return (self.draft_seconds + self.verify_seconds) / self.tokens
+        return (self.draft_seconds + self.verify.seconds) / self.tokens
 
     @property
     def speedup(self) -> float:
@@ -88,6 +89,6 @@ def predict_speculation(
     return Speculation(
         tokens=tokens,
         draft_seconds=sum(proposals),
-        verify_seconds=predict(verify, hardware, dtype, tensor=tensor, efficiency=efficiency).seconds,
+        verify=predict(verify, hardware, dtype, tensor=tensor, efficiency=efficiency),
         plain_seconds=predict_decode(target, hardware, batch=batch, context=context, efficiency=efficiency).seconds,
     )

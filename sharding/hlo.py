@@ -20,6 +20,7 @@ COLLECTIVES = (
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
 _CALLED = re.compile(r"(\w+)=(?:%([\w.-]+)|\{((?:%[\w.-]+(?:, )?)+)\})")
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.-]+)")
@@ -37,6 +38,7 @@ class Instruction:
       operands: their names.
       called: the computations it runs, and how often each at a time.
       root: whether it is its computation's result.
+      origin: the scopes and the primitive it comes from, such as "jit(decode_step)/layer_0/mlp/dot_general", or "".
     """
 
     name: str
@@ -45,6 +47,7 @@ class Instruction:
     operands: tuple[str, ...]
     called: tuple[tuple[str, int], ...]
     root: bool
+    origin: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,7 @@ def parse(text: str) -> Program:
                 operands=tuple(_NAME.findall(operands)),
                 called=tuple(_calls(opcode, attributes)),
                 root=line.lstrip().startswith("ROOT "),
+                origin=origin[1] if (origin := _ORIGIN.search(attributes)) else "",
             )
     if entry is None:
         raise ValueError("this is no HLO module: it has no ENTRY computation; pass compiled.as_text()")

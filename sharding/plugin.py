@@ -1,19 +1,16 @@
 """JAX's CUDA plugin on machines without a GPU, where it is installed for its compiler alone."""
 
-import logging
+import os
 from pathlib import Path
 
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # the second under WSL
 
 
-def silence_without_driver() -> None:
-    """Where there is no NVIDIA driver, keep JAX from logging a traceback that the plugin found none.
+def allow_compiling_without_driver() -> None:
+    """Where there is no NVIDIA driver, spare the plugin its search for CUDA's libraries.
 
-    With a driver the plugin's complaint tells what to mend, and is left alone.
+    It would find none, log a traceback, and leave its compiler unregistered. It has to be told before JAX first looks
+    for devices.
     """
     if not any(Path(driver).exists() for driver in _DRIVERS):
-        logging.getLogger("jax._src.xla_bridge").addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "plugin configuration error" not in record.getMessage()
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

@@ -129,3 +129,15 @@ def test_a_program_compiled_here():
     assert collectives(program) == []
     sizes = [num_elements(shape) for operation, shape in program.written() if operation != "dot"]
     assert 96 * 160 in sizes
+
+
+def test_an_instruction_tells_where_it_comes_from():
+    @jax.jit
+    def program(x):
+        with jax.named_scope("layer_0"):
+            return x @ x
+
+    found = parse(program.lower(jnp.ones((64, 64))).compile().as_text())
+    origins = [made.origin for computation in found.computations.values() for made in computation.values()]
+    assert "jit(program)/layer_0/dot_general" in origins
+    assert parse("ENTRY %main (p: f32[]) -> f32[] {\n  %p = f32[] parameter(0)\n}").computations["main"]["p"].origin == ""

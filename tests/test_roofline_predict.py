@@ -94,9 +94,9 @@ def test_speculation_pays_with_a_good_small_draft_alone():
     assert good.tokens == pytest.approx(3.3616)
     assert good.draft_seconds == pytest.approx(4 * predict_decode(draft, H100, batch=1, context=2000).seconds, rel=1e-3)
     verify = count_step(target, 1, tokens=5, cached=1999, scored=5)
-    assert good.verify_seconds == predict(verify, H100, "bfloat16", tensor=4).seconds
-    assert good.verify_seconds < 1.3 * good.plain_seconds  # five tokens read the weights once
-    assert good.speedup == pytest.approx(good.plain_seconds * good.tokens / (good.draft_seconds + good.verify_seconds))
+    assert good.verify == predict(verify, H100, "bfloat16", tensor=4)
+    assert good.verify.seconds < 1.3 * good.plain_seconds  # five tokens read the weights once
+    assert good.speedup == pytest.approx(good.plain_seconds * good.tokens / (good.draft_seconds + good.verify.seconds))
     assert good.speedup > 2
     assert predict_speculation(target, draft, H100, acceptance=0.0, **sizes).speedup < 1
     assert predict_speculation(target, target, H100, acceptance=0.8, **sizes).speedup < 1
@@ -176,3 +176,11 @@ def test_without_links_more_devices_are_no_remedy():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_measured_phase_has_the_utilisation_that_was_reached():
+    step = predict_decode(Deployment(preset("llama-3.1-8b")), H100, batch=1, context=1024)
+    slower = step.measured(2 * step.seconds)
+    assert (slower.counts, slower.seconds) == (step.counts, 2 * step.seconds)
+    assert (slower.mfu, slower.mbu) == pytest.approx((step.mfu / 2, step.mbu / 2))
+    assert slower.flops_per_second == pytest.approx(slower.mfu * H100.peak("bfloat16"))

@@ -1,5 +1,9 @@
 """GPUs that are not there."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -53,3 +57,12 @@ def test_without_the_plugin_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(targets.metadata, "entry_points", lambda group: ())
     with pytest.raises(RuntimeError, match=rf"pip install jax-cuda13-plugin=={jax.__version__}"):
         target_mesh("h200", tensor=8)
+
+
+def test_the_plugin_compiles_and_is_silent_where_there_is_no_driver(plugin):
+    code = "import ridgeline as rl, jax; jax.devices(); print(rl.target_mesh('h200', tensor=8).size)"
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "8\n"
+    assert "Traceback" not in run.stderr
