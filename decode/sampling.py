@@ -108,7 +108,7 @@ class SampleLogprobs:
 
 def make_sampling_state(
     params: Sequence[SamplingParams],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | None,
     seeds: Sequence[int],
     vocab_size: int,
     eos_token_ids: Collection[int] = (),
@@ -119,7 +119,8 @@ def make_sampling_state(
 
     Args:
       params: one a request, validated against the vocabulary (`SamplingParams.validate`).
-      prompts: each request's prompt, of token ids in [0, vocab_size).
+      prompts: each request's prompt, of token ids in [0, vocab_size), which penalties and min_tokens ask for; None for
+        empty ones.
       seeds: one a request, in [0, 2**64); used where its `params` name none.
       vocab_size: V.
       eos_token_ids: the model's end-of-sequence tokens.
@@ -130,6 +131,7 @@ def make_sampling_state(
       ValueError: the sequences differ in length, or do not fit in `batch_size`.
     """
     requests, B, V = len(params), len(params) if batch_size is None else batch_size, vocab_size
+    prompts = [()] * requests if prompts is None else prompts
     if not len(prompts) == len(seeds) == requests <= B:
         raise ValueError(
             f"{requests} sampling params, {len(prompts)} prompts and {len(seeds)} seeds for a batch of {B}; "

@@ -57,7 +57,7 @@ def test_filters_keep_what_the_reference_keeps():
     ]
     logits = (rng.normal(size=(B, V)) * rng.choice([0.3, 2, 8], (B, 1))).astype(np.float32)
     logits[rng.random((B, V)) < 0.1] = -INF
-    state, _ = make_sampling_state(params, [[]] * B, [0] * B, V)
+    state, _ = make_sampling_state(params, None, [0] * B, V)
     found = np.asarray(jax.jit(filtered_logits)(jnp.asarray(logits), state))
     close = 0
     for row, p in enumerate(params):
