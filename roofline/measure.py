@@ -1,7 +1,7 @@
 """The roof of the machine at hand: what its memory, its arithmetic and the links between its devices reach.
 
-Every figure is the median of repeats, with all local devices at work at once, for one device: devices that share a
-memory, as those forced on a CPU do, share its bandwidth too.
+Every figure is that of one device with all local devices at work at once: devices that share a memory, as those forced
+on a CPU do, share its bandwidth too.
 """
 
 import functools
@@ -23,6 +23,9 @@ _NAMES = {"fp8": "float8_e4m3fn"}
 _READ_ARRAYS = 4
 _REDUCTIONS = 9
 
+_Timer = Callable[[Callable[[], Any]], float]
+"""What a run takes, by the repeats and the statistic that `measure` was asked for."""
+
 
 def measure(
     devices: Sequence[jax.Device] | None = None,
@@ -32,6 +35,7 @@ def measure(
     reduce_bytes: int = 1 << 26,
     dtypes: Sequence[str] | None = None,
     repeats: int = 7,
+    best: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Hardware:
     """Measure this machine; it takes a few seconds and nothing else should run meanwhile.
@@ -45,6 +49,8 @@ def measure(
       dtypes: of the matrix products, by the names of `Hardware.peaks`: by default "float32", "bfloat16" and "int8", and
         elsewhere than on a CPU "float16" and "fp8". One that the backend cannot multiply is left out.
       repeats: runs of each, of which the median counts; one more is made first.
+      best: whether the best run counts instead: on a machine that does other things too, what it can do at most. Set
+        it against the best of several runs of a program, and the median against the median.
       progress: told what is measured next.
 
     Raises:
@@ -66,27 +72,28 @@ def measure(
     dtypes = dtypes or ("float32", "bfloat16", "int8") + (() if on_cpu else ("float16", "fp8"))
     mesh = Mesh(devices, ("devices",), axis_types=(AxisType.Auto,))
     told = progress or (lambda what: None)
+    seconds = functools.partial(_seconds, repeats=repeats, statistic=min if best else statistics.median)
 
     told("memory bandwidth")
-    bandwidth = _read_bandwidth(mesh, read_bytes, repeats)
+    bandwidth = _read_bandwidth(mesh, read_bytes, seconds)
     peaks = {}
     for dtype in dtypes:
         told(f"matrix products in {dtype}")
         try:
-            peaks[dtype] = _matmul_peak(mesh, width, dtype, repeats)
+            peaks[dtype] = _matmul_peak(mesh, width, dtype, seconds)
         except jax.errors.JaxRuntimeError:  # the backend has no such product
             continue
     links: dict[str, Any] = {}
     if count > 1:
         told("links between devices")
-        links = _links(mesh, reduce_bytes, repeats)
-    kind = devices[0].device_kind
+        links = _links(mesh, reduce_bytes, seconds)
+    kind, statistic = devices[0].device_kind, "best" if best else "median"
     return Hardware(
         name=f"this machine ({kind}{f', {count} devices' if count > 1 else ''})",
         memory=memory,
         bandwidth=bandwidth,
         peaks=peaks,
-        sources=(f"measured: read of {read_bytes:,} bytes, products of width {width:,}, median of {repeats}",),
+        sources=(f"measured: read of {read_bytes:,} bytes, products of width {width:,}, {statistic} of {repeats}",),
         **links,
     )
 
@@ -99,7 +106,7 @@ def _memory(devices: Sequence[jax.Device]) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
 
 
-def _read_bandwidth(mesh: Mesh, nbytes: int, repeats: int) -> float:
+def _read_bandwidth(mesh: Mesh, nbytes: int, seconds: _Timer) -> float:
     """Bytes/s of one device that sums arrays of float32, of `nbytes` together."""
     columns = 1024
     rows = max(1, nbytes // (4 * columns * _READ_ARRAYS))
@@ -115,11 +122,11 @@ def _read_bandwidth(mesh: Mesh, nbytes: int, repeats: int) -> float:
         jax.jit(lambda arrays: [array.sum(axis=1) for array in arrays], out_shardings=_over(mesh)),
         jax.jit(lambda arrays: [array @ vector for array in arrays], out_shardings=_over(mesh)),
     ]
-    seconds = min(_median(functools.partial(read, arrays), repeats) for read in reads)
-    return sum(array.nbytes for array in arrays) / mesh.size / seconds
+    fastest = min(seconds(functools.partial(read, arrays)) for read in reads)
+    return sum(array.nbytes for array in arrays) / mesh.size / fastest
 
 
-def _matmul_peak(mesh: Mesh, width: int, dtype: str, repeats: int) -> float:
+def _matmul_peak(mesh: Mesh, width: int, dtype: str, seconds: _Timer) -> float:
     """FLOP/s of one device that multiplies square matrices."""
 
     def random(key: jax.Array) -> jax.Array:  # constants would draw less power, and let a GPU clock higher
@@ -131,13 +138,13 @@ def _matmul_peak(mesh: Mesh, width: int, dtype: str, repeats: int) -> float:
 
     operands = jax.jit(lambda: tuple(map(random, jax.random.split(jax.random.key(0)))), out_shardings=_over(mesh))()
     run = _each(mesh, product)
-    return 2 * width**3 / _median(lambda: run(*operands), repeats)
+    return 2 * width**3 / seconds(lambda: run(*operands))
 
 
-def _links(mesh: Mesh, nbytes: int, repeats: int) -> dict[str, float]:
+def _links(mesh: Mesh, nbytes: int, seconds: _Timer) -> dict[str, float]:
     """Bytes/s of each device's link and seconds of an all-reduce of next to nothing, by the model of `Hardware`."""
 
-    def seconds(elements: int, times: int = 1) -> float:
+    def reducing(elements: int, times: int = 1) -> float:
         def reduce(x: jax.Array) -> jax.Array:
             for _ in range(times):  # of different values on each device: XLA knows the sum of equal ones
                 x = lax.psum(x + lax.axis_index("devices"), "devices")
@@ -145,13 +152,13 @@ def _links(mesh: Mesh, nbytes: int, repeats: int) -> dict[str, float]:
 
         run = _each(mesh, reduce)
         x = jax.jit(lambda: jnp.ones((mesh.size, elements)), out_shardings=_over(mesh))()
-        return _median(lambda: run(x), repeats)
+        return seconds(lambda: run(x))
 
     # One after the other in a program, as in a decode step: what its dispatch takes is not the links'.
-    one, elements = seconds(1), max(2, nbytes // 4)
-    more = (seconds(1, _REDUCTIONS) - one) / (_REDUCTIONS - 1)
+    one, elements = reducing(1), max(2, nbytes // 4)
+    more = (reducing(1, _REDUCTIONS) - one) / (_REDUCTIONS - 1)
     sent = 2 * (mesh.size - 1) / mesh.size * elements * 4
-    transfer = seconds(elements) - one
+    transfer = reducing(elements) - one
     # Where a difference drowns in noise the whole time counts: an upper bound of latency, a lower one of bandwidth.
     return {
         "link_bandwidth": sent / (transfer if transfer > 0 else transfer + one),
@@ -169,11 +176,11 @@ def _over(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("devices"))
 
 
-def _median(run: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a run, after one that compiles and warms up; each is waited for before the next."""
+def _seconds(run: Callable[[], Any], repeats: int, statistic: Callable[[list[float]], float]) -> float:
+    """Seconds of a run, after one that compiles and warms up; each is waited for before the next."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return statistic(times[1:])

@@ -30,6 +30,16 @@ def test_figures_are_work_over_seconds(clock):
     assert "65,536 bytes" in found.sources[0]
 
 
+@pytest.mark.parametrize(("best", "seconds"), [(False, 2.0), (True, 1.0)])
+def test_the_median_counts_or_the_best(monkeypatch, best, seconds):
+    runs = itertools.cycle([9.0, 3.0, 1.0, 2.0])  # the first of four compiles
+    looks = itertools.accumulate(itertools.chain.from_iterable((0.0, next(runs)) for _ in itertools.count()))
+    monkeypatch.setattr("time.perf_counter", lambda: next(looks))
+    found = measure(jax.devices()[:1], **(TINY | {"repeats": 3}), dtypes=("float32",), best=best)
+    assert (found.bandwidth, found.peaks) == ((1 << 16) / seconds, {"float32": 2 * 32**3 / seconds})
+    assert f"{'best' if best else 'median'} of 3" in found.sources[0]
+
+
 def test_predictions_take_it():
     told = []
     found = measure(jax.devices()[:1], **TINY, progress=told.append)
