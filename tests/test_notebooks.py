@@ -2,6 +2,7 @@
 
 import copy
 
+import jax
 import nbformat
 import pytest
 
@@ -19,7 +20,8 @@ def test_there_are_seven_in_reading_order():
     assert [file.stem[:3] for file in NOTEBOOKS] == [f"{n:02}_" for n in range(1, 8)]
 
 
-def test_it_runs_and_makes_every_figure(notebook, request):
+def test_it_runs_and_makes_every_figure(notebook, request, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     if "target_mesh" in str(notebook.cells):
         request.getfixturevalue("plugin")
     made = execute.executed(notebook)
