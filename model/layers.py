@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from ..sharding.rules import is_split
 from .params import Params
 from .products import product, quantized_product
 from .quantization import QuantizedArray
@@ -25,6 +26,9 @@ def linear(
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """x @ w.T with float32 accumulation: every weight product of the project goes through here.
+
+    If the inputs are split over devices, each one's float32 sum is rounded to x's dtype and these are added up: in 16
+    bits half the bytes travel (as in Megatron-LM, Shoeybi et al. 2019).
 
     Args:
       x: [*rows, *in], its `in_axes` trailing axes contracted.
@@ -43,10 +47,12 @@ def linear(
         raise ValueError(f"linear contracts {x.shape[len(rows) :]} of x with {w.shape[len(out) :]} of w; they differ")
     # The axes of `out` are not flattened: one that is split over devices and is not the first would be gathered.
     x = x.reshape(math.prod(rows), -1)
+    axes = axes or (None,) * len(w.shape)
+    dtype = x.dtype if any(is_split(axis, mesh) for axis in axes[len(out) :]) else jnp.float32
     if isinstance(w, QuantizedArray):
-        y = quantized_product(x, w, axes or (None,) * len(w.shape), mesh)
+        y = quantized_product(x, w, axes, mesh, dtype)
     else:
-        y = product(x, w.reshape(*out, -1))
+        y = product(x, w.reshape(*out, -1), dtype)
     y = y.reshape(rows + out)
     if bias is not None:
         y = y + bias.astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int8, Num
 
 from ..pallas_kernels.dispatch import current_device, serve
 from ..pallas_kernels.matmul import check_kernel, matmul
-from ..sharding.rules import RULES, shard_map
+from ..sharding.rules import RULES, is_split, shard_map
 from .quantization import ZERO_NIBBLE, QuantizedArray, dequantize, rounded, scale_axes
 
 FEW_ROWS = 64
@@ -20,34 +21,52 @@ _MOST_TERMS = 64 if jax.__version_info__ >= (0, 11) else 12  # that XLA:CPU fuse
 _DIGITS = 3
 
 
-def product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
-    """x @ w.T, float32."""
-    return lax.platform_dependent(x, w, cpu=_product_cpu, default=_product)
+def product(
+    x: Float[Array, "M I"], w: Float[Array, "*out I"], dtype: jax.typing.DTypeLike = jnp.float32
+) -> Float[Array, "M *out"]:
+    """x @ w.T, summed in float32 on each device and over devices in `dtype`, which is the result's."""
+    return _on_platforms(_product_cpu, _product, x, w, dtype)
 
 
 def quantized_product(
-    x: Float[Array, "M I"], w: QuantizedArray, axes: tuple[str | None, ...], mesh: Mesh | None
+    x: Float[Array, "M I"],
+    w: QuantizedArray,
+    axes: tuple[str | None, ...],
+    mesh: Mesh | None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "M *out"]:
-    """x @ w.T, float32, of a weight whose input axes, however many, are contracted as one.
+    """The same of a quantised weight, whose input axes, however many, are contracted as one.
 
     Args:
       x: activations.
       w: the weight.
       axes: the logical names of its axes.
       mesh: that both lie on.
+      dtype: of the result, and of sums over devices.
     """
     out = w.scales.ndim - 1
     w = w.replace(values=w.values.reshape(*w.values.shape[:out], -1))
     if w.scheme.dynamic and x.shape[0] > FEW_ROWS:
-        return _dynamic_product(x, w)
+        return _dynamic_product(x, w).astype(dtype)
     whole_groups = x.shape[1] % (w.scheme.group or 1) == 0
     if x.shape[0] <= FEW_ROWS and current_device(mesh).is_hopper and whole_groups:
-        return _kernel_product(x, w, axes[: out + 1], mesh)
-    return lax.platform_dependent(x, w, cpu=_quantized_product_cpu, default=_quantized_product)
+        return _kernel_product(x, w, axes[: out + 1], mesh, dtype)
+    return _on_platforms(_quantized_product_cpu, _quantized_product, x, w, dtype)
+
+
+def _on_platforms(cpu: Callable, others: Callable, x: Array, w: Any, dtype: jax.typing.DTypeLike) -> Array:
+    """The platform's way, in `dtype`; on a CPU, where links between devices are memory, sums stay in float32."""
+    return lax.platform_dependent(
+        x, w, cpu=lambda x, w: cpu(x, w).astype(dtype), default=lambda x, w: others(x, w, dtype).astype(dtype)
+    )
 
 
 def _kernel_product(
-    x: Float[Array, "M I"], w: QuantizedArray, axes: tuple[str | None, ...], mesh: Mesh | None
+    x: Float[Array, "M I"],
+    w: QuantizedArray,
+    axes: tuple[str | None, ...],
+    mesh: Mesh | None,
+    dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "M *out"]:
     """By the kernel that streams the weight, on each device's own part of it."""
     *out, inputs = axes
@@ -55,9 +74,8 @@ def _kernel_product(
     entries = scale_axes(axes, 1, w.scales.shape)
 
     def local(x: Array, *parts: Array) -> Array:
-        y = _streamed(x, QuantizedArray(*parts, *[None] * (3 - len(parts)), w.scheme))
-        split = mesh is not None and inputs is not None and RULES[inputs] is not None
-        return lax.psum(y, RULES[inputs]) if split else y
+        y = _streamed(x, QuantizedArray(*parts, *[None] * (3 - len(parts)), w.scheme)).astype(dtype)
+        return lax.psum(y, RULES[inputs]) if is_split(inputs, mesh) else y
 
     in_axes = (("batch", inputs), axes, *[entries] * (len(parts) - 1))
     return shard_map(local, mesh, in_axes, ("batch", *out))(x, *parts)
@@ -76,7 +94,7 @@ def _streamed(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out
         return y.reshape(-1, *parts[0].shape[:-1])
 
     def by_xla(x: Array, *parts: Array | None) -> Array:
-        return _quantized_product(x, QuantizedArray(*parts, w.scheme))
+        return _quantized_product(x, QuantizedArray(*parts, w.scheme), jnp.float32)
 
     return serve("linear", None, kernel, by_xla, functools.partial(check_kernel, x, *flat(*parts)), x, *parts)
 
@@ -94,15 +112,17 @@ def _streamed_backward(saved: tuple[QuantizedArray, Array], dy: Array) -> tuple[
 _streamed.defvjp(_streamed_forward, _streamed_backward)
 
 
-def _product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
-    return jnp.einsum("mi,...i->m...", x, w, preferred_element_type=jnp.float32)
+def _product(x: Float[Array, "M I"], w: Float[Array, "*out I"], dtype: jax.typing.DTypeLike) -> Float[Array, "M *out"]:
+    return jnp.einsum("mi,...i->m...", x, w, preferred_element_type=dtype)
 
 
-def _quantized_product(x: Float[Array, "M I"], w: QuantizedArray, product: Callable = _product) -> Array:
+def _quantized_product(
+    x: Float[Array, "M I"], w: QuantizedArray, dtype: jax.typing.DTypeLike, product: Callable = _product
+) -> Array:
     if w.scheme.group is not None or w.scheme.dtype == "int4":
-        return product(x, dequantize(w, x.dtype))
+        return product(x, dequantize(w, x.dtype), dtype)
     # Integers and e4m3 numbers are exact in x's dtype; their scales, one an output, follow the product.
-    return product(x, w.values.astype(x.dtype)) * w.scales[..., 0]
+    return product(x, w.values.astype(x.dtype), dtype) * w.scales[..., 0]
 
 
 def _dynamic_product(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
@@ -147,7 +167,7 @@ def _quantized_product_cpu(x: Float[Array, "M I"], w: QuantizedArray) -> Float[A
         return _int8_product_by_digits(x, w)
     if w.scheme.dtype == "float8_e4m3fn":
         w = w.replace(values=_e4m3(lax.bitcast_convert_type(w.values, jnp.int8)))
-    return _quantized_product(x, w, _product_cpu)
+    return _quantized_product(x, w, jnp.float32, lambda x, w, _: _product_cpu(x, w))
 
 
 def _cpu_devices() -> int:

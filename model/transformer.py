@@ -44,7 +44,13 @@ Residual = Callable[[Float[Array, "B T D"], int], Float[Array, "B T D"]]
 """residual(x, n) -> x: the residual stream after n layers, the token embeddings where n is 0."""
 
 
-def attend_to_tokens(q, k, v, spec, state):
+def attend_to_tokens(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    spec: AttentionSpec,
+    state: Any,
+) -> tuple[Float[Array, "B T K G H"], Any]:
     """An `Attend` whose keys and values are those of the tokens themselves: teacher forcing, without a cache."""
     return causal_attention(q, k, v, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap), state
 

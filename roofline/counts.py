@@ -13,7 +13,6 @@ import dataclasses
 from .deployment import Deployment, itemsize
 
 _PARTS = ("weights", "kv_read", "kv_write", "activations", "logits")
-_SUM_BYTES = 4  # products are reduced over devices in float32, before they are rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,8 @@ class Counts:
       kv_write: keys and values of the new tokens.
       activations: operands and results of the products, and the residual stream.
       logits: the float32 logits, written.
-      collectives: bytes of the all-reduces' operands; they go over links, not to memory.
+      collectives: bytes of the all-reduces' operands, in the model's dtype; they go over links, not to memory. (Dynamic
+        schemes exchange more in prefill: int32 sums, and the scales of activations.)
       all_reduces: how many.
       tokens: new tokens, all rows together.
     """
@@ -139,7 +139,7 @@ def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0,
         kv_write=Part(bytes=rows * L * kv),
         activations=Part(bytes=(rows * elements + scored_rows * D) * element),
         logits=Part(bytes=scored_rows * V * 4),
-        collectives=Part(bytes=0 if n == 1 else rows * D * (2 * L * _SUM_BYTES + element)),
+        collectives=Part(bytes=0 if n == 1 else rows * D * (2 * L + 1) * element),
         all_reduces=0 if n == 1 else 2 * L + 1,
         tokens=rows,
     )

@@ -24,6 +24,12 @@ RULES: dict[str, str | None] = {
 """The mesh axis that each logical axis is split over; None is not split."""
 
 
+def is_split(axis: str | None, mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether a logical axis lies in parts on a mesh."""
+    physical = None if axis is None or mesh is None else RULES[axis]
+    return physical is not None and mesh.shape[physical] > 1
+
+
 def partition_spec(
     name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
@@ -43,10 +49,10 @@ def partition_spec(
     for size, logical in zip(shape, axes, strict=True):
         if logical is not None and logical not in RULES:
             raise ValueError(f"{name}: no rule for logical axis {logical!r}; the table has {', '.join(RULES)}")
-        physical = None if logical is None else RULES[logical]
-        if physical is None or mesh.shape[physical] == 1:
+        if not is_split(logical, mesh):
             spec.append(None)
             continue
+        physical = RULES[logical]
         if physical in taken:
             raise ValueError(
                 f"{name} {shape}: logical axes {taken[physical]!r} and {logical!r} both map to mesh axis "
