@@ -79,15 +79,16 @@ class KVCache:
 
         Those at lengths[b] and after are not row b's: zeros, or what an earlier row left in the page.
         """
-        k, v, *scales = self.layers[layer]
-        scales = scales or (1.0, 1.0)
 
-        def rows(pages: Array, scales: Array | float) -> Array:
-            scaled = numbers(pages).astype(jnp.float32) * jnp.asarray(scales)[..., None]
-            found = jnp.moveaxis(scaled[self.block_tables], 2, 3)  # [B, N, S, K, H]
+        def rows(pages: Array, scales: Array | None = None) -> Array:
+            found = numbers(pages)[self.block_tables].astype(jnp.float32)  # [B, N, K, S, H]
+            if scales is not None:
+                found = found * scales[self.block_tables][..., None]
+            found = jnp.moveaxis(found, 2, 3)
             return found.reshape(self.batch_size, self.capacity, *found.shape[3:])
 
-        return rows(k, scales[0]), rows(v, scales[1])
+        k, v, *scales = self.layers[layer]
+        return rows(k, *scales[:1]), rows(v, *scales[1:])
 
     def updated(
         self, logits: Float[Array, "B *T V"], layers: Sequence[tuple[Any, ...]], lengths: Int[Array, "B"]

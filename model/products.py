@@ -25,7 +25,7 @@ def product(
     x: Float[Array, "M I"], w: Float[Array, "*out I"], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "M *out"]:
     """x @ w.T, summed in float32 on each device and over devices in `dtype`, which is the result's."""
-    return _on_platforms(_product_cpu, _product, x, w, dtype)
+    return _on_platforms(_product_cpu, functools.partial(_product, dtype=dtype), x, w, dtype)
 
 
 def quantized_product(
@@ -51,13 +51,14 @@ def quantized_product(
     whole_groups = x.shape[1] % (w.scheme.group or 1) == 0
     if x.shape[0] <= FEW_ROWS and current_device(mesh).is_hopper and whole_groups:
         return _kernel_product(x, w, axes[: out + 1], mesh, dtype)
-    return _on_platforms(_quantized_product_cpu, _quantized_product, x, w, dtype)
+    others = functools.partial(_quantized_product, product=functools.partial(_product, dtype=dtype))
+    return _on_platforms(_quantized_product_cpu, others, x, w, dtype)
 
 
 def _on_platforms(cpu: Callable, others: Callable, x: Array, w: Any, dtype: jax.typing.DTypeLike) -> Array:
     """The platform's way, in `dtype`; on a CPU, where links between devices are memory, sums stay in float32."""
     return lax.platform_dependent(
-        x, w, cpu=lambda x, w: cpu(x, w).astype(dtype), default=lambda x, w: others(x, w, dtype).astype(dtype)
+        x, w, cpu=lambda x, w: cpu(x, w).astype(dtype), default=lambda x, w: others(x, w).astype(dtype)
     )
 
 
@@ -94,7 +95,7 @@ def _streamed(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out
         return y.reshape(-1, *parts[0].shape[:-1])
 
     def by_xla(x: Array, *parts: Array | None) -> Array:
-        return _quantized_product(x, QuantizedArray(*parts, w.scheme), jnp.float32)
+        return _quantized_product(x, QuantizedArray(*parts, w.scheme))
 
     return serve("linear", None, kernel, by_xla, functools.partial(check_kernel, x, *flat(*parts)), x, *parts)
 
@@ -112,17 +113,17 @@ def _streamed_backward(saved: tuple[QuantizedArray, Array], dy: Array) -> tuple[
 _streamed.defvjp(_streamed_forward, _streamed_backward)
 
 
-def _product(x: Float[Array, "M I"], w: Float[Array, "*out I"], dtype: jax.typing.DTypeLike) -> Float[Array, "M *out"]:
+def _product(
+    x: Float[Array, "M I"], w: Float[Array, "*out I"], dtype: jax.typing.DTypeLike = jnp.float32
+) -> Float[Array, "M *out"]:
     return jnp.einsum("mi,...i->m...", x, w, preferred_element_type=dtype)
 
 
-def _quantized_product(
-    x: Float[Array, "M I"], w: QuantizedArray, dtype: jax.typing.DTypeLike, product: Callable = _product
-) -> Array:
+def _quantized_product(x: Float[Array, "M I"], w: QuantizedArray, product: Callable = _product) -> Array:
     if w.scheme.group is not None or w.scheme.dtype == "int4":
-        return product(x, dequantize(w, x.dtype), dtype)
+        return product(x, dequantize(w, x.dtype))
     # Integers and e4m3 numbers are exact in x's dtype; their scales, one an output, follow the product.
-    return product(x, w.values.astype(x.dtype), dtype) * w.scales[..., 0]
+    return product(x, w.values.astype(x.dtype)) * w.scales[..., 0]
 
 
 def _dynamic_product(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
@@ -167,7 +168,7 @@ def _quantized_product_cpu(x: Float[Array, "M I"], w: QuantizedArray) -> Float[A
         return _int8_product_by_digits(x, w)
     if w.scheme.dtype == "float8_e4m3fn":
         w = w.replace(values=_e4m3(lax.bitcast_convert_type(w.values, jnp.int8)))
-    return _quantized_product(x, w, jnp.float32, lambda x, w, _: _product_cpu(x, w))
+    return _quantized_product(x, w, _product_cpu)
 
 
 def _cpu_devices() -> int:
