@@ -37,7 +37,7 @@ from ridgeline.roofline.environment import RESULTS, command, hardware, now, stor
 BOUND = 2e-2  # relative error, as norms
 DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 LARGEST = {"bf16": math.inf, "int8": 127.0, "fp8": 448.0}
-UNIT = 40.0  # stored where one is meant, in quantised pages
+UNIT = 40.0  # stored where one is meant, in quantized pages
 ROTATED = 256e6  # bytes of K and V that a program goes through before it meets the first again: five L2 caches
 MOST_SETS = 32
 MOST_BYTES = 60e9  # of a program, in and out and between

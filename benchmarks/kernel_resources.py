@@ -217,7 +217,7 @@ def attention_op(case: Case, batch: int) -> tuple[Callable[..., Any], dict[str, 
     from ridgeline.pallas_kernels.attention import decode_attention, prefill_attention
 
     pages = 8192 // case.S
-    quantised = case.kv in ("int8", "fp8")
+    quantized = case.kv in ("int8", "fp8")
     heads, whole = PartitionSpec(None, "tensor"), PartitionSpec()
     q_spec = PartitionSpec(None, None, "tensor")
     shapes = {
@@ -229,7 +229,7 @@ def attention_op(case: Case, batch: int) -> tuple[Callable[..., Any], dict[str, 
     }
     if case.op == "prefill":
         shapes["starts"] = ((batch,), "int32", whole)
-    if quantised:
+    if quantized:
         shapes |= {f"{name}_scales": ((4096, case.K, case.S), "float32", heads) for name in "kv"}
     if case.every:
         shapes["sinks"] = ((case.K, case.G), "float32", PartitionSpec("tensor"))

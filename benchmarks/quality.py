@@ -1,7 +1,7 @@
 """What every weight scheme and every KV scheme costs of a model's predictions, and the bytes that it saves.
 
 Each is scored on the held-out parts of the books that the bundled models were trained on (`--text` is that file; see
-`model/bundled/data.py` and the model card), beside the model in float32. Weights are rounded from the checkpoint's own,
+`training/data.py` and the model card), beside the model in float32. Weights are rounded from the checkpoint's own,
 activations are bfloat16.
 """
 
@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 import ridgeline as rl
 from ridgeline.decode.score import evaluate
-from ridgeline.model.bundled.data import read_books, split_book
 from ridgeline.model.schemes import SCHEMES
 from ridgeline.roofline.environment import command, hardware, now, store, versions
 from ridgeline.roofline.plot import check_plot
+from ridgeline.training.data import read_books, split_book
 
 KV_SCHEMES = (None, "int8", "fp8")
 
@@ -128,7 +128,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Loss and divergence against the bytes of parameters a token: a colour a weight scheme, a marker a KV scheme."""
+    """Loss and divergence against the bytes of parameters a token: a color a weight scheme, a marker a KV scheme."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

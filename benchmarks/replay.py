@@ -130,7 +130,7 @@ def _arguments(batch: Sequence[Job]) -> tuple[list[tuple[int, ...]], list[Sampli
 
 
 def representatives(jobs: Sequence[Job], max_batch: int) -> list[Sequence[Job]]:
-    """Batches of neighbours that together need every shape any batch of up to `max_batch` neighbours would."""
+    """Batches of neighbors that together need every shape any batch of up to `max_batch` neighbors would."""
     known: set[tuple[int, int, int, bool]] = set()
     found = []
     for first in range(len(jobs)):
@@ -203,7 +203,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
     return {f"p{percent}": value for percent, value in zip(PERCENTILES, found, strict=True)}
 
 
-def summarise(served: Sequence[Served], ttft_limit: float, tpot_limit: float) -> dict[str, Any]:
+def summarize(served: Sequence[Served], ttft_limit: float, tpot_limit: float) -> dict[str, Any]:
     """All figures of a replay, in seconds and per second, over the time from first arrival to last token."""
     seconds = max(each.times[-1] for each in served) - min(each.arrival for each in served)
     good = sum(each.meets(ttft_limit, tpot_limit) for each in served)
@@ -410,7 +410,7 @@ def run(args: argparse.Namespace, model: Model, trace: Sequence[TraceRequest], c
     warm_up_seconds = time.perf_counter() - started
     with counted_compilations() as compilations:
         served = replay(server, jobs)
-    result = summarise(served, args.ttft_limit, args.tpot_limit)
+    result = summarize(served, args.ttft_limit, args.tpot_limit)
 
     console.print(describe(result))
     goodput = result["goodput"]

@@ -251,7 +251,7 @@ def fit_workload(trace: Sequence[TraceRequest], kinds: int = 8) -> Workload:
 
     The drift of the rate is fitted to the autocovariance of the gaps, which for log-normal levels is, in units of the
     mean gap, exp(s^2 r^lag) - 1; the shape then to their variance, (1 + 1/shape) exp(s^2) - 1. The mixture is fitted by
-    expectation-maximisation (Dempster, Laird and Rubin 1977), the best of a few starts.
+    expectation-maximization (Dempster, Laird and Rubin 1977), the best of a few starts.
 
     Raises:
       ValueError: too few requests, or all at one time.

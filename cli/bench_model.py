@@ -15,7 +15,7 @@ from ..model.loading import BUNDLED, GenerationDefaults, Model, load_model
 from ..model.params import float_specs, init_params
 from ..model.presets import PRESETS
 from ..roofline.deployment import Deployment
-from .common import model_config, quantised
+from .common import model_config, quantized
 
 _FIELDS: dict[str, tuple[str, type]] = {
     "vocab_size": ("vocab_size", int),
@@ -43,7 +43,7 @@ class Subject:
       config: with changes and dtype applied; of one device.
       hf: config.json of a model with random weights; None where a directory has the weights.
       changes: what was set, by field.
-      schemes: how it is quantised, as `load_model` takes it.
+      schemes: how it is quantized, as `load_model` takes it.
     """
 
     name: str
@@ -86,7 +86,7 @@ def find_subject(
             )
         config = model_config(model)
         config = config if dtype is None else config.replace(dtype=dtype)
-        return Subject(model, quantised(config, **schemes), None, {}, schemes)
+        return Subject(model, quantized(config, **schemes), None, {}, schemes)
     hf = PRESETS[model] | {_FIELDS[field][0]: value for field, value in changes.items()}
     if dtype is not None:
         hf["torch_dtype"] = dtype
@@ -97,7 +97,7 @@ def find_subject(
     for field, value in changes.items():
         if getattr(config, field) != value:
             raise ValueError(f"--set {field}={value} has no effect: for {model} it is {getattr(config, field)}")
-    return Subject(model, quantised(config, **schemes), hf, changes, schemes)
+    return Subject(model, quantized(config, **schemes), hf, changes, schemes)
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -156,7 +156,7 @@ def check_memory(
       memory: bytes of one device.
       sizes: rows and positions of each cache; one of them is held at a time.
       random: the weights are made there, in float32 first.
-      copies: of the weights in this memory, those of peers included, which are not quantised.
+      copies: of the weights in this memory, those of peers included, which are not quantized.
 
     Raises:
       ValueError: it does not fit; with the numbers.

@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
 
 
 def add_format_options(parser: argparse._ActionsContainer, *, dtype: str | None = None, kv: bool = True) -> None:
-    """Add the numbers that a model is held in: dtype, quantisation, and where there is one the KV cache."""
+    """Add the numbers that a model is held in: dtype, quantization, and where there is one the KV cache."""
     add, schemes = parser.add_argument, ", ".join(SCHEMES)
     own = dtype or "the model's own"
     add("--dtype", choices=DTYPES, default=dtype, help=f"of weights and activations (default: {own})")
@@ -145,15 +145,15 @@ def model_config(model: str) -> ModelConfig:
     return read_description(directory, stated) if converted else stated
 
 
-def quantised(config: ModelConfig, quantize: str | None, quantize_output: str | None) -> ModelConfig:
-    """The configuration of a model that is to be quantised; the schemes as `load_model` takes them.
+def quantized(config: ModelConfig, quantize: str | None, quantize_output: str | None) -> ModelConfig:
+    """The configuration of a model that is to be quantized; the schemes as `load_model` takes them.
 
     Raises:
-      ValueError: its weights come quantised.
+      ValueError: its weights come quantized.
     """
     asked = quantization(quantize, quantize_output)
     if asked is None:
         return config
     if config.quantization is not None:
-        raise ValueError("its weights come quantised; leave out --quantize and --quantize-output")
+        raise ValueError("its weights come quantized; leave out --quantize and --quantize-output")
     return config.replace(quantization=asked)

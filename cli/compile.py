@@ -14,7 +14,7 @@ from ..decode.lowering import abstract_cache, abstract_params, bytes_per_device,
 from ..model.presets import PRESETS
 from ..sharding.hlo import Collective, collectives, parse
 from ..sharding.targets import CHIPS, Chip, compile_for_target, find_chip, target_mesh
-from .common import OK, add_format_options, model_config, quantised, terminal, usage_errors
+from .common import OK, add_format_options, model_config, quantized, terminal, usage_errors
 
 _MEMORY_FRACTION = 0.75  # of a GPU's memory, which JAX takes at start unless it is told otherwise
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if not 1 <= prompt <= args.context:
             raise ValueError(f"--prompt is {prompt}; it must be between 1 and --context {args.context}")
         config = model_config(args.model).replace(dtype=args.dtype)
-        config = quantised(config, args.quantize, args.quantize_output).replicate_kv_heads(args.devices)
+        config = quantized(config, args.quantize, args.quantize_output).replicate_kv_heads(args.devices)
     mesh = target_mesh(args.target, tensor=args.devices)
     chip = find_chip(args.target)
     sizes = {"batch_size": args.batch, "max_length": args.context, "kv_dtype": args.kv_dtype}

@@ -57,7 +57,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "--kv",
         choices=KV_FORMATS,
         metavar="FORMAT",
-        help=f"of the cache: {', '.join(KV_FORMATS)} (default: unquantised)",
+        help=f"of the cache: {', '.join(KV_FORMATS)} (default: unquantized)",
     )
     add("--price", type=float, metavar="USD", help="of one device for an hour, to work out the price of a token")
     add(

@@ -26,7 +26,7 @@ def cached_attend(
     Args:
       cache: its tables and mesh are used; its layers come as the state.
       op: op(q, k_pages, v_pages, block_tables, *lengths, scale=, window=, soft_cap=, identity_table=), which takes
-        k_scales= and v_scales= too if the cache is quantised.
+        k_scales= and v_scales= too if the cache is quantized.
       positions: of the new tokens.
       valid: which of them to write.
       lengths: [B] arrays that `op` takes.

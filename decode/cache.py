@@ -17,7 +17,7 @@ from ..model.config import DTYPES, ModelConfig
 from ..model.quantization import rounded
 from ..sharding.rules import constrain, named_sharding
 
-_QUANTISED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
+_QUANTIZED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
 KV_DTYPES = {name: jnp.dtype(name) for name in (*DTYPES, "int8")} | {"fp8": jnp.dtype(jnp.float8_e4m3fn)}
 """What pages may hold, by the name of a `kv_dtype`."""
 
@@ -29,7 +29,7 @@ class KVCache:
     Attributes:
       k, v: one array a layer, [P, K, S, H]: pages, KV heads, positions a page, head dimensions.
         float8_e4m3fn is held as bytes, uint8, which XLA:CPU too writes in place; see `numbers`.
-      k_scales, v_scales: of quantised pages one array a layer, [P, K, S] float32: a number times the scale of its
+      k_scales, v_scales: of quantized pages one array a layer, [P, K, S] float32: a number times the scale of its
         position and head is the key or value. Of other pages ().
       block_tables: [B, N] int32, the page that holds positions n * S to (n + 1) * S - 1 of a row.
       lengths: [B] int32, positions cached so far.
@@ -168,8 +168,8 @@ def init_cache(
         ),
         lengths=array("lengths", 0, jnp.int32, batch=batch_size),
         max_lengths=array("max_lengths", max_length, jnp.int32, batch=batch_size),
-        k_scales=leaves("k_scales", jnp.float32) if dtype in _QUANTISED else (),
-        v_scales=leaves("v_scales", jnp.float32) if dtype in _QUANTISED else (),
+        k_scales=leaves("k_scales", jnp.float32) if dtype in _QUANTIZED else (),
+        v_scales=leaves("v_scales", jnp.float32) if dtype in _QUANTIZED else (),
         identity_table=own,
         mesh=mesh,
     )
@@ -214,7 +214,7 @@ def write_layer(
 
     Args:
       layer: one entry of `KVCache.layers`.
-      k, v: what to write; quantised here if the layer is.
+      k, v: what to write; quantized here if the layer is.
       block_tables: page of each stretch of S positions.
       positions: where each token goes in its row.
       valid: tokens to write; the others (padding, rows without room) leave no trace.

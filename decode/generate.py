@@ -118,7 +118,7 @@ def default_sampling(model: Model, **changes: Any) -> SamplingParams:
 def make_requests(
     model: Model, prompts: Prompts, sampling: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[Request]:
-    """Check and tokenise prompts: everything that can be refused is refused here, before any device work."""
+    """Check and tokenize prompts: everything that can be refused is refused here, before any device work."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if sampling is None:
         sampling = default_sampling(model)

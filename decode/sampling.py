@@ -356,7 +356,7 @@ def _gumbel(state, positions, vocab_size):
 
 
 def _logprobs(logits, tokens, plan):
-    # Ranked by logits: subtracting the normaliser can round two of them to one value.
+    # Ranked by logits: subtracting the normalizer can round two of them to one value.
     ids, chosen = _token_ids(logits), tokens[:, None]
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     score = jnp.take_along_axis(logits, chosen, axis=-1)

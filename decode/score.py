@@ -115,7 +115,7 @@ def evaluate(
       batch_size: windows that run together.
       kv_dtype: of the model's KV cache, as `init_cache` takes it.
       limit: score the first so many tokens alone.
-      against: a model with the same tokenizer, on the same devices, such as the unquantised one in float32; its KV
+      against: a model with the same tokenizer, on the same devices, such as the unquantized one in float32; its KV
         cache is in its own dtype.
       progress: called after every batch with the tokens scored so far and those to score in all.
 

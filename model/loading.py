@@ -95,14 +95,14 @@ def load_model(
         ("./bundled" is a directory of that name).
       mesh: as `make_mesh` returns it; None is one device.
       dtype: "float32", "bfloat16" or "float16", of weights, activations and KV cache; the checkpoint's own by default.
-      quantize: the scheme, one of `SCHEMES`, that the matrices of the layers are stored in. Each is quantised as it is
-        loaded. None leaves them as the checkpoint has them, which may hold them quantised.
+      quantize: the scheme, one of `SCHEMES`, that the matrices of the layers are stored in. Each is quantized as it is
+        loaded. None leaves them as the checkpoint has them, which may hold them quantized.
       quantize_output: the scheme of the output projection. Where it is tied to the embedding, the embedding stays and
-        a quantised copy of it makes the logits.
+        a quantized copy of it makes the logits.
 
     Raises:
-      CheckpointError: a file or tensor that is missing, damaged or not supported, or weights to be quantised that the
-        checkpoint holds quantised; it names the file and the remedy.
+      CheckpointError: a file or tensor that is missing, damaged or not supported, or weights to be quantized that the
+        checkpoint holds quantized; it names the file and the remedy.
       ValueError: an unknown dtype or scheme, or a mesh that the model does not divide over; nothing has been read then.
     """
     chosen = None if dtype is None else _dtype_name(dtype)
@@ -121,7 +121,7 @@ def load_model(
         stored = read_description(directory, stated)
         if asked not in (None, stored.quantization):
             raise CheckpointError(
-                f"{directory} is a converted checkpoint, whose weights are quantised when it is written or not at all; "
+                f"{directory} is a converted checkpoint, whose weights are quantized when it is written or not at all; "
                 f"convert the original again with quantize={quantize!r}, quantize_output={quantize_output!r}"
             )
         config = _on_mesh(stored.replace(dtype=chosen or stored.dtype), mesh)
@@ -200,14 +200,14 @@ def _open_weights(
 
 
 def _quantized(directory: Path, stated: ModelConfig, asked: Quantization | None) -> ModelConfig:
-    """The configuration with what the checkpoint holds quantised, and what is to be quantised besides."""
+    """The configuration with what the checkpoint holds quantized, and what is to be quantized besides."""
     held = stated.quantization
     if held is None or asked is None:
         return stated if asked is None else stated.replace(quantization=asked)
     if asked.layers is not None or held.output is not None:
         raise CheckpointError(
-            f"{directory} is quantised already, to {held.layers.dtype}; load it without quantize= and "
-            "quantize_output=, or load the checkpoint that it was quantised from"
+            f"{directory} is quantized already, to {held.layers.dtype}; load it without quantize= and "
+            "quantize_output=, or load the checkpoint that it was quantized from"
         )
     return stated.replace(quantization=dataclasses.replace(held, output=asked.output))
 

@@ -1,9 +1,9 @@
 """The one list of a model's parameters.
 
-`param_specs(config)` drives initialisation, placement, loading and every byte count; nothing else lists parameters.
+`param_specs(config)` drives initialization, placement, loading and every byte count; nothing else lists parameters.
 Weights keep the checkpoint's [out, in] orientation. Query, key and value weights are one array grouped by KV head,
 gate and up weights are one array: fewer launches, and both shard on their first axis. A weight that the configuration
-quantises is a `QuantizedArray` in the tree, whose leaves are parameters like any other.
+quantizes is a `QuantizedArray` in the tree, whose leaves are parameters like any other.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class ParamSpec:
 
 
 def param_specs(config: ModelConfig) -> Params:
-    """The pytree of `ParamSpec` of a model: its parameters' names, shapes, dtypes, axes and initialisation."""
+    """The pytree of `ParamSpec` of a model: its parameters' names, shapes, dtypes, axes and initialization."""
     specs = float_specs(config)
     if config.quantization is None:
         return specs
@@ -69,8 +69,8 @@ def param_specs(config: ModelConfig) -> Params:
 
 def scheme_of(config: ModelConfig, name: str, spec: ParamSpec) -> Scheme | None:
     """How a parameter of `float_specs` is stored; None is as it is."""
-    quantised = config.quantization is not None and spec.in_axes and name != "embedding"
-    return config.quantization.scheme_of(name) if quantised else None
+    quantized = config.quantization is not None and spec.in_axes and name != "embedding"
+    return config.quantization.scheme_of(name) if quantized else None
 
 
 def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
@@ -86,7 +86,7 @@ def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
 
 
 def float_specs(config: ModelConfig) -> Params:
-    """`param_specs` of the model before it is quantised: what checkpoints hold and initialisation makes."""
+    """`param_specs` of the model before it is quantized: what checkpoints hold and initialization makes."""
     V, D = config.vocab_size, config.embed_dim
     specs = {
         "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1),

@@ -1,4 +1,4 @@
-"""x @ w.T in the form that each platform is fastest at, for weights as they are and for quantised ones."""
+"""x @ w.T in the form that each platform is fastest at, for weights as they are and for quantized ones."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .quantization import ZERO_NIBBLE, QuantizedArray, dequantize, rounded, scal
 
 FEW_ROWS = 64
 """Up to so many rows a product waits for its weight, on CPUs and GPUs."""
-_MOST_TERMS = 64 if jax.__version_info__ >= (0, 11) else 12  # that XLA:CPU fuses into one vectorised loop
+_MOST_TERMS = 64 if jax.__version_info__ >= (0, 11) else 12  # that XLA:CPU fuses into one vectorized loop
 _DIGITS = 3
 
 
@@ -35,7 +35,7 @@ def quantized_product(
     mesh: Mesh | None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "M *out"]:
-    """The same of a quantised weight, whose input axes, however many, are contracted as one.
+    """The same of a quantized weight, whose input axes, however many, are contracted as one.
 
     Args:
       x: activations.
@@ -189,7 +189,7 @@ def _lanes(size: int, choices: tuple[int, ...] = (32, 64)) -> int:
 
 
 def _product_by_lanes(x: Float[Array, "1 I"], w: Num[Array, "*out I"], lanes: int) -> Float[Array, "1 *out"]:
-    """A matrix times one row as one fused loop that LLVM vectorises: XLA's own product takes twice as long or more.
+    """A matrix times one row as one fused loop that LLVM vectorizes: XLA's own product takes twice as long or more.
 
     Each of `lanes` sums takes every such column; a second, small product adds them up.
     """

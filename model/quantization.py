@@ -1,7 +1,7 @@
 """Weights in fewer bits: `QuantizedArray`, and how arrays become one and are read back.
 
 A weight is (value - zero) * scale. Integers are rounded to the nearest, and the largest of a group fixes its scale, so
-that what was quantised once quantises to the same values again.
+that what was quantized once quantizes to the same values again.
 """
 
 import functools

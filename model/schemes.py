@@ -58,7 +58,7 @@ class Quantization:
 
     Attributes:
       layers: of the matrices of the layers; None leaves them as they are.
-      output: of the output projection; None leaves it as it is. Where it is tied to the embedding, a quantised copy is
+      output: of the output projection; None leaves it as it is. Where it is tied to the embedding, a quantized copy is
         kept beside the embedding, whose rows are still looked up.
       skip: parameters left as they are, by dotted name, such as "layers.0.down".
     """
@@ -73,7 +73,7 @@ class Quantization:
 
 
 def quantization(layers: str | None, output: str | None = None) -> Quantization | None:
-    """The quantisation of the layers and of the output projection, each by its scheme's name; None without any.
+    """The quantization of the layers and of the output projection, each by its scheme's name; None without any.
 
     Raises:
       ValueError: an unknown scheme.
@@ -90,5 +90,5 @@ def scheme(name: str) -> Scheme:
       ValueError: there is none.
     """
     if name not in SCHEMES:
-        raise ValueError(f"quantisation scheme {name!r} is not known; known: {', '.join(SCHEMES)}")
+        raise ValueError(f"quantization scheme {name!r} is not known; known: {', '.join(SCHEMES)}")
     return SCHEMES[name]

@@ -194,7 +194,7 @@ def _special_tokens(stated: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for name in SPECIAL_TOKENS:
         value = stated.get(name)
-        if isinstance(value, Mapping):  # a serialised AddedToken
+        if isinstance(value, Mapping):  # a serialized AddedToken
             value = value.get("content")
         if isinstance(value, str):
             found[name] = value

@@ -77,7 +77,7 @@ def prefill_attention(
 
     Raises:
       NotImplementedError: "mosaic" does not serve the case.
-      ValueError: no such implementation, or scales without quantised pages or the reverse.
+      ValueError: no such implementation, or scales without quantized pages or the reverse.
     """
     _check_scales("prefill_attention", k_pages, v_pages, k_scales, v_scales)
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
@@ -149,8 +149,8 @@ def decode_attention(
 
 def _check_scales(op: str, k_pages: Array, v_pages: Array, k_scales: Array | None, v_scales: Array | None) -> None:
     for name, pages, scales in (("k", k_pages, k_scales), ("v", v_pages, v_scales)):
-        quantised = pages.dtype in (jnp.int8, jnp.float8_e4m3fn)
-        if quantised and scales is None:
+        quantized = pages.dtype in (jnp.int8, jnp.float8_e4m3fn)
+        if quantized and scales is None:
             raise ValueError(f"{op}: {name}_pages are {pages.dtype}; pass {name}_scales")
-        if scales is not None and not quantised:
+        if scales is not None and not quantized:
             raise ValueError(f"{op}: {name}_scales go with int8 and float8_e4m3fn pages, not with {pages.dtype}")

@@ -28,7 +28,7 @@ def combine_partials(
     """Softmax-weighted values, from sums over stretches of positions that each had a maximum of its own.
 
     Args:
-      sums: unnormalised values of R queries, transposed, float32; unit u's are slots pieces[u] + u.
+      sums: unnormalized values of R queries, transposed, float32; unit u's are slots pieces[u] + u.
       stats: each partial's maximum score, in bits (base-2 logarithm), and its sum of exponentials.
       pieces: `Schedule.pieces`.
       sinks: a further logit of each query's head, in bits, that has no value (unit u's head is u % heads).
@@ -82,8 +82,8 @@ def combine_partials(
             total = total + jnp.exp2(jnp.minimum(sink - highest, 126.0))
         total = jnp.maximum(total, 1e-30)
         for offset, out in zip(offsets, outs, strict=True):
-            normalised = plgpu.layout_cast((out / wide(total, out)).astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            mosaic.store(mosaic.transposed(out_s.at[:, pl.ds(offset, 64)]), normalised)
+            normalized = plgpu.layout_cast((out / wide(total, out)).astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            mosaic.store(mosaic.transposed(out_s.at[:, pl.ds(offset, 64)]), normalized)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_s.at[pl.ds(0, rows)], out_ref.at[u])
         plgpu.wait_smem_to_gmem(0)

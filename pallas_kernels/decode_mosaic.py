@@ -50,17 +50,17 @@ class DecodeTiling:
     blocks_per_sm: int
 
 
-def decode_tiling(head_dim: int, queries: int, *, quantised: bool) -> DecodeTiling:
+def decode_tiling(head_dim: int, queries: int, *, quantized: bool) -> DecodeTiling:
     """Several blocks a multiprocessor, so that one loads while another computes, if each can have a deep enough ring.
 
-    Quantised tiles are released before they are multiplied, and widening them is work to overlap: two stages and three
+    Quantized tiles are released before they are multiplied, and widening them is work to overlap: two stages and three
     blocks. Wide heads take one block with all the memory.
     """
-    columns = min(-(-queries // 8) * 8, (32 if quantised else 48) if head_dim <= 128 else 24)
-    stage = 2 * _TILE * (head_dim + 4 if quantised else 2 * head_dim) + columns * head_dim * 2
-    wide_tile = 2 * _TILE * head_dim if quantised else 0
+    columns = min(-(-queries // 8) * 8, (32 if quantized else 48) if head_dim <= 128 else 24)
+    stage = 2 * _TILE * (head_dim + 4 if quantized else 2 * head_dim) + columns * head_dim * 2
+    wide_tile = 2 * _TILE * head_dim if quantized else 0
     fixed = columns * (head_dim + _TILE) * 2 + wide_tile + _REDUCTION_BYTES + _PADDING_BYTES
-    wanted_blocks, wanted_stages = (3, 2) if quantised else (2, 3)
+    wanted_blocks, wanted_stages = (3, 2) if quantized else (2, 3)
     for blocks in range(wanted_blocks, 0, -1):
         stages = min(6, (mosaic.SHARED_BYTES // blocks - mosaic.RESERVED_BYTES - fixed) // stage)
         if stages >= wanted_stages:
@@ -99,15 +99,15 @@ def decode_attention_mosaic(
     """
     B, K, R, H = q.shape
     P, _, S, _ = k_pages.shape
-    quantised = k_scales is not None
-    tiling = decode_tiling(H, R, quantised=quantised)
+    quantized = k_scales is not None
+    tiling = decode_tiling(H, R, quantized=quantized)
     columns, stages = tiling.columns, tiling.stages
     if blocks is None:
         blocks = tiling.blocks_per_sm * (current_device().multiprocessors or _MULTIPROCESSORS)
     splits = -(-R // columns)  # of the queries of a head, where they are more than one wgmma takes
     heads = K * splits
     q = jnp.pad(q, ((0, 0), (0, 0), (0, splits * columns - R), (0, 0))).reshape(B, heads, columns, H)
-    scales = (k_scales, v_scales) if quantised else ()
+    scales = (k_scales, v_scales) if quantized else ()
     # Copies of under 128 bytes are refused, so that the scales of smaller pages are gathered into tiles beforehand.
     scales_paged = S * 4 >= 128
     if not scales_paged:
@@ -123,7 +123,7 @@ def decode_attention_mosaic(
     wide = mosaic.tiled(H, 2)  # of every matrix that wgmma reads
 
     def split_kernel(q_ref, k_ref, v_ref, *refs):
-        scales_ref, refs = (refs[:2], refs[2:]) if quantised else ((), refs)
+        scales_ref, refs = (refs[:2], refs[2:]) if quantized else ((), refs)
         tables_ref, lengths_ref, work_ref, rows_ref, sums_ref, stats_ref, q_s, k_s, v_s, p_s, *refs = refs
         q_ready, k_ready, v_ready, *staging = refs
         block = lax.axis_index("block")
@@ -160,7 +160,7 @@ def decode_attention_mosaic(
 
             start = lax.rem(first + at, jnp.int32(S // _TILE)) * _TILE if S > _TILE else 0
             paged = [(k_ref, k_s, k_ready), (v_ref, v_s, v_ready)]
-            if quantised:
+            if quantized:
                 scale_rings = list(zip(scales_ref, staging[1:], (k_ready, v_ready), strict=True))
                 if scales_paged:
                     paged += scale_rings
@@ -212,7 +212,7 @@ def decode_attention_mosaic(
 
             pl.when(new_unit)(lambda: plgpu.barrier_wait(q_ready.at[place]))
             plgpu.barrier_wait(k_ready.at[slot])
-            if quantised:
+            if quantized:
                 wide_s, k_scales_s, v_scales_s = staging
                 key_scales = mosaic.load(k_scales_s.at[slot], _ROW)
                 mosaic.widen(keys, wide_s)
@@ -226,7 +226,7 @@ def decode_attention_mosaic(
 
             plgpu.barrier_wait(v_ready.at[slot])
             rows, weights = real_rows(base, length), p
-            if quantised:
+            if quantized:
                 value_scales = mosaic.load(v_scales_s.at[slot], _ROW)
                 if dtype == jnp.float16:  # weights times scales may leave its range, which values do not
                     mosaic.widen(values, wide_s, value_scales, rows)
@@ -242,7 +242,7 @@ def decode_attention_mosaic(
             def fetch_next():
                 pl.when(i + stages < count)(lambda: fetch(i + stages, ahead, ahead_unit, ahead_new, page_ids))
 
-            if quantised:  # the ring's slot is free once it is widened
+            if quantized:  # the ring's slot is free once it is widened
                 fetch_next()
 
             def product(*accs):
@@ -255,7 +255,7 @@ def decode_attention_mosaic(
             sums = tuple(
                 s * lax.broadcast_in_dim(kept, s.shape, [1]) + update for s, update in zip(sums, updates, strict=True)
             )
-            if not quantised:
+            if not quantized:
                 fetch_next()
 
             next_cursor, done = advance(cursor)
@@ -298,7 +298,7 @@ def decode_attention_mosaic(
         lax.fori_loop(0, count, step, (*nothing, *first, ahead, ahead_unit, ahead_new, page_ids))
 
     narrow = mosaic.tiled(H, kv_dtype.itemsize)  # as loaded
-    copies = pages + (pages if scales_paged else 1) * quantised  # of K or V, a tile
+    copies = pages + (pages if scales_paged else 1) * quantized  # of K or V, a tile
     scratch = [
         plgpu.SMEM((stages + 1, columns, H), dtype, transforms=wide),
         plgpu.SMEM((stages, _TILE, H), kv_dtype, transforms=narrow),
@@ -308,7 +308,7 @@ def decode_attention_mosaic(
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
     ]
-    if quantised:
+    if quantized:
         scratch += [plgpu.SMEM((_TILE, H), dtype, transforms=wide)]
         scratch += [plgpu.SMEM((stages, _TILE), jnp.float32)] * 2
     sums, stats = mosaic.kernel(

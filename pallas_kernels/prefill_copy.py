@@ -53,7 +53,7 @@ def copy_tiles(block, pages, both):
 
 
 def copy_and_widen(block, pages, scales, both):
-    """The third warpgroup's work on a quantised cache: a raw tile arrives while the one before it is widened."""
+    """The third warpgroup's work on a quantized cache: a raw tile arrives while the one before it is widened."""
     case = block.case
     exact = jnp.bfloat16 if case.kv_dtype == jnp.int8 else jnp.float16  # 16 bits that hold each value of the dtype
 

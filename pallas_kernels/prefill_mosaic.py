@@ -2,7 +2,7 @@
 
 A thread block serves 128 query rows of one KV head. A row is a query head at a token, so that all heads of a group
 share each read of K and V. Two warpgroups attend, 64 rows each; a third brings K and V into shared memory some tiles
-ahead of them, page by page, and widens them there if they are quantised. The two take turns at the tensor cores, one
+ahead of them, page by page, and widens them there if they are quantized. The two take turns at the tensor cores, one
 multiplying while the other is in its softmax, as in FlashAttention-3 (Shah et al. 2024). The softmax is online
 (Milakov and Gimelshein 2018), in float32 and base 2.
 
@@ -69,18 +69,18 @@ def prefill_attention_mosaic(
     Returns:
       [B, T, K, G, H] in the queries' dtype.
     """
-    quantised = k_scales is not None
+    quantized = k_scales is not None
     B, T, K, G, H = q.shape
     P, _, S, _ = k_pages.shape
     N, R = block_tables.shape[1], -(-T * G // _BLOCK) * _BLOCK
     case = _Case(
-        B, T, K, G, H, P, S, N, R, q.dtype, k_pages.dtype, quantised, scale, window, soft_cap, interpret is not None
+        B, T, K, G, H, P, S, N, R, q.dtype, k_pages.dtype, quantized, scale, window, soft_cap, interpret is not None
     )
     rows = jnp.pad(q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H), ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
     if sinks is not None:
         sinks = jnp.pad(jnp.tile(sinks.astype(jnp.float32), (1, T)), ((0, 0), (0, R - T * G)))
     scales = None
-    if quantised:
+    if quantized:
         scales = [k_scales, v_scales]
         if not case.paged_scales:
             scales = [mosaic.scales_in_order(x, block_tables, case.keys) for x in scales]
@@ -114,7 +114,7 @@ class _Case:
     R: int
     dtype: Any
     kv_dtype: Any
-    quantised: bool
+    quantized: bool
     scale: float
     window: int | None
     soft_cap: float | None
@@ -135,7 +135,7 @@ class _Case:
 
         Widening is done on 64 x 64 values a time, 32 float32 a thread, beside the numbers of the next tile's pages.
         """
-        if not self.quantised:
+        if not self.quantized:
             return 232, 40
         return (192, 120) if self.H <= 128 else (224, 56)
 
@@ -160,10 +160,10 @@ class _Case:
         copies = self.keys // self.piece
         tiles = Tiles(
             plgpu.SMEM((STAGES, self.keys, self.H), self.dtype, transforms=transforms),
-            plgpu.Barrier(num_arrivals=1 if self.quantised else copies, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=1 if self.quantized else copies, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=_ATTENDING, num_barriers=STAGES),
         )
-        if self.quantised:
+        if self.quantized:
             tiles = tiles._replace(
                 raw=plgpu.SMEM((self.keys, self.H), self.kv_dtype, transforms=mosaic.tiled(self.H, 1)),
                 scales=plgpu.SMEM((self.keys,), jnp.float32),
@@ -243,7 +243,7 @@ def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q
     @pl.when(warpgroup == _ATTENDING)
     def _():
         plgpu.set_max_registers(copying, action="decrease")
-        if case.quantised:
+        if case.quantized:
             copy_and_widen(block, pages, scales, (k_s, v_s))
         else:
             copy_tiles(block, pages, (k_s, v_s))
@@ -271,7 +271,7 @@ def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q
 
 
 def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
-    """The loop over keys for 64 query rows: unnormalised result, highest score in bits, sum of the exponentials."""
+    """The loop over keys for 64 query rows: unnormalized result, highest score in bits, sum of the exponentials."""
     case = block.case
     # Multiplied in the exponential, where it costs nothing; capped scores are in bits already.
     to_bits = case.scale * mosaic.LOG2E if case.soft_cap is None else 1.0
@@ -330,7 +330,7 @@ def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(v_s.filled.at[slot])
         plgpu.barrier_wait(turn)
-        if not case.quantised:
+        if not case.quantized:
             real = block.real_rows(tile)
 
             @pl.when((real[0] > 0) | (real[1] < case.keys))

@@ -132,7 +132,7 @@ def decode_attention(
         out = prefill_attention(rows, k_pages, v_pages, tables, lengths - queries, lengths, **more, **options)
         return out.swapaxes(1, 2).reshape(q.shape)
 
-    # XLA:GPU widens what is quantised inside the product; XLA:CPU would first write all of it out, as float32.
+    # XLA:GPU widens what is quantized inside the product; XLA:CPU would first write all of it out, as float32.
     return lax.platform_dependent(*arrays, cpu=in_blocks, default=in_one)
 
 

@@ -69,7 +69,7 @@ def _length(cell: BenchCell) -> int | float:
 
 
 def _lines(axes: Any, cells: Sequence[BenchCell], key: Any, label: str, size: Any, scale: int | float) -> None:
-    """Measured medians with their extremes, and the prediction dashed in the same colour."""
+    """Measured medians with their extremes, and the prediction dashed in the same color."""
     groups: dict[Any, list[BenchCell]] = {}
     for cell in cells:
         groups.setdefault(key(cell), []).append(cell)

@@ -2,7 +2,7 @@
 
 A step is one run of the compiled program: a prefill chunk, or a decode step. What is counted is what the program has to
 do: every weight read once, every visible key and value read once, every product's operands and result moved once, and
-element-wise work fused into its neighbours. FLOPs are those of the matrix products, two for each multiply-add, and of
+element-wise work fused into its neighbors. FLOPs are those of the matrix products, two for each multiply-add, and of
 attention over visible keys only. Norms, rotations, activations and softmax are left out: about 1 % of a model of 256
 dimensions, less of a larger one. All counts are those of one device.
 """

@@ -22,9 +22,9 @@ class Phase:
       compute_seconds, memory_seconds, communication_seconds: what each would take alone.
       seconds: the longer of the first two, and the third; summed over the steps.
       ridge: FLOP a byte at which the first two are equal.
-      mfu: model FLOPs utilisation, FLOP/s achieved over the peak. FLOP a token is no rate: an 8 B model's 16 GFLOP a
+      mfu: model FLOPs utilization, FLOP/s achieved over the peak. FLOP a token is no rate: an 8 B model's 16 GFLOP a
         token at 125 tokens/s are 2 TFLOP/s, 0.64 % of an A100, and not the 16 GFLOP/s and 0.005 % of some texts.
-      mbu: memory bandwidth utilisation, bytes/s achieved over the bandwidth.
+      mbu: memory bandwidth utilization, bytes/s achieved over the bandwidth.
     """
 
     counts: Counts
@@ -75,7 +75,7 @@ def predict(
     Args:
       steps: counts of one device, of one step or of several that follow each other.
       hardware: each device.
-      dtype: in which products are made: that of the activations, to which quantised weights are widened.
+      dtype: in which products are made: that of the activations, to which quantized weights are widened.
       tensor: devices that share every layer.
       efficiency: fraction of every peak that is reached; 1 is the roof itself.
 

@@ -117,7 +117,7 @@ class Collective:
 
 
 def parse(text: str) -> Program:
-    """The program whose optimised HLO, `compiled.as_text()`, this is.
+    """The program whose optimized HLO, `compiled.as_text()`, this is.
 
     Raises:
       ValueError: it has no entry computation.

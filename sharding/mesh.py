@@ -14,7 +14,7 @@ AXES = ("data", "expert", "tensor")
 def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over the first data * expert * tensor devices.
 
-    Neighbours on the tensor axis are neighbours in the device list, since that axis communicates most.
+    Neighbors on the tensor axis are neighbors in the device list, since that axis communicates most.
 
     Args:
       data: copies of the model, each of which takes its share of the rows of a batch.

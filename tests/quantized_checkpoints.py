@@ -1,4 +1,4 @@
-"""Checkpoints that arrive quantised, each beside one of the float matrices that it stands for.
+"""Checkpoints that arrive quantized, each beside one of the float matrices that it stands for.
 
 The packers follow the loops of the programs that write such checkpoints: `WQLinear_GEMM.from_linear` of AutoAWQ,
 `QuantLinear.pack` of AutoGPTQ, `pack_to_int32` of compressed-tensors.
@@ -163,7 +163,7 @@ LEFT = {
 
 
 def write_pair(directory: Path, name: str, **sizes: int) -> tuple[Path, Path]:
-    """A quantised checkpoint, and one of the matrices that it stands for, in float32."""
+    """A quantized checkpoint, and one of the matrices that it stands for, in float32."""
     hf, quantization, matrix = CHECKPOINTS[name]
     hf = hf | sizes
     rng, tensors, dense = np.random.default_rng(1), {}, random_tensors(hf)
@@ -176,7 +176,7 @@ def write_pair(directory: Path, name: str, **sizes: int) -> tuple[Path, Path]:
         else:
             parts, dense[tensor] = matrix(rng, *array.shape)
             tensors |= {tensor.removesuffix("weight") + part: stored for part, stored in parts.items()}
-    paths = directory / "quantised", directory / "dense"
+    paths = directory / "quantized", directory / "dense"
     for path, config, content in zip(
         paths, (hf | {"quantization_config": quantization}, hf), (tensors, dense), strict=True
     ):

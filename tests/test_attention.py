@@ -85,14 +85,14 @@ def test_an_unknown_implementation_is_refused():
 
 
 @pytest.mark.parametrize(("kv", "drop"), [(INT8, "k_scales"), (FP8, "v_scales")])
-def test_quantised_pages_want_scales(kv, drop):
+def test_quantized_pages_want_scales(kv, drop):
     arrays = Case(kv=kv).arrays(0)
     del arrays[drop]
     with pytest.raises(ValueError, match=drop):
         decode_attention(**arrays, scale=1.0)
 
 
-def test_scales_want_quantised_pages():
+def test_scales_want_quantized_pages():
     arrays = Case(kv=INT8).arrays(0) | Case().arrays(0)
     with pytest.raises(ValueError, match="k_scales go with int8"):
         decode_attention(**arrays, scale=1.0)

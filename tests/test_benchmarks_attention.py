@@ -57,8 +57,8 @@ def test_bytes_and_operations_are_those_of_what_is_seen(benchmark):
     assert row.flops == sum(ends) * 8 * 64 * 2 * 2  # two products, two operations each
     queries = 2 * 3 * 8 * 64 * 2
     assert row.bytes == 140 * 2 * 2 * 64 * 2 + 2 * queries
-    quantised = benchmark.Row((100, 40), shape=(2, 4, 64), kv="fp8")
-    assert quantised.bytes == 140 * 2 * 2 * (64 + 4) + 2 * queries // 3
+    quantized = benchmark.Row((100, 40), shape=(2, 4, 64), kv="fp8")
+    assert quantized.bytes == 140 * 2 * 2 * (64 + 4) + 2 * queries // 3
 
 
 def test_the_skewed_batch_and_the_even_one_move_equal_bytes(benchmark):

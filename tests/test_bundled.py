@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import jax.numpy as jnp
 import jinja2
@@ -12,10 +11,11 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 import ridgeline as rl
-from ridgeline.model.bundled import data, gradients, recipe
-from ridgeline.model.bundled.export import hf_config, hf_tensors
+from ridgeline.model import loading
+from ridgeline.training import data, gradients, recipe
+from ridgeline.training.export import hf_config, hf_tensors
 
-BUNDLED = Path(data.__file__).parent
+BUNDLED = loading.BUNDLED["bundled"].parent
 NAMES = ("story", "draft")
 FILES = (
     "README.md",

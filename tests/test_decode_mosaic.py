@@ -32,7 +32,7 @@ CASES = [
     Case(H=128, S=64, G=4, T=5, lengths=(90, 131), window=33, soft_cap=3.0, sinks=True),
     Case(H=256, S=128, G=5, T=16, lengths=(150, 10), window=70, sinks=True),
     Case(H=128, S=32, G=16, T=16, K=2, lengths=(100,), dtype=F16),
-    # Quantised pages; scales of pages of 16 positions are gathered.
+    # Quantized pages; scales of pages of 16 positions are gathered.
     Case(H=128, S=64, G=4, K=2, lengths=MIXED, kv=INT8),
     Case(H=64, S=16, G=8, K=2, lengths=MIXED, kv=FP8, sinks=True),
     Case(H=80, S=128, G=1, lengths=MIXED, kv=INT8, window=50),

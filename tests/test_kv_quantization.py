@@ -1,4 +1,4 @@
-"""The quantised KV cache: what is stored, what attention sees of it, and that it is updated in place."""
+"""The quantized KV cache: what is stored, what attention sees of it, and that it is updated in place."""
 
 import functools
 
@@ -32,14 +32,14 @@ on_dtypes = pytest.mark.parametrize("dtype", [INT8, FP8], ids=lambda dtype: dtyp
 on_formats = pytest.mark.parametrize("kv", ["int8", "fp8"])
 
 
-def quantise(x, dtype):
+def quantize(x, dtype):
     """As the cache holds vectors: one scale each."""
     stored, scales = rounded(x, jnp.dtype(dtype).name)
     return stored, scales[..., 0]
 
 
-def dequantised(x, dtype):
-    stored, scales = quantise(x, dtype)
+def dequantized(x, dtype):
+    stored, scales = quantize(x, dtype)
     return stored.astype(jnp.float32) * scales[..., None]
 
 
@@ -54,7 +54,7 @@ def vectors():
 
 @on_dtypes
 def test_a_stored_number_is_the_nearest_there_is(vectors, dtype):
-    stored, scales = map(np.asarray, quantise(vectors, dtype))
+    stored, scales = map(np.asarray, quantize(vectors, dtype))
     assert (scales.dtype, scales.shape) == (np.float32, vectors.shape[:-1])
     np.testing.assert_allclose(scales, np.abs(vectors).max(axis=-1) / LARGEST[dtype], rtol=1e-6)
     exact = np.asarray(vectors, np.float64) / np.float64(scales)[..., None]
@@ -69,9 +69,9 @@ def test_a_stored_number_is_the_nearest_there_is(vectors, dtype):
 
 
 @on_dtypes
-def test_quantising_what_was_dequantised_changes_nothing(vectors, dtype):
-    stored, scales = quantise(vectors, dtype)
-    again, scales_again = quantise(dequantised(vectors, dtype), dtype)
+def test_quantizing_what_was_dequantized_changes_nothing(vectors, dtype):
+    stored, scales = quantize(vectors, dtype)
+    again, scales_again = quantize(dequantized(vectors, dtype), dtype)
     np.testing.assert_array_equal(stored.astype(jnp.float32), again.astype(jnp.float32))
     np.testing.assert_allclose(scales, scales_again, rtol=1e-6)
 
@@ -80,13 +80,13 @@ def test_quantising_what_was_dequantised_changes_nothing(vectors, dtype):
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 3.4e38], ids=str)
 def test_nothing_and_extremes_stay_finite(dtype, value):
     x = jnp.array([[[[0, 0, 0, 0], [value, -value, 0, 0]]]], jnp.float32)
-    out = np.asarray(dequantised(x, dtype))
+    out = np.asarray(dequantized(x, dtype))
     np.testing.assert_allclose(out, x, rtol=1e-6, atol=127 * 1.2e-38)  # a scale is no subnormal number
     assert not out[..., 0, :].any()
 
 
 @on_dtypes
-def test_decode_in_one_product_is_attention_over_dequantised_pages(dtype):
+def test_decode_in_one_product_is_attention_over_dequantized_pages(dtype):
     """What GPUs without a kernel get; CPUs get the form in blocks, which test_attention holds against the oracle."""
     case = Case(H=20, S=16, K=2, G=3, T=3, dtype=F32, kv=dtype, window=30, sinks=True, lengths=(1, 100, 3))
     arrays = case.arrays(5, garbage=100.0)
@@ -105,11 +105,11 @@ def tokens():
 
 
 @pytest.fixture(scope="module", params=["int8", "fp8"])
-def quantised(request, model, tokens):
+def quantized(request, model, tokens):
     """A format, and teacher-forced logits with the keys and values that such a cache gives back."""
 
     def attend(q, k, v, spec, state):
-        k, v = dequantised(k, KV[request.param]), dequantised(v, KV[request.param])
+        k, v = dequantized(k, KV[request.param]), dequantized(v, KV[request.param])
         return causal_attention(q, k, v, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap), state
 
     @jax.jit
@@ -127,8 +127,8 @@ def shuffled(cache):
 
 
 @pytest.mark.parametrize("arrange", [lambda cache: cache, shuffled], ids=["dense", "paged"])
-def test_prefill_in_one_and_in_chunks_and_decode_see_the_same_cache(model, tokens, quantised, arrange):
-    kv, expected = quantised
+def test_prefill_in_one_and_in_chunks_and_decode_see_the_same_cache(model, tokens, quantized, arrange):
+    kv, expected = quantized
     lengths = np.array([60, 24, 5], np.int32)
     empty = functools.partial(rl.init_cache, model.config, 3, 100, page_size=PAGE, kv_dtype=kv)
 

@@ -171,15 +171,15 @@ def test_unsupported_dtype(tmp_path, dtype, pattern):
 def test_fp8_is_named(tmp_path):
     t = random_tensors(LLAMA)
     save(tmp_path, tensors=t | {DOWN: t[DOWN].astype("uint8")}, edit=lambda h: h[DOWN].update(dtype="F8_E4M3"))
-    refused(tmp_path, rf"'{DOWN}' has dtype F8_E4M3, expected one of .*load the unquantised checkpoint")
+    refused(tmp_path, rf"'{DOWN}' has dtype F8_E4M3, expected one of .*load the unquantized checkpoint")
 
 
-def test_packed_quantised_tensors_are_named(tmp_path):
+def test_packed_quantized_tensors_are_named(tmp_path):
     """GPTQ and AWQ store another tensor in place of the weight: what it is says more than what is missing."""
     t = random_tensors(LLAMA)
     packed = t.pop(DOWN).astype("uint8")
     save(tmp_path, tensors=t | {"model.layers.1.mlp.down_proj.qweight": packed})
-    refused(tmp_path, r"'model\.layers\.1\.mlp\.down_proj\.qweight' has dtype U8, .*load the unquantised checkpoint")
+    refused(tmp_path, r"'model\.layers\.1\.mlp\.down_proj\.qweight' has dtype U8, .*load the unquantized checkpoint")
 
 
 def test_values_beyond_float16(tmp_path):

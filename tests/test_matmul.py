@@ -13,7 +13,7 @@ from ridgeline.pallas_kernels.matmul import matmul
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_reference_is_dequantise_then_multiply(case):
+def test_reference_is_dequantize_then_multiply(case):
     x, weight = case.operands()
     expected = exact(x, **weight)
     out = matmul(x, **weight, out_dtype=jnp.float32, implementation="reference")

@@ -13,7 +13,7 @@ from ridgeline.pallas_kernels.matmul_widen import arranged, base, pairs, twice
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_interpreted_kernel_is_dequantise_then_multiply(interpreter, case):
+def test_interpreted_kernel_is_dequantize_then_multiply(interpreter, case):
     x, weight = case.operands()
     weight = {"scales": None, "zeros": None} | weight
     out = matmul_mosaic(x, **weight, blocks=3, interpret=interpreter)  # fewer than steps, so that blocks share bands

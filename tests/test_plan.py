@@ -83,7 +83,7 @@ def test_tables_have_every_row_and_fit_a_narrow_terminal(capsys, monkeypatch):
     assert "Ridge: 295 FLOP/byte (989 TFLOP/s in bfloat16, 3.35 TB/s)" in notes
     assert "128 KiB" in notes
     assert f"{step.mfu:.2%} of the peak" in notes
-    assert "2 TFLOP/s, 0.64%" in notes  # the correction stands where utilisation is shown
+    assert "2 TFLOP/s, 0.64%" in notes  # the correction stands where utilization is shown
 
 
 def test_nothing_fits_prints_memory_alone(capsys):

@@ -43,7 +43,7 @@ CASES = [
     # float16.
     case_of(dtype=F16, T=40, G=4, starts=(90,)),
     case_of(H=80, dtype=F16, T=70, window=33, soft_cap=3.0, sinks=True),
-    # Quantised caches.
+    # Quantized caches.
     case_of(kv=INT8, T=30, G=4, K=2, starts=(0, 117)),
     case_of(H=80, S=32, kv=INT8, dtype=F16, T=50, G=3, starts=(90, 17), window=40, soft_cap=10.0, sinks=True),
     case_of(H=256, S=128, kv=INT8, T=16, G=8, starts=(0, 55, 200), lengths=(0, 60, 216)),

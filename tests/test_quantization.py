@@ -1,4 +1,4 @@
-"""Quantised weights against plain dequantise-then-multiply in float32, and models loaded in every scheme."""
+"""Quantized weights against plain dequantize-then-multiply in float32, and models loaded in every scheme."""
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def test_zeros_outliers_and_extreme_scales(name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_products_are_those_of_the_dequantised_weight(name, dtype):
+def test_products_are_those_of_the_dequantized_weight(name, dtype):
     w = rl.quantize(weights((4, 3, 2, 128)), SCHEMES[name], 2)
     for rows in (1, 3, 40, 70):  # each takes another way on a CPU
         x = jax.random.normal(jax.random.key(rows), (rows, 2, 128)).astype(dtype)
@@ -171,7 +171,7 @@ def test_gradients_reach_the_inputs(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8-block", "int4-32-zero"])
-def test_loading_quantises_each_parameter(tmp_path, name):
+def test_loading_quantizes_each_parameter(tmp_path, name):
     save(tmp_path)
     whole, model = rl.load_model(tmp_path), rl.load_model(tmp_path, quantize=name, quantize_output="int8")
     chosen = SCHEMES[name]
@@ -206,7 +206,7 @@ def test_the_float_weights_are_never_there_together(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-32", "fp8"])
-def test_conversions_keep_the_quantised_weights(tmp_path, name):
+def test_conversions_keep_the_quantized_weights(tmp_path, name):
     hf, out = tmp_path / "hf", tmp_path / "out"
     hf.mkdir()
     save(hf)
@@ -215,11 +215,11 @@ def test_conversions_keep_the_quantised_weights(tmp_path, name):
     found = rl.load_model(out)
     assert found.config == model.config
     assert_same(found.params, model.params)
-    with pytest.raises(rl.CheckpointError, match="is a converted checkpoint, whose weights are quantised when it is"):
+    with pytest.raises(rl.CheckpointError, match="is a converted checkpoint, whose weights are quantized when it is"):
         rl.load_model(out, quantize="fp8-block")
 
 
-def test_a_tied_output_is_quantised_beside_the_embedding(bundled):
+def test_a_tied_output_is_quantized_beside_the_embedding(bundled):
     model = rl.load_model("bundled", dtype="float32", quantize_output="int8")
     assert model.config.quantization == rl.Quantization(None, SCHEMES["int8"])
     np.testing.assert_array_equal(model.params["embedding"], bundled.params["embedding"])
@@ -230,15 +230,15 @@ def test_a_tied_output_is_quantised_beside_the_embedding(bundled):
 
 def test_random_parameters_and_their_count():
     config = tiny_config()
-    quantised = config.replace(quantization=rl.Quantization(SCHEMES["int8"], skip=("layers.1.down",)))
-    found, whole = (rl.init_params(c, jax.random.key(3)) for c in (quantised, config))
+    quantized = config.replace(quantization=rl.Quantization(SCHEMES["int8"], skip=("layers.1.down",)))
+    found, whole = (rl.init_params(c, jax.random.key(3)) for c in (quantized, config))
     assert_same(found["layers"][0]["down"], rl.quantize(whole["layers"][0]["down"], SCHEMES["int8"]))
     np.testing.assert_array_equal(found["layers"][1]["down"], whole["layers"][1]["down"])
-    assert rl.count_parameters(quantised) == rl.count_parameters(config)
+    assert rl.count_parameters(quantized) == rl.count_parameters(config)
 
 
 def test_unknown_schemes_are_refused():
-    message = "quantisation scheme 'int3' is not known; known: int8, int8-dynamic, fp8"
+    message = "quantization scheme 'int3' is not known; known: int8, int8-dynamic, fp8"
     with pytest.raises(ValueError, match=message):
         scheme("int3")
     with pytest.raises(ValueError, match=message):
@@ -246,7 +246,7 @@ def test_unknown_schemes_are_refused():
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-32", "fp8"])
-def test_quantised_models_still_tell_the_story(bundled, name):
+def test_quantized_models_still_tell_the_story(bundled, name):
     """Decode step by step gives the logits of one forward pass, and greedy text stays that of float32 for a while."""
     model = rl.load_model("bundled", dtype="float32", quantize=name)
     greedy = rl.SamplingParams(max_tokens=24, temperature=0.0)

@@ -1,4 +1,4 @@
-"""Checkpoints that arrive quantised: every format is read as it is, and what is not read is said."""
+"""Checkpoints that arrive quantized: every format is read as it is, and what is not read is said."""
 
 import json
 
@@ -46,22 +46,22 @@ SKIPPED = {
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_parameters_are_the_matrices_that_are_stored(tmp_path, name):
-    quantised, dense = map(load_model, write_pair(tmp_path, name))
+    quantized, dense = map(load_model, write_pair(tmp_path, name))
     output = SCHEMES[name] if name == "int4 with zero points, output too" else None
-    assert quantised.config.quantization == rl.Quantization(SCHEMES[name], output, SKIPPED.get(name, ()))
-    specs = rl.param_specs(quantised.config)
-    assert jax.tree.structure(quantised.params) == jax.tree.structure(specs)
-    for leaf, spec in zip(jax.tree.leaves(quantised.params), jax.tree.leaves(specs), strict=True):
+    assert quantized.config.quantization == rl.Quantization(SCHEMES[name], output, SKIPPED.get(name, ()))
+    specs = rl.param_specs(quantized.config)
+    assert jax.tree.structure(quantized.params) == jax.tree.structure(specs)
+    for leaf, spec in zip(jax.tree.leaves(quantized.params), jax.tree.leaves(specs), strict=True):
         assert (leaf.shape, leaf.dtype.name) == (spec.shape, spec.dtype)
 
-    assert_stands_for(quantised.params, dense.params)
+    assert_stands_for(quantized.params, dense.params)
 
 
 @pytest.mark.parametrize("name", ["awq", "int8 of eight-bit products"])
 def test_logits_are_those_of_the_matrices(tmp_path, name):
     tokens = jnp.arange(12).reshape(2, 6)
-    quantised, dense = (rl.forward(m.params, m.config, tokens) for m in map(load_model, write_pair(tmp_path, name)))
-    np.testing.assert_allclose(quantised, dense, rtol=0, atol=1e-5 * float(jnp.abs(dense).max()))
+    quantized, dense = (rl.forward(m.params, m.config, tokens) for m in map(load_model, write_pair(tmp_path, name)))
+    np.testing.assert_allclose(quantized, dense, rtol=0, atol=1e-5 * float(jnp.abs(dense).max()))
 
 
 @pytest.mark.parametrize("name", ["int4 with zero points, output too", "awq", "gptq", "fp8 in blocks"])
@@ -78,7 +78,7 @@ def test_any_slice_of_any_part(tmp_path, name):
 
 
 def test_conversions_hold_what_was_read(tmp_path):
-    """An output projection that came as it was may be quantised besides."""
+    """An output projection that came as it was may be quantized besides."""
     directory, _ = write_pair(tmp_path, "awq")
     model = load_model(directory, quantize_output="int8")
     assert model.config.quantization.output == rl.SCHEMES["int8"]
@@ -88,10 +88,10 @@ def test_conversions_hold_what_was_read(tmp_path):
     assert_same(again.params, model.params)
 
 
-def test_nothing_is_quantised_twice(tmp_path):
+def test_nothing_is_quantized_twice(tmp_path):
     directory, _ = write_pair(tmp_path, "gptq")
     for load in (load_model, lambda path, **asked: convert_model(path, tmp_path / "out", **asked)):
-        with pytest.raises(rl.CheckpointError, match=r"quantised is quantised already, to int4; load it without quant"):
+        with pytest.raises(rl.CheckpointError, match=r"quantized is quantized already, to int4; load it without quant"):
             load(directory, quantize="int8")
 
 
@@ -118,7 +118,7 @@ def static() -> dict:
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
             "quant_method 'bitsandbytes', which is not supported; supported: compressed-tensors, awq, gptq, fp8; load "
-            "the checkpoint that it was quantised from, with quantize=",
+            "the checkpoint that it was quantized from, with quantize=",
         ),
         ("awq", "quantization_config in config.json is 'awq'; it must be an object"),
         (GPTQ | {"bits": 3}, r"quantization_config\.bits in config.json is 3, which is not supported: 4 is; load"),
@@ -128,7 +128,7 @@ def static() -> dict:
         (
             GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.down_proj"]]},
             r"leaves model\.layers\.0\.self_attn\.k_proj, model\.layers\.0\.self_attn\.v_proj as they are and "
-            r"quantises the rest of .*, which are one parameter here \('layers\.0\.qkv'\): load",
+            r"quantizes the rest of .*, which are one parameter here \('layers\.0\.qkv'\): load",
         ),
         (AWQ | {"version": "gemv"}, "version .* 'gemv', .*: 'gemm' is"),
         (AWQ | {"zero_point": False}, "zero_point .* False"),
@@ -180,7 +180,7 @@ def test_tensors_that_do_not_go_with_config_json(tmp_path, change, pattern):
     refused(tmp_path, pattern)
 
 
-def test_weights_that_config_json_does_not_call_quantised(tmp_path):
+def test_weights_that_config_json_does_not_call_quantized(tmp_path):
     directory, _ = write_pair(tmp_path, "fp8 in blocks")
     (directory / "config.json").write_text(json.dumps(HF))
     refused(directory, r"o_proj\.weight' has dtype F8_E4M3, expected one of F32, BF16, F16; config\.json, whose quant")

@@ -225,7 +225,7 @@ def test_measures_of_a_hand_computed_replay(bench):
         bench.replay.Served(3.0, [3.25, 4.25]),  # TTFT 0.25, TPOT 1
         bench.replay.Served(4.0, [4.5, 4.75, 5.0]),  # as the first
     ]
-    found = bench.replay.summarise(served, ttft_limit=0.5, tpot_limit=0.25)
+    found = bench.replay.summarize(served, ttft_limit=0.5, tpot_limit=0.25)
     assert found["requests"] == 4
     assert found["seconds"] == 4.0
     assert found["ttft"] == pytest.approx({"p50": 0.5, "p90": 1.55, "p99": 1.955})
@@ -238,7 +238,7 @@ def test_measures_of_a_hand_computed_replay(bench):
 
 def test_percentiles_of_one_request_and_of_none(bench):
     assert bench.replay.percentiles([0.3]) == {"p50": 0.3, "p90": 0.3, "p99": 0.3}
-    single = bench.replay.summarise([bench.replay.Served(0.0, [2.0])], ttft_limit=2.0, tpot_limit=0.1)
+    single = bench.replay.summarize([bench.replay.Served(0.0, [2.0])], ttft_limit=2.0, tpot_limit=0.1)
     assert single["tpot"] is None
     assert single["ttft"] == single["end_to_end"] == {"p50": 2.0, "p90": 2.0, "p99": 2.0}
     assert single["goodput"] == {"share": 1.0, "requests_per_s": 0.5}

@@ -174,7 +174,7 @@ def test_tied_embeddings_are_held_once_and_read_whole():
         ("int4-32", 0.5, lambda out, inputs: 2 * out * math.ceil(inputs / 32)),
     ],
 )
-def test_quantised_weights(weights, bytes_per_element, scales):
+def test_quantized_weights(weights, bytes_per_element, scales):
     config = preset("llama-3.1-8b")
     matrices = [(8 * 6 * 128, 4096), (4096, 4096), (2 * 14_336, 4096), (4096, 14_336)]
     layer = sum(out * inputs * bytes_per_element + scales(out, inputs) for out, inputs in matrices)

@@ -170,7 +170,7 @@ def test_a_broken_row_gives_token_0_and_leaves_the_others_alone(bad, everywhere)
         np.testing.assert_array_equal(broken_reported.top[::2], reported.top[::2])
 
 
-def test_a_nan_row_is_not_counted_against_its_neighbours():
+def test_a_nan_row_is_not_counted_against_its_neighbors():
     params = SamplingParams(frequency_penalty=1.0, temperature=0)
     state, plan = make_sampling_state([params] * 2, [[1]] * 2, [0, 0], 4)
     logits = jnp.array([[NAN] * 4, [0.0, 1.0, 3.0, 2.0]])

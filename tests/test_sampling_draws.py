@@ -126,7 +126,7 @@ REQUESTS = {
     "plain": SamplingParams(seed=1),
     "warm": SamplingParams(temperature=0.7, seed=2),
     "filtered": SamplingParams(top_k=20, top_p=0.9, min_p=0.02, seed=3),
-    "penalised": SamplingParams(repetition_penalty=1.4, frequency_penalty=0.5, presence_penalty=-0.5, seed=4),
+    "penalized": SamplingParams(repetition_penalty=1.4, frequency_penalty=0.5, presence_penalty=-0.5, seed=4),
     "biased": SamplingParams(logit_bias={3: 4.0}, logprobs=3, seed=5),
     "held": SamplingParams(min_tokens=9, stop_token_ids=[0, 1], seed=6),
     "greedy": SamplingParams(temperature=0.0),

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from ridgeline.model.bundled import data, gradients, objective, recipe, train
 from ridgeline.model.layers import linear
 from ridgeline.pallas_kernels.attention import causal_attention
+from ridgeline.training import data, gradients, objective, recipe, train
 
 
 def write_text(path: Path, books: int = 2) -> Path:
@@ -175,7 +175,7 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path, capsys):
     curve = json.loads((whole / "story" / "training.json").read_text())
     assert curve[-1]["held_out_nats_per_token"] < curve[0]["held_out_nats_per_token"] < math.log(300) + 0.5
 
-    program = [sys.executable, "-m", "ridgeline.model.bundled.train", *command(text, killed)]
+    program = [sys.executable, "-m", "ridgeline.training.train", *command(text, killed)]
     with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
         while not (killed / "story.checkpoint.safetensors").exists():

@@ -50,7 +50,7 @@ def read_description(directory: Path, stated: ModelConfig) -> ModelConfig:
 
     Args:
       directory: of the converted checkpoint.
-      stated: what its config.json says, which must agree but for the dtype and the quantisation.
+      stated: what its config.json says, which must agree but for the dtype and the quantization.
 
     Raises:
       CheckpointError: a newer format, a file that is damaged, or one of the two configurations edited.

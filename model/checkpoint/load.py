@@ -47,7 +47,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
     Each shard is a slice of the mapped file, read by several threads and put on its device; replicas of it are
     read once, shards of other processes not at all. The shards in flight never exceed the largest parameter in bytes
     (nor a shard fewer than one), which bounds host memory above the file cache. A parameter that the configuration
-    quantises is read as it is where the checkpoint holds it so; else it is quantised where it lies as soon as all of it
+    quantizes is read as it is where the checkpoint holds it so; else it is quantized where it lies as soon as all of it
     is there. A progress bar is drawn on a terminal's stderr once loading has taken a second.
 
     Args:
@@ -93,7 +93,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
         scheme = scheme_of(config, names[number], spec)
         if scheme is None:
             return whole
-        # Awaited, so that unquantised parameters do not pile up.
+        # Awaited, so that unquantized parameters do not pile up.
         return jax.block_until_ready(_quantizer(scheme, spec.in_axes, final[number])(whole))
 
     arrays: dict[int, list[jax.Array]] = {number: [] for number in range(len(specs))}
@@ -107,14 +107,14 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
             arrays[shard.parameter] += loaded
             missing[shard.parameter] -= 1
             bar.update(bytes_of(shard))
-            # In order, because quantising over several processes is a program that all of them run.
+            # In order, because quantizing over several processes is a program that all of them run.
             while len(finished) < len(specs) and not missing[len(finished)]:
                 finished.append(finish(len(finished)))
     return treedef.unflatten(finished)
 
 
 def specs_read(config: ModelConfig, tensors: TensorMap) -> Params:
-    """What is read of a checkpoint: the parts of parameters that it holds quantised, all others before they are."""
+    """What is read of a checkpoint: the parts of parameters that it holds quantized, all others before they are."""
     specs, stored = float_specs(config), param_specs(config)
     return jax.tree_util.tree_map_with_path(
         lambda path, spec, parts: spec if param_name(path) in tensors else parts, specs, stored

@@ -27,7 +27,7 @@ DTYPES = FLOATS | {
     "I32": np.dtype("int32"),
     "I64": np.dtype("int64"),
 }
-"""The element types that are read: those of quantised weights too."""
+"""The element types that are read: those of quantized weights too."""
 
 _REFETCH = "the file is damaged, fetch it again"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -130,8 +130,8 @@ def check_dtype(name: str, info: TensorInfo, wanted: Collection[str]) -> None:
         remedy = "save the model again in float32 or bfloat16"
     else:
         remedy = (
-            "config.json, whose quantization_config says how weights are quantised, belongs to another checkpoint: "
-            "take all files from one place, or load the unquantised checkpoint"
+            "config.json, whose quantization_config says how weights are quantized, belongs to another checkpoint: "
+            "take all files from one place, or load the unquantized checkpoint"
         )
     raise CheckpointError(
         f"{info.file}: tensor {name!r} has dtype {info.dtype}, expected one of {', '.join(wanted)}; {remedy}"

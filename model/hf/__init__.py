@@ -18,7 +18,7 @@ def config_from_hf(hf_config: HFConfig) -> ModelConfig:
       hf_config: its contents, as `json.load` returns them.
 
     Returns:
-      The configuration, in the dtype that config.json states (float32 where it states none), with the weights quantised
+      The configuration, in the dtype that config.json states (float32 where it states none), with the weights quantized
       that it says are; the dtype of their scales, which it does not say, is the usual one.
 
     Raises:
@@ -33,7 +33,7 @@ def config_from_hf(hf_config: HFConfig) -> ModelConfig:
 
 
 def tensors_of(config: ModelConfig, hf_config: HFConfig) -> TensorMap:
-    """Where the checkpoint of that config.json keeps each parameter, or each part of those that it holds quantised.
+    """Where the checkpoint of that config.json keeps each parameter, or each part of those that it holds quantized.
 
     Args:
       config: the model, its KV heads copied or not.

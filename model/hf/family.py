@@ -55,7 +55,7 @@ class Piece:
 TensorMap = dict[str, tuple[Piece, ...]]
 """Pieces of every parameter, by its dotted path in the parameter tree, such as "layers.0.qkv".
 
-Of a parameter that the checkpoint holds quantised, those of each part: "layers.0.qkv.values", ".scales", ".zeros".
+Of a parameter that the checkpoint holds quantized, those of each part: "layers.0.qkv.values", ".scales", ".zeros".
 """
 
 

@@ -1,4 +1,4 @@
-"""How quantised checkpoints pack integers into 32-bit words, undone: rows are outputs, columns run along the inputs.
+"""How quantized checkpoints pack integers into 32-bit words, undone: rows are outputs, columns run along the inputs.
 
 Every function takes a stored tensor and the slices of the unpacked matrix that are wanted, and reads no others. Values
 come out two to a byte, the even input in the low four bits, as `QuantizedArray` holds them. Words are little-endian.

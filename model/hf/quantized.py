@@ -1,6 +1,6 @@
-"""Checkpoints that arrive quantised: what `quantization_config` in config.json says, and the tensors that it leads to.
+"""Checkpoints that arrive quantized: what `quantization_config` in config.json says, and the tensors that it leads to.
 
-A matrix that one is said to hold quantised is read as it is: its integers or fp8 numbers and its scales in the dtypes
+A matrix that one is said to hold quantized is read as it is: its integers or fp8 numbers and its scales in the dtypes
 that they are stored in, rearranged and never computed again.
 """
 
@@ -22,31 +22,31 @@ from .common import refuse
 from .family import HFConfig, Implied, Piece, TensorMap
 
 _REMEDY = (
-    "load the checkpoint that it was quantised from, with quantize= where it is to be quantised while it is loaded"
+    "load the checkpoint that it was quantized from, with quantize= where it is to be quantized while it is loaded"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """How a checkpoint stores its quantised matrices.
+    """How a checkpoint stores its quantized matrices.
 
     Attributes:
       scheme: that holds them as they are, but for `scale_dtype`, which only the tensors tell.
-      quantises: whether it is how the linear module of that name is stored.
+      quantizes: whether it is how the linear module of that name is stored.
       parts: (scheme, piece of the matrix, rows of it that share a scale in the parameter) -> pieces of its parts.
     """
 
     scheme: Scheme
-    quantises: Callable[[str], bool]
+    quantizes: Callable[[str], bool]
     parts: Callable[[Scheme, Piece, int], dict[str, Piece]]
 
 
 def stored_quantization(hf: HFConfig, config: ModelConfig, floats: TensorMap) -> Quantization | None:
-    """Which parameters a checkpoint holds quantised, and how; None where config.json says nothing of it.
+    """Which parameters a checkpoint holds quantized, and how; None where config.json says nothing of it.
 
     Args:
       hf: the contents of config.json.
-      config: the model, before it is quantised.
+      config: the model, before it is quantized.
       floats: where its parameters would lie if none were.
 
     Raises:
@@ -62,12 +62,12 @@ def stored_quantization(hf: HFConfig, config: ModelConfig, floats: TensorMap) ->
 
 
 def stored_tensors(hf: HFConfig, config: ModelConfig, floats: TensorMap) -> TensorMap:
-    """Where a checkpoint keeps each parameter, and each part of those that it holds quantised.
+    """Where a checkpoint keeps each parameter, and each part of those that it holds quantized.
 
     Args:
       hf: the contents of config.json.
       config: the model, whose schemes have the scales' dtypes.
-      floats: where its parameters would lie if none were quantised.
+      floats: where its parameters would lie if none were quantized.
     """
     stored = _stored(hf)
     if stored is None:
@@ -84,7 +84,7 @@ def stored_tensors(hf: HFConfig, config: ModelConfig, floats: TensorMap) -> Tens
 
 
 def _matrices(config: ModelConfig, floats: TensorMap) -> list[tuple[str, ParamSpec]]:
-    """The parameters that may be quantised, by name: those of linear modules."""
+    """The parameters that may be quantized, by name: those of linear modules."""
     named = [(param_name(path), spec) for path, spec in jax.tree_util.tree_leaves_with_path(float_specs(config))]
     # An output projection that is tied to the embedding is stored as the embedding.
     return [(name, spec) for name, spec in named if spec.in_axes and floats[name] != floats["embedding"]]
@@ -92,10 +92,10 @@ def _matrices(config: ModelConfig, floats: TensorMap) -> list[tuple[str, ParamSp
 
 def _is_stored(stored: Stored, name: str, floats: TensorMap) -> bool:
     modules = dict.fromkeys(piece.tensor.removesuffix(".weight") for piece in floats[name])
-    left = [module for module in modules if not stored.quantises(module)]
+    left = [module for module in modules if not stored.quantizes(module)]
     if left and len(left) < len(modules):
         raise ValueError(
-            f"quantization_config in config.json leaves {', '.join(left)} as they are and quantises the rest of "
+            f"quantization_config in config.json leaves {', '.join(left)} as they are and quantizes the rest of "
             f"{', '.join(modules)}, which are one parameter here ({name!r}): {_REMEDY}"
         )
     return not left
@@ -252,11 +252,11 @@ def _gptq(stated: HFConfig) -> Stored:
     zeros = packing.gptq_v1_zeros if form["checkpoint_format"] == "gptq" else packing.gptq_zeros
     chosen = [name for names in stated.get("modules_in_block_to_quantize") or () for name in names]
 
-    def quantises(module: str) -> bool:
+    def quantizes(module: str) -> bool:
         return bool(stated.get("lm_head")) if module == "lm_head" else not chosen or _is_within(module, chosen)
 
     scheme = Scheme("int4", group=_group_size(stated), zero_points=True, scale_dtype="float16")
-    return Stored(scheme, quantises, functools.partial(_gptq_parts, zeros))
+    return Stored(scheme, quantizes, functools.partial(_gptq_parts, zeros))
 
 
 def _gptq_parts(zeros: Callable, scheme: Scheme, piece: Piece, step: int) -> dict[str, Piece]:

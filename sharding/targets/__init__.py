@@ -3,7 +3,7 @@
     mesh = target_mesh("h200", tensor=8)
     compiled = compile_for_target(lower_decode(config, mesh, batch_size=16, max_length=8192))
     compiled.memory_analysis()  # bytes a device
-    compiled.as_text()          # optimised HLO: every kernel and every collective
+    compiled.as_text()          # optimized HLO: every kernel and every collective
 
 It needs the CUDA plugin of JAX, which holds the compiler, and none of NVIDIA's own packages.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints that arrive quantised, on meshes: every device reads its own shards of the stored integers and scales."""
+"""Checkpoints that arrive quantized, on meshes: every device reads its own shards of the stored integers and scales."""
 
 import jax
 import pytest
@@ -19,10 +19,10 @@ def assert_placed(model: rl.Model) -> None:
 )
 def test_parameters_are_the_matrices_that_are_stored(tmp_path, name, tensor):
     mesh = rl.make_mesh(tensor=tensor)
-    quantised, dense = (rl.load_model(path, mesh=mesh) for path in write_pair(tmp_path, name, vocab_size=32))
-    assert quantised.config.kv_replicas == tensor // 2
-    assert_placed(quantised)
-    assert_stands_for(quantised.params, dense.params)
+    quantized, dense = (rl.load_model(path, mesh=mesh) for path in write_pair(tmp_path, name, vocab_size=32))
+    assert quantized.config.kv_replicas == tensor // 2
+    assert_placed(quantized)
+    assert_stands_for(quantized.params, dense.params)
 
 
 def test_conversions_with_copied_kv_heads(tmp_path):

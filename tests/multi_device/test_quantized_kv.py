@@ -1,4 +1,4 @@
-"""A quantised KV cache on meshes of eight devices: what one device computes, split like the pages, updated in place."""
+"""A quantized KV cache on meshes of eight devices: what one device computes, split like the pages, updated in place."""
 
 import functools
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""Quantised weights on meshes: the parameters and the logits of one device, in every scheme."""
+"""Quantized weights on meshes: the parameters and the logits of one device, in every scheme."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_groups_that_devices_cannot_share_are_refused(checkpoint):
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_quantised_weights_add_no_communication(name):
+def test_quantized_weights_add_no_communication(name):
     program = lower_decode(two_layers(name, "float32"), rl.make_mesh(tensor=8), batch_size=16, max_length=1024)
     assert communicated(program.compile()) == {"all-reduce": 5}
 

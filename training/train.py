@@ -1,6 +1,6 @@
 """Trains the bundled story-teller and its draft model from a text file of books.
 
-    python -m ridgeline.model.bundled.train --text stories.txt --out trained
+    python -m ridgeline.training.train --text stories.txt --out trained
 
 writes trained/story and trained/draft, each a Hugging Face checkpoint folder that always holds the best model so far,
 and beside them trained/*.checkpoint.safetensors, from which the same command goes on after it was stopped.
@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ..params import count_parameters
+from ..model.params import count_parameters
 from .data import Epochs, read_books, scoring_windows, split_book, token_stream, train_tokenizer
 from .export import export, write
 from .objective import held_out_loss, make_optimizer, make_step
@@ -126,7 +126,7 @@ def _check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(
-        prog="python -m ridgeline.model.bundled.train",
+        prog="python -m ridgeline.training.train",
         description="Train the bundled story-teller and its draft model. A stopped run goes on where it stood.",
     )
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text; books parted by a line <|story|>")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from .. import products
+from ..model import products
 
 _QUERY_BLOCK = 128  # queries scored at once: blocks above the diagonal are never computed
 _NEVER = -1e30

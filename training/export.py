@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 from safetensors.numpy import save
 from tokenizers import Tokenizer
 
-from ..config import ModelConfig
-from ..params import Params
+from ..model.config import ModelConfig
+from ..model.params import Params
 from .data import BEGIN, BEGIN_ID, END, END_ID
 
 # The messages of a conversation are the pieces of one running story; the reply is what comes next.

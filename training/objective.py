@@ -9,9 +9,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from ..config import ModelConfig
-from ..params import Params
-from ..transformer import transformer, unembed
+from ..model.config import ModelConfig
+from ..model.params import Params
+from ..model.transformer import transformer, unembed
 from .data import Windows
 from .gradients import attention, cross_entropy, fast_products
 from .recipe import Recipe

@@ -4,8 +4,8 @@ import dataclasses
 
 import jax
 
-from ..config import LayerConfig, ModelConfig, RopeConfig
-from ..params import Params, init_params
+from ..model.config import LayerConfig, ModelConfig, RopeConfig
+from ..model.params import Params, init_params
 
 
 @dataclasses.dataclass(frozen=True)
