@@ -20,12 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
 from . import mosaic
 from .decode_combine import combine_partials
 from .decode_schedule import make_schedule
 from .dispatch import current_device
+from .pages import AttentionOptions, Pages
 
 _TILE = 64  # positions: the rows of one wgmma
 _PADDING_BYTES = 2048  # of shared memory, that barriers take and that buffers lose to alignment
@@ -69,21 +70,16 @@ def decode_tiling(head_dim: int, queries: int, *, quantized: bool) -> DecodeTili
 
 
 # Jitted, so that the layers of a model share one trace of the kernel.
-@functools.partial(jax.jit, static_argnames=("queries", "scale", "window", "soft_cap", "blocks", "interpret"))
+@functools.partial(jax.jit, static_argnames=("options", "queries", "blocks", "interpret"))
 def decode_attention_mosaic(
     q: Float[Array, "B K R H"],
-    k_pages: Num[Array, "P K S H"],
-    v_pages: Num[Array, "P K S H"],
+    pages: Pages,
     block_tables: Int[Array, "B N"],
     lengths: Int[Array, "B"],
-    *,
+    options: AttentionOptions,
     queries: int = 1,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
+    *,
     sinks: Float[Array, "K G"] | None = None,
-    k_scales: Float[Array, "P K S"] | None = None,
-    v_scales: Float[Array, "P K S"] | None = None,
     blocks: int | None = None,
     interpret: object = None,
 ) -> Float[Array, "B K R H"]:
@@ -91,12 +87,13 @@ def decode_attention_mosaic(
 
     Args:
       q: R = queries * G of each KV head, all heads of the first token, then of the second ...
-      k_pages, v_pages, block_tables, lengths, scale, window, soft_cap, sinks, k_scales, v_scales: as in
-        `attention.decode_attention`.
+      pages, block_tables, lengths, options, sinks: as in `attention.decode_attention`, with tables.
       queries: new tokens a row.
       blocks: thread blocks; None fills the device.
       interpret: parameters of Mosaic's interpreter, None to compile.
     """
+    scale, window, soft_cap = options.scale, options.window, options.soft_cap
+    k_pages, v_pages, k_scales, v_scales = pages
     B, K, R, H = q.shape
     P, _, S, _ = k_pages.shape
     quantized = k_scales is not None

@@ -5,13 +5,15 @@ import logging
 import re
 import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array
+
+from .pages import AttentionOptions, Pages
 
 Implementation = Literal["reference", "mosaic"] | None
 
@@ -49,30 +51,22 @@ def current_device(mesh: Mesh | None = None) -> Device:
     return Device(device.platform, device.device_kind, getattr(device, "core_count", None))
 
 
-def check_case(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    k_scales: jax.Array | None,
-    *,
-    scale: float,
-    max_tokens: int | None = None,
-) -> None:
+def check_case(q: jax.Array, pages: Pages, options: AttentionOptions, *, max_tokens: int | None = None) -> None:
     """NotImplementedError, with the reason, unless the attention kernels serve such queries and pages."""
     *tokens, _, group, head_dim = q.shape[1:]
-    page_size = k_pages.shape[2]
+    page_size = pages.k.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"queries are {q.dtype}; the kernel takes bfloat16 and float16")
-    if k_scales is None and not (k_pages.dtype == v_pages.dtype == q.dtype):
-        raise NotImplementedError(f"pages are {k_pages.dtype} and queries {q.dtype}; the kernel takes one for both")
+    if pages.k_scales is None and not (pages.k.dtype == pages.v.dtype == q.dtype):
+        raise NotImplementedError(f"pages are {pages.k.dtype} and queries {q.dtype}; the kernel takes one for both")
     if head_dim not in _HEAD_DIMS:
         raise NotImplementedError(f"head_dim is {head_dim}; the kernel takes {_listed(_HEAD_DIMS)}")
     if page_size not in _PAGE_SIZES:
         raise NotImplementedError(f"page_size is {page_size}; the kernel takes {_listed(_PAGE_SIZES)}")
     if group > _MAX_GROUP:
         raise NotImplementedError(f"{group} queries share a KV head; the kernel takes up to {_MAX_GROUP}")
-    if not scale > 0:
-        raise NotImplementedError(f"scale is {scale}; the kernel takes positive scales")
+    if not options.scale > 0:
+        raise NotImplementedError(f"scale is {options.scale}; the kernel takes positive scales")
     if max_tokens is not None and tokens and tokens[0] > max_tokens:
         raise NotImplementedError(f"{tokens[0]} new tokens a row; the kernel takes up to {max_tokens}")
 
@@ -83,9 +77,9 @@ def serve(
     mosaic: Callable[..., Array],
     reference: Callable[..., Array],
     check: Callable[[], None],
-    *arrays: Array | None,
+    *arrays: Any,
 ) -> Array:
-    """Runs one of two functions of `arrays`.
+    """Runs one of two functions of `arrays`, which may be pytrees.
 
     Args:
       op: a name for messages.

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
 from . import mosaic
+from .pages import AttentionOptions, Pages
 from .prefill_copy import STAGES, Tiles, copy_and_widen, copy_tiles
 
 _ATTENDING = 2  # warpgroups
@@ -31,21 +32,16 @@ _LAYOUT = plgpu.Layout.WGMMA
 
 
 # Jitted, so that the layers of a model share one trace of the kernel.
-@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "interpret"))
+@functools.partial(jax.jit, static_argnames=("options", "interpret"))
 def prefill_attention_mosaic(
     q: Float[Array, "B T K G H"],
-    k_pages: Num[Array, "P K S H"],
-    v_pages: Num[Array, "P K S H"],
+    pages: Pages,
     block_tables: Int[Array, "B N"],
     starts: Int[Array, "B"],
     lengths: Int[Array, "B"],
+    options: AttentionOptions,
     *,
-    k_scales: Float[Array, "P K S"] | None = None,
-    v_scales: Float[Array, "P K S"] | None = None,
     sinks: Float[Array, "K G"] | None = None,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B T K G H"]:
     """Causal attention of T new tokens over cached pages that already hold those tokens' keys and values.
@@ -56,19 +52,18 @@ def prefill_attention_mosaic(
 
     Args:
       q: queries, bfloat16 or float16.
-      k_pages, v_pages: the cache of one layer, in the queries' dtype, or int8 or float8_e4m3fn with scales.
+      pages: the cache of one layer, in the queries' dtype, or int8 or float8_e4m3fn with scales.
       block_tables: page of each stretch of S positions.
       starts, lengths: positions cached before these tokens, and with them.
-      k_scales, v_scales: float32; what a position of a KV head holds is its stored values times these.
+      options: what the layer asks of attention.
       sinks: float32; one more logit a head, which joins the softmax's denominator and has no value.
-      scale: multiplies q . k.
-      window: positions a query sees, its own included; None sees all.
-      soft_cap: scores become soft_cap * tanh(score / soft_cap).
       interpret: parameters of Mosaic's interpreter, to run on a CPU; None compiles.
 
     Returns:
       [B, T, K, G, H] in the queries' dtype.
     """
+    scale, window, soft_cap = options.scale, options.window, options.soft_cap
+    k_pages, v_pages, k_scales, v_scales = pages
     quantized = k_scales is not None
     B, T, K, G, H = q.shape
     P, _, S, _ = k_pages.shape

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from .pages import AttentionOptions, Pages
+
 _NEVER = -1e30  # a finite "minus infinity": a row that sees nothing yields zeros, not NaN
 _QUERY_BLOCK = 256  # queries scored at once, so that long prompts never hold [T, T] scores
 _KEY_BLOCK = 256  # cached positions scored at once in prefill
@@ -19,20 +21,15 @@ _TINY = jnp.finfo(jnp.float32).tiny
 
 
 def causal_attention(
-    q: Float[Array, "B T K G H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    q: Float[Array, "B T K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], options: AttentionOptions
 ) -> Float[Array, "B T K G H"]:
     T = q.shape[1]
 
     def block(q_block, first):
-        scores = _scores(q_block, k, scale, soft_cap)
+        scores = jnp.einsum("btkgh,bskh->bkgts", q_block.astype(k.dtype), k, preferred_element_type=jnp.float32)
         queries, keys = first + jnp.arange(q_block.shape[1]), jnp.arange(T)
-        probs = jax.nn.softmax(jnp.where(_visible(queries[:, None], keys, window), scores, _NEVER), axis=-1)
+        visible = _visible(queries[:, None], keys, options.window)
+        probs = jax.nn.softmax(jnp.where(visible, _logits(scores, options), _NEVER), axis=-1)
         return jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
     return _over_queries(block, q)
@@ -40,34 +37,27 @@ def causal_attention(
 
 def prefill_attention(
     q: Float[Array, "B T K G H"],
-    k_pages: Num[Array, "P K S H"],
-    v_pages: Num[Array, "P K S H"],
-    block_tables: Int[Array, "B N"],
+    pages: Pages,
+    block_tables: Int[Array, "B N"] | None,
     starts: Int[Array, "B"],
     lengths: Int[Array, "B"],
-    *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    options: AttentionOptions,
     sinks: Float[Array, "K G"] | None,
-    k_scales: Float[Array, "P K S"] | None,
-    v_scales: Float[Array, "P K S"] | None,
-    identity_table: bool,
 ) -> Float[Array, "B T K G H"]:
     B, _, K, G, H = q.shape
-    S, N = k_pages.shape[2], block_tables.shape[1]
-    pages = next(n for n in range(max(1, min(N, _KEY_BLOCK // S)), 0, -1) if N % n == 0)
-    width = pages * S
-    dtype = k_pages.dtype if k_scales is None else jnp.float32
+    S, N = pages.k.shape[2], _pages_a_row(B, pages, block_tables)
+    count = next(n for n in range(max(1, min(N, _KEY_BLOCK // S)), 0, -1) if N % n == 0)
+    width = count * S
+    dtype = pages.k.dtype if pages.k_scales is None else jnp.float32
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def block_of(cache, scales, index):  # [B, K, width, H]
         def taken(array):  # [B, K, width, ...]
-            first, held = index * pages, _movable(array)
-            if identity_table:
-                part = lax.dynamic_slice_in_dim(held.reshape(B, N, *array.shape[1:]), first, pages, axis=1)
+            first, held = index * count, _movable(array)
+            if block_tables is None:
+                part = lax.dynamic_slice_in_dim(held.reshape(B, N, *array.shape[1:]), first, count, axis=1)
             else:
-                part = held[lax.dynamic_slice_in_dim(block_tables, first, pages, axis=1)]
+                part = held[lax.dynamic_slice_in_dim(block_tables, first, count, axis=1)]
             part = lax.bitcast_convert_type(part, array.dtype)
             return jnp.moveaxis(part, 1, 2).reshape(B, K, width, *array.shape[3:])
 
@@ -82,18 +72,19 @@ def prefill_attention(
         def step(index, carry):  # online softmax (Milakov and Gimelshein 2018), one block of keys at a time
             out, total, highest = carry
             keys = index * width + jnp.arange(width)
-            scores = product("bkrh,bksh->bkrs", q, block_of(k_pages, k_scales, index))
-            visible = _visible(queries[:, :, None], keys, window) & (keys < lengths[:, None, None])
-            scores = jnp.where(visible[:, None], _capped(scores * scale, soft_cap), _NEVER)
+            scores = product("bkrh,bksh->bkrs", q, block_of(pages.k, pages.k_scales, index))
+            visible = _visible(queries[:, :, None], keys, options.window) & (keys < lengths[:, None, None])
+            scores = jnp.where(visible[:, None], _logits(scores, options), _NEVER)
             new_highest = jnp.maximum(highest, scores.max(axis=-1))
             kept = jnp.exp(highest - new_highest)
             probs = jnp.where(visible[:, None], jnp.exp(scores - new_highest[..., None]), 0.0)
-            update = product("bkrs,bksh->bkrh", probs.astype(dtype), block_of(v_pages, v_scales, index))
+            update = product("bkrs,bksh->bkrh", probs.astype(dtype), block_of(pages.v, pages.v_scales, index))
             return out * kept[..., None] + update, total * kept + probs.sum(axis=-1), new_highest
 
         shape = (B, K, R)
         zeros = jnp.zeros((*shape, H), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, _NEVER, jnp.float32)
         end = jnp.minimum(lengths.max(), starts.max() + first_query + T)
+        window = options.window
         first = 0 if window is None else jnp.maximum(starts.min() + first_query - window + 1, 0) // width
         out, total, highest = lax.fori_loop(jnp.int32(first), -(-end // width), step, zeros)
         total = _with_sinks(total, highest, None if sinks is None else jnp.repeat(sinks, T, axis=1))
@@ -104,69 +95,62 @@ def prefill_attention(
 
 def decode_attention(
     q: Float[Array, "B K R H"],
-    k_pages: Num[Array, "P K S H"],
-    v_pages: Num[Array, "P K S H"],
-    block_tables: Int[Array, "B N"],
+    pages: Pages,
+    block_tables: Int[Array, "B N"] | None,
     lengths: Int[Array, "B"],
-    *,
+    options: AttentionOptions,
     queries: int,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
     sinks: Float[Array, "K G"] | None,
-    k_scales: Float[Array, "P K S"] | None,
-    v_scales: Float[Array, "P K S"] | None,
-    identity_table: bool,
 ) -> Float[Array, "B K R H"]:
     """q holds R = queries * G queries a KV head, all heads of the first token, then of the second ..."""
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "identity_table": identity_table}
-    in_one = functools.partial(_decode_in_one, queries=queries, **options)
-    arrays = (q, k_pages, v_pages, block_tables, lengths, sinks, k_scales, v_scales)
-    if k_scales is None:
+    in_one = functools.partial(_decode_in_one, options=options, queries=queries)
+    arrays = (q, pages, block_tables, lengths, sinks)
+    if pages.k_scales is None:
         return in_one(*arrays)
 
-    def in_blocks(q, k_pages, v_pages, tables, lengths, sinks, k_scales, v_scales):
+    def in_blocks(q, pages, tables, lengths, sinks):
         B, K, R, H = q.shape
         rows = q.reshape(B, K, queries, R // queries, H).swapaxes(1, 2)
-        more = {"sinks": sinks, "k_scales": k_scales, "v_scales": v_scales}
-        out = prefill_attention(rows, k_pages, v_pages, tables, lengths - queries, lengths, **more, **options)
+        out = prefill_attention(rows, pages, tables, lengths - queries, lengths, options, sinks)
         return out.swapaxes(1, 2).reshape(q.shape)
 
     # XLA:GPU widens what is quantized inside the product; XLA:CPU would first write all of it out, as float32.
     return lax.platform_dependent(*arrays, cpu=in_blocks, default=in_one)
 
 
-def _decode_in_one(
-    q, k_pages, v_pages, tables, lengths, sinks, k_scales, v_scales, *, queries, scale, window, soft_cap, identity_table
-):
+def _decode_in_one(q, pages, tables, lengths, sinks, *, options, queries):
     B, K, R, H = q.shape
-    S, N = k_pages.shape[2], tables.shape[1]
-    dtype = k_pages.dtype if k_scales is None else jnp.float32
+    S, N = pages.k.shape[2], _pages_a_row(B, pages, tables)
+    dtype = pages.k.dtype if pages.k_scales is None else jnp.float32
 
     def rows(array: Any) -> Any:
-        return array.reshape(B, N, *array.shape[1:]) if identity_table else array[tables]
+        return array.reshape(B, N, *array.shape[1:]) if tables is None else array[tables]
 
     # Pages stay a batch axis of both products: any other form makes XLA transpose or convert the whole cache at every
     # step. Scores lie as [queries, positions], so that both are plain products of the cache as it lies.
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     pages_q = jnp.broadcast_to(q.astype(dtype)[:, None], (B, N, K, R, H))
-    scores = product("bnkrh,bnksh->bnkrs", pages_q, rows(k_pages).astype(dtype))
-    if k_scales is not None:
-        scores = scores * rows(k_scales)[..., None, :]
-    scores = _capped(scores * scale, soft_cap)
+    scores = product("bnkrh,bnksh->bnkrs", pages_q, rows(pages.k).astype(dtype))
+    if pages.k_scales is not None:
+        scores = scores * rows(pages.k_scales)[..., None, :]
+    scores = _logits(scores, options)
     positions = jnp.arange(N * S).reshape(N, 1, S)
     ends = lengths[:, None, None, None]
     last_seen = ends - queries + (jnp.arange(R) // (R // queries))[:, None]
-    visible = (_visible(last_seen, positions, window) & (positions < ends))[:, :, None]
+    visible = (_visible(last_seen, positions, options.window) & (positions < ends))[:, :, None]
     scores = jnp.where(visible, scores, _NEVER)
     highest = scores.max(axis=(1, 4), keepdims=True)
     probs = jnp.where(visible, jnp.exp(scores - highest), 0.0)
     total = probs.sum(axis=(1, 4))
     total = _with_sinks(total, highest[:, 0, ..., 0], None if sinks is None else jnp.tile(sinks, (1, queries)))
-    if v_scales is not None:
-        probs = probs * rows(v_scales)[..., None, :]
-    out = product("bnkrs,bnksh->bnkrh", probs.astype(dtype), rows(v_pages).astype(dtype)).sum(axis=1)
+    if pages.v_scales is not None:
+        probs = probs * rows(pages.v_scales)[..., None, :]
+    out = product("bnkrs,bnksh->bnkrh", probs.astype(dtype), rows(pages.v).astype(dtype)).sum(axis=1)
     return (out / total[..., None]).astype(q.dtype)
+
+
+def _pages_a_row(rows: int, pages: Pages, tables: Int[Array, "B N"] | None) -> int:
+    return pages.k.shape[0] // rows if tables is None else tables.shape[1]
 
 
 def _movable(array: Num[Array, "P K S ..."]) -> Num[Array, "P K S ..."]:
@@ -193,13 +177,9 @@ def _with_sinks(total: Float[Array, "..."], highest: Float[Array, "..."], sinks:
     return jnp.maximum(total, _TINY)
 
 
-def _scores(q: Float[Array, "B T K G H"], k: Float[Array, "B S K H"], scale, soft_cap) -> Float[Array, "B K G T S"]:
-    scores = jnp.einsum("btkgh,bskh->bkgts", q.astype(k.dtype), k, preferred_element_type=jnp.float32)
-    return _capped(scores * scale, soft_cap)
-
-
-def _capped(scores: Float[Array, "..."], soft_cap: float | None) -> Float[Array, "..."]:
-    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+def _logits(products: Float[Array, "..."], options: AttentionOptions) -> Float[Array, "..."]:
+    scores, cap = products * options.scale, options.soft_cap
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def _visible(queries: Int[Array, "..."], keys: Int[Array, "..."], window: int | None) -> Bool[Array, "..."]:

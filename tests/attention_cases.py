@@ -1,10 +1,13 @@
 """Cases for the attention ops, with arrays in which all that must not be read is NaN or out of range, and an oracle."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ridgeline.pallas_kernels.pages import AttentionOptions, Pages
 
 BF16, F16, F32, INT8, FP8 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8, jnp.float8_e4m3fn
 BOUND = {BF16: 2e-2, F16: 2e-3, F32: 1e-5}
@@ -40,12 +43,11 @@ class Case:
         )
 
     @property
-    def options(self) -> dict:
-        scale = self.H**-0.5 if self.scale is None else self.scale
-        return {"scale": scale, "window": self.window, "soft_cap": self.soft_cap}
+    def options(self) -> AttentionOptions:
+        return AttentionOptions(self.H**-0.5 if self.scale is None else self.scale, self.window, self.soft_cap)
 
-    def arrays(self, seed: int, *, garbage: float = np.nan) -> dict[str, jax.Array]:
-        """Queries [B, T, K, G, H], pages, tables, lengths, sinks and scales, by the ops' names.
+    def arrays(self, seed: int, *, garbage: float = np.nan) -> dict[str, Any]:
+        """Queries [B, T, K, G, H], pages, tables, lengths, options and sinks, by the ops' names.
 
         Table entries past a row's end are out of range or name pages of nobody; pages of nobody, and what pages hold
         past their row's end or before what its window reaches, are `garbage`.
@@ -68,37 +70,38 @@ class Case:
             "q": jnp.asarray(rng.standard_normal((B, self.T, K, self.G, H)), self.dtype),
             "block_tables": jnp.asarray(tables, jnp.int32),
             "lengths": jnp.asarray(self.lengths, jnp.int32),
+            "options": self.options,
         }
         if self.starts is not None:
             arrays["starts"] = jnp.asarray(starts, jnp.int32)
         if self.sinks:
             arrays["sinks"] = jnp.asarray(rng.standard_normal((K, self.G)) * 2, jnp.float32)
+        pages = {}
         for name in "kv":
             values = rng.standard_normal((P, K, S, H))
             if self.kv in (INT8, FP8):
                 scales = rng.uniform(0.5, 2.0, (P, K, S)) / 40
-                arrays[f"{name}_scales"] = jnp.asarray(np.where(valid[:, None], scales, garbage), jnp.float32)
+                pages[f"{name}_scales"] = jnp.asarray(np.where(valid[:, None], scales, garbage), jnp.float32)
                 values = np.round(values * 40).clip(-127, 127)
             if self.kv != INT8:
                 values = np.where(valid[:, None, :, None], values, garbage)
-            arrays[f"{name}_pages"] = jnp.asarray(values, jnp.float32).astype(self.kv or self.dtype)
-        return arrays
+            pages[name] = jnp.asarray(values, jnp.float32).astype(self.kv or self.dtype)
+        return arrays | {"pages": Pages(**pages)}
 
 
-def dense(
-    q, k_pages, v_pages, block_tables, starts, lengths, *, scale, window=None, soft_cap=None, sinks=None, **scales
-) -> np.ndarray:
+def dense(q, pages, block_tables, starts, lengths, options, *, sinks=None) -> np.ndarray:
     """Attention query by query, in float64: row b's query t stands at starts[b] + t; one past the length gets zeros."""
-    q, k_pages, v_pages = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k_pages, v_pages))
-    if scales:
-        k_pages = k_pages * np.asarray(scales["k_scales"], np.float64)[..., None]
-        v_pages = v_pages * np.asarray(scales["v_scales"], np.float64)[..., None]
+    q, k_pages, v_pages = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, pages.k, pages.v))
+    if pages.k_scales is not None:
+        k_pages = k_pages * np.asarray(pages.k_scales, np.float64)[..., None]
+        v_pages = v_pages * np.asarray(pages.v_scales, np.float64)[..., None]
+    scale, window, soft_cap = options.scale, options.window, options.soft_cap
     T, K, H = q.shape[1], q.shape[2], q.shape[4]
     S = k_pages.shape[2]
     out = np.zeros(q.shape)
     for b, (start, length) in enumerate(zip(np.asarray(starts), np.asarray(lengths), strict=True)):
-        pages = np.asarray(block_tables)[b, : -(-length // S)]
-        k, v = (x[pages].transpose(1, 0, 2, 3).reshape(K, -1, H) for x in (k_pages, v_pages))
+        table = np.asarray(block_tables)[b, : -(-length // S)]
+        k, v = (x[table].transpose(1, 0, 2, 3).reshape(K, -1, H) for x in (k_pages, v_pages))
         for t in range(max(0, -start), min(T, length - start)):
             end = start + t + 1
             seen = slice(0 if window is None else max(0, end - window), end)

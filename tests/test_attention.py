@@ -32,9 +32,9 @@ CASES = [
 
 def in_row_order(arrays):
     """The same batch with pages of its own for each row, in order."""
-    tables = jnp.clip(arrays["block_tables"], 0, arrays["k_pages"].shape[0] - 1)
-    paged = {name: x[tables].reshape(-1, *x.shape[1:]) for name, x in arrays.items() if name[2:] in ("pages", "scales")}
-    return arrays | paged | {"block_tables": jnp.arange(tables.size, dtype=jnp.int32).reshape(tables.shape)}
+    tables = jnp.clip(arrays["block_tables"], 0, arrays["pages"].k.shape[0] - 1)
+    pages = jax.tree.map(lambda x: x[tables].reshape(-1, *x.shape[1:]), arrays["pages"])
+    return arrays | {"pages": pages, "block_tables": None}
 
 
 @pytest.mark.parametrize("variant", [{}, {"window": 9}, {"soft_cap": 2.0}, {"window": 50, "soft_cap": 5.0}], ids=str)
@@ -42,38 +42,38 @@ def in_row_order(arrays):
 def test_causal_attention(T, variant):
     case = Case(H=20, S=T, K=2, G=3, T=T, lengths=(T, T), dtype=F32, scale=0.3, **variant)
     arrays = case.arrays(T)
-    k, v = (jnp.swapaxes(arrays[f"{name}_pages"][arrays["block_tables"][:, 0]], 1, 2) for name in "kv")
-    out = causal_attention(arrays["q"], k, v, **case.options)
-    assert_close(out, dense(**arrays, starts=np.zeros(2, int), **case.options), F32)
+    k, v = (jnp.swapaxes(x[arrays["block_tables"][:, 0]], 1, 2) for x in arrays["pages"][:2])
+    out = causal_attention(arrays["q"], k, v, case.options)
+    assert_close(out, dense(**arrays, starts=np.zeros(2, int)), F32)
 
 
-@pytest.mark.parametrize("identity", [True, False], ids=["identity", "shuffled"])
+@pytest.mark.parametrize("in_order", [True, False], ids=["in row order", "shuffled"])
 @pytest.mark.parametrize("T", [1, 11])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_prefill_attention(case, T, identity):
+def test_prefill_attention(case, T, in_order):
     case = dataclasses.replace(case, T=T)
     arrays = case.arrays(T, garbage=100.0)
     arrays["starts"] = jnp.maximum(arrays["lengths"] - T, 0)
-    expected = dense(**arrays, **case.options)
-    if identity:
+    expected = dense(**arrays)
+    if in_order:
         arrays = in_row_order(arrays)
-    out = prefill_attention(**arrays, **case.options, identity_table=identity)
+    out = prefill_attention(**arrays)
     padding = arrays["starts"][:, None] + jnp.arange(T) >= arrays["lengths"][:, None]
     assert_close(jnp.where(padding[:, :, None, None, None], 0, out), expected, case.dtype)
 
 
-@pytest.mark.parametrize("identity", [True, False], ids=["identity", "shuffled"])
+@pytest.mark.parametrize("in_order", [True, False], ids=["in row order", "shuffled"])
 @pytest.mark.parametrize("T", [None, 1, 5])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_decode_attention(case, T, identity):
+def test_decode_attention(case, T, in_order):
     case = dataclasses.replace(case, T=T or 1)
     arrays = case.arrays(3, garbage=100.0)
-    expected = dense(**arrays, starts=np.asarray(case.lengths) - case.T, **case.options)
+    expected = dense(**arrays, starts=np.asarray(case.lengths) - case.T)
     if T is None:  # one token a row needs no axis
         arrays["q"], expected = arrays["q"][:, 0], expected[:, 0]
-    if identity:
+    if in_order:
         arrays = in_row_order(arrays)
-    out = decode_attention(**arrays, **case.options, identity_table=identity)
+    out = decode_attention(**arrays)
     assert_close(out, expected, case.dtype)
     assert not np.asarray(out, np.float32)[np.asarray(case.lengths) == 0].any()
 
@@ -81,21 +81,22 @@ def test_decode_attention(case, T, identity):
 def test_an_unknown_implementation_is_refused():
     arrays = Case().arrays(0)
     with pytest.raises((ValueError, TypeError), match="mosaik"):
-        decode_attention(**arrays, scale=1.0, implementation="mosaik")
+        decode_attention(**arrays, implementation="mosaik")
 
 
 @pytest.mark.parametrize(("kv", "drop"), [(INT8, "k_scales"), (FP8, "v_scales")])
 def test_quantized_pages_want_scales(kv, drop):
     arrays = Case(kv=kv).arrays(0)
-    del arrays[drop]
+    arrays["pages"] = arrays["pages"]._replace(**{drop: None})
     with pytest.raises(ValueError, match=drop):
-        decode_attention(**arrays, scale=1.0)
+        decode_attention(**arrays)
 
 
 def test_scales_want_quantized_pages():
-    arrays = Case(kv=INT8).arrays(0) | Case().arrays(0)
+    arrays, scales = Case().arrays(0), Case(kv=INT8).arrays(0)["pages"].k_scales
+    arrays["pages"] = arrays["pages"]._replace(k_scales=scales)
     with pytest.raises(ValueError, match="k_scales go with int8"):
-        decode_attention(**arrays, scale=1.0)
+        decode_attention(**arrays)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_scales_want_quantized_pages():
 def test_what_the_decode_kernel_does_not_serve_is_refused(change, reason):
     case = dataclasses.replace(Case(), **change)
     with pytest.raises(NotImplementedError, match=reason):
-        decode_attention(**case.arrays(0), **case.options, implementation="mosaic")
+        decode_attention(**case.arrays(0), implementation="mosaic")
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def told(monkeypatch):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
-                text = jax.jit(lambda: decode_attention(**case.arrays(0), **case.options)).trace().jaxpr
+                text = jax.jit(lambda: decode_attention(**case.arrays(0))).trace().jaxpr
         return [str(w.message) for w in caught if issubclass(w.category, UserWarning)], "split_kernel" in str(text)
 
     yield serve_on

@@ -73,9 +73,10 @@ def drawn(seed: int) -> Case:
 
 def run(case: Case, seed: int, interpret, blocks: int):
     arrays = case.arrays(seed)
-    expected = dense(**arrays, starts=np.asarray(case.lengths) - case.T, **case.options)
+    expected = dense(**arrays, starts=np.asarray(case.lengths) - case.T)
+    options = arrays.pop("options")
     rows = jnp.moveaxis(arrays.pop("q"), 1, 2)  # [B, K, T, G, H]
-    kernel = functools.partial(decode_attention_mosaic, **case.options, queries=case.T, blocks=blocks)
+    kernel = functools.partial(decode_attention_mosaic, options=options, queries=case.T, blocks=blocks)
     q = rows.reshape(*rows.shape[:2], case.T * case.G, case.H)
     out = jax.jit(functools.partial(kernel, interpret=interpret))(q, **arrays)
     return jnp.moveaxis(out.reshape(rows.shape), 2, 1), expected

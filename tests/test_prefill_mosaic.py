@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_cases import F16, FP8, INT8, Case, assert_close, dense
 from ridgeline.pallas_kernels.attention import prefill_attention
+from ridgeline.pallas_kernels.pages import AttentionOptions, Pages
 from ridgeline.pallas_kernels.prefill_mosaic import prefill_attention_mosaic
 from ridgeline.sharding.targets import compile_for_target, target_mesh
 
@@ -56,22 +57,22 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_interpreted_kernel_is_a_dense_softmax(interpreter, case):
     arrays = case.arrays(CASES.index(case))
-    out = prefill_attention_mosaic(**arrays, **case.options, interpret=interpreter)
-    assert_close(out, dense(**arrays, **case.options), case.dtype)
+    out = prefill_attention_mosaic(**arrays, interpret=interpreter)
+    assert_close(out, dense(**arrays), case.dtype)
 
 
 def test_queries_past_the_length_yield_zeros(interpreter):
     case = case_of(T=12, G=3, starts=(0, 20), lengths=(5, 20), sinks=True)
-    out = prefill_attention_mosaic(**case.arrays(0), **case.options, interpret=interpreter)
+    out = prefill_attention_mosaic(**case.arrays(0), interpret=interpreter)
     assert not np.asarray(out[0, 5:], np.float32).any()
     assert not np.asarray(out[1], np.float32).any()
     assert np.asarray(out[0, :5], np.float32).any(axis=-1).all()
 
 
 def test_a_scale_that_is_not_positive_is_refused():
-    case = case_of(T=8)
+    case = case_of(T=8, scale=-0.5)
     with pytest.raises(NotImplementedError, match=r"scale is -0\.5; the kernel takes positive scales"):
-        prefill_attention(**case.arrays(0), scale=-0.5, implementation="mosaic")
+        prefill_attention(**case.arrays(0), implementation="mosaic")
 
 
 @pytest.mark.parametrize("kv", [None, INT8, FP8], ids=["bf16", "int8", "fp8"])
@@ -88,11 +89,10 @@ def test_compiled_for_hopper_it_holds_no_scores_and_copies_no_pages(plugin, kv):
         "starts": array(B, dtype=jnp.int32),
         "lengths": array(B, dtype=jnp.int32),
     }
-    for name in "kv":
-        arrays[f"{name}_pages"] = array(P, K, S, H, dtype=kv or jnp.bfloat16)
-        if kv is not None:
-            arrays[f"{name}_scales"] = array(P, K, S, dtype=jnp.float32)
-    op = functools.partial(prefill_attention, scale=H**-0.5, window=1000, implementation="mosaic")
+    pages = array(P, K, S, H, dtype=kv or jnp.bfloat16)
+    scales = None if kv is None else array(P, K, S, dtype=jnp.float32)
+    arrays["pages"] = Pages(pages, pages, scales, scales)
+    op = functools.partial(prefill_attention, options=AttentionOptions(H**-0.5, 1000), implementation="mosaic")
     compiled = compile_for_target(jax.jit(op).lower(**arrays))
     text = compiled.as_text()
     assert text.count('custom_call_target="mosaic_gpu_v2"') == 1
