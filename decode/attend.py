@@ -1,36 +1,43 @@
 """The `attend` of prefill and decode: write the new keys and values into their pages, then attend over the pages."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from ..model.config import ModelConfig
+from ..model.kv_specs import kv_specs
 from ..model.transformer import Attend, AttentionSpec
-from ..sharding.rules import shard_map
-from .cache import KVCache, numbers, write_layer
+from ..pallas_kernels.attention import decode_attention, prefill_attention
+from ..sharding.rules import mesh_of, shard_map
+from .cache import KVCache, write_pages
+
+Form = Literal["prefill", "decode"]
+"""How new tokens attend over pages: as blocks of queries, or as a few of them for which the pages are read once."""
 
 _ROWS = ("batch",)
 _HEADS = ("batch", None, "kv_heads")
-_PAGES = ("pages", "kv_heads")
 
 
 def cached_attend(
-    cache: KVCache, op: Callable[..., Array], positions: Int[Array, "B T"], valid: Bool[Array, "B T"], *lengths: Array
+    config: ModelConfig, cache: KVCache, form: Form, new: Int[Array, "B"], positions: Int[Array, "B T"]
 ) -> Attend:
-    """An `attend` whose state is one entry of `KVCache.layers`.
+    """An `attend` whose state is a layer's entry of `KVCache.pages`.
 
     On a mesh it runs on each device's own rows and heads, so that neither the write nor the kernel communicates.
 
     Args:
-      cache: its tables and mesh are used; its layers come as the state.
-      op: op(q, k_pages, v_pages, block_tables, *lengths, scale=, window=, soft_cap=, identity_table=), which takes
-        k_scales= and v_scales= too if the cache is quantized.
-      positions: of the new tokens.
-      valid: which of them to write.
-      lengths: [B] arrays that `op` takes.
+      config: the model.
+      cache: its rows are used; its pages come as the state.
+      form: how to attend; "decode" takes up to 16 tokens.
+      new: how many of the T tokens of each row to write.
+      positions: where they stand.
     """
+    T, tables = positions.shape[1], cache.rows.block_tables
+    leaf = jax.tree.leaves(cache.pages)[0]
+    mesh, specs = mesh_of(leaf), kv_specs(config, "fp8" if leaf.dtype == jnp.uint8 else leaf.dtype)
 
     def attend(
         q: Float[Array, "B T K G H"],
@@ -39,29 +46,23 @@ def cached_attend(
         spec: AttentionSpec,
         state: Any,
     ) -> tuple[Float[Array, "B T K G H"], Any]:
-        def local(q, k, v, layer, tables, positions, valid, lengths):
-            if cache.mesh is not None:  # tables name pages of the whole cache; each data shard holds a run of them
-                tables = tables - lax.axis_index("data") * layer[0].shape[0]
-            layer = write_layer(layer, k, v, tables, positions, valid)
-            k_pages, v_pages, *scales = layer
-            out = op(
-                q,
-                numbers(k_pages),
-                numbers(v_pages),
-                tables,
-                *lengths,
-                scale=spec.scale,
-                window=spec.window,
-                soft_cap=spec.soft_cap,
-                identity_table=cache.identity_table,
-                **dict(zip(("k_scales", "v_scales"), scales, strict=False)),
-            )
-            return out, layer
+        def local(q, k, v, pages, tables, positions, new):
+            if mesh is not None and tables is not None:
+                # Tables name pages of the whole pool; each data shard holds a run of them.
+                tables = tables - lax.axis_index("data") * pages.k.shape[0]
+            pages = write_pages(pages, k, v, tables, positions, jnp.arange(T) < new[:, None])
+            starts = positions[:, 0]
+            if form == "prefill":
+                return prefill_attention(q, pages, tables, starts, starts + new, spec.options), pages
+            queries = q[:, 0] if T == 1 else q
+            # All T: of a row with fewer, the others' results are nobody's, and no token of the row sees past its own.
+            out = decode_attention(queries, pages, tables, starts + T * (new > 0), spec.options)
+            return out.reshape(q.shape), pages
 
-        layer_axes = (_PAGES,) * len(state)
-        in_axes = (_HEADS, _HEADS, _HEADS, layer_axes, _ROWS, _ROWS, _ROWS, (_ROWS,) * len(lengths))
-        run = shard_map(local, cache.mesh, in_axes, (_HEADS, layer_axes))
+        layer_axes = jax.tree.map(lambda leaf: leaf.axes, specs[spec.layer])
+        in_axes = (_HEADS, _HEADS, _HEADS, layer_axes, None if tables is None else _ROWS, _ROWS, _ROWS)
         with jax.named_scope("cached_attention"):
-            return run(q, k, v, state, cache.block_tables, positions, valid, lengths)
+            run = shard_map(local, mesh, in_axes, (_HEADS, layer_axes))
+            return run(q, k, v, state, tables, positions, new)
 
     return attend

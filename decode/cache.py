@@ -1,5 +1,6 @@
-"""The KV cache: pages of keys and values, and the tables that say whose they are."""
+"""The KV cache: a pool of pages, and the rows that use it."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -11,68 +12,104 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
-from ..model.config import DTYPES, ModelConfig
+from ..model.config import ModelConfig
+from ..model.kv_specs import KVSpec, kv_dtype_of, kv_specs
 from ..model.quantization import rounded
-from ..sharding.rules import constrain, named_sharding
+from ..pallas_kernels.pages import Pages
+from ..sharding.rules import named_sharding
 
-_QUANTIZED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
-KV_DTYPES = {name: jnp.dtype(name) for name in (*DTYPES, "int8")} | {"fp8": jnp.dtype(jnp.float8_e4m3fn)}
-"""What pages may hold, by the name of a `kv_dtype`."""
+ROW_AXES = {"block_tables": ("batch", "entries"), "lengths": ("batch",)}
+"""Logical axes of the arrays of `Rows`; those of the others are those of `lengths`."""
 
 
 @struct.dataclass
+class Rows:
+    """Who uses a pool of pages: B rows. A pytree.
+
+    Attributes:
+      lengths: [B] int32, positions cached so far.
+      max_lengths: [B] int32, positions at which a row is full. It is room, and changes no number.
+      contexts: [B] int32, what length-dependent RoPE kinds (dynamic, longrope) take a row's length for until it is
+        longer, so that the chunks of a prompt agree: the prompt's length, or whatever the row is to become.
+      block_tables: [B, N] int32, the page that holds positions n * S to (n + 1) * S - 1 of a row, S a page's. None is
+        row order: of a pool of P pages row b has those from b * P / B on, and nothing needs to be gathered.
+    """
+
+    lengths: Any
+    max_lengths: Any
+    contexts: Any
+    block_tables: Any = None
+
+
+_ROW_FIELDS = tuple(field.name for field in dataclasses.fields(Rows))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KVCache:
     """Cached keys and values of B rows. A pytree: jit takes it, and `prefill` and `decode_step` consume it.
 
+    Where it lies is a property of its arrays: on a mesh rows and pages are split over "data" and KV heads over
+    "tensor", and a row's pages must lie on the row's own data shard.
+
     Attributes:
-      k, v: one array a layer, [P, K, S, H]: pages, KV heads, positions a page, head dimensions.
-        float8_e4m3fn is held as bytes, uint8, which XLA:CPU too writes in place; see `numbers`.
-      k_scales, v_scales: of quantized pages one array a layer, [P, K, S] float32: a number times the scale of its
-        position and head is the key or value. Of other pages ().
-      block_tables: [B, N] int32, the page that holds positions n * S to (n + 1) * S - 1 of a row.
-      lengths: [B] int32, positions cached so far.
-      max_lengths: [B] int32, positions at which a row is full. Length-dependent RoPE kinds (dynamic, longrope) read it
-        as the row's context length, so set it to the longest the row will become.
-      identity_table: whether block_tables is 0, 1, 2 ... in row order (static), which spares a gather.
-      mesh: where it lies (static): rows and pages over "data", KV heads over "tensor"; None is one device. A row's
-        pages must lie on the row's own data shard.
+      pages: the pool: what `kv_specs` lists, an entry a layer.
+      rows: whose they are. Their fields can be read and replaced on the cache itself: `cache.lengths`,
+        `cache.replace(lengths=...)`.
     """
 
-    k: Any
-    v: Any
-    block_tables: Any
-    lengths: Any
-    max_lengths: Any
-    k_scales: Any = ()
-    v_scales: Any = ()
-    identity_table: bool = struct.field(pytree_node=False, default=False)
-    mesh: Mesh | None = struct.field(pytree_node=False, default=None)
+    pages: tuple[Any, ...]
+    rows: Rows
+
+    def replace(self, **changes: Any) -> "KVCache":
+        """A copy with `pages`, `rows`, or fields of the rows changed."""
+        of_rows = {name: changes.pop(name) for name in _ROW_FIELDS if name in changes}
+        cache = dataclasses.replace(self, **changes)
+        return dataclasses.replace(cache, rows=cache.rows.replace(**of_rows)) if of_rows else cache
+
+    @property
+    def lengths(self) -> Int[Array, "B"]:
+        return self.rows.lengths
+
+    @property
+    def max_lengths(self) -> Int[Array, "B"]:
+        return self.rows.max_lengths
+
+    @property
+    def contexts(self) -> Int[Array, "B"]:
+        return self.rows.contexts
+
+    @property
+    def block_tables(self) -> Int[Array, "B N"]:
+        """The rows' tables, also where they are not stored because the pages lie in row order."""
+        if self.rows.block_tables is not None:
+            return self.rows.block_tables
+        return jnp.arange(self.num_pages, dtype=jnp.int32).reshape(self.batch_size, -1)
 
     @property
     def batch_size(self) -> int:
-        return self.block_tables.shape[0]
+        return self.rows.lengths.shape[0]
+
+    @property
+    def num_pages(self) -> int:
+        return jax.tree.leaves(self.pages)[0].shape[0]
 
     @property
     def page_size(self) -> int:
-        return self.k[0].shape[2]
+        return jax.tree.leaves(self.pages)[0].shape[2]
 
     @property
     def capacity(self) -> int:
         """Positions that the table of one row can hold."""
-        return self.block_tables.shape[1] * self.page_size
+        tables = self.rows.block_tables
+        return self.page_size * (self.num_pages // self.batch_size if tables is None else tables.shape[1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, scales included."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
-
-    @property
-    def layers(self) -> tuple[tuple[Any, ...], ...]:
-        """Each layer's (k, v), or (k, v, k_scales, v_scales): the state that `cached_attend` threads through."""
-        kinds = (self.k, self.v, self.k_scales, self.v_scales)
-        return tuple(zip(*(leaves for leaves in kinds if leaves), strict=True))
+        """Bytes of the pool, scales included."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.pages))
 
     def read(self, layer: int) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"]]:
         """A layer's keys and values, float32, of all C positions that a row's table can hold, in the row's order.
@@ -80,24 +117,15 @@ class KVCache:
         Those at lengths[b] and after are not row b's: zeros, or what an earlier row left in the page.
         """
 
-        def rows(pages: Array, scales: Array | None = None) -> Array:
-            found = numbers(pages)[self.block_tables].astype(jnp.float32)  # [B, N, K, S, H]
+        def rows(numbers: Array, scales: Array | None) -> Array:
+            values = numbers[self.block_tables].astype(jnp.float32)  # [B, N, K, S, H]
             if scales is not None:
-                found = found * scales[self.block_tables][..., None]
-            found = jnp.moveaxis(found, 2, 3)
-            return found.reshape(self.batch_size, self.capacity, *found.shape[3:])
+                values = values * scales[self.block_tables][..., None]
+            values = jnp.moveaxis(values, 2, 3)
+            return values.reshape(self.batch_size, self.capacity, *values.shape[3:])
 
-        k, v, *scales = self.layers[layer]
-        return rows(k, *scales[:1]), rows(v, *scales[1:])
-
-    def updated(
-        self, logits: Float[Array, "B *T V"], layers: Sequence[tuple[Any, ...]], lengths: Int[Array, "B"]
-    ) -> tuple[Float[Array, "B *T V"], "KVCache"]:
-        """What prefill and decode return: logits and the cache with new layers and lengths, placed as the old ones."""
-        axes = ("batch", *[None] * (logits.ndim - 2), "vocab")
-        kinds = dict(zip(("k", "v", "k_scales", "v_scales"), zip(*layers, strict=True), strict=False))
-        lengths = constrain(lengths, self.mesh, "batch")
-        return constrain(logits, self.mesh, *axes), self.replace(**kinds, lengths=lengths)
+        pages = self.pages[layer].numbers()
+        return rows(pages.k, pages.k_scales), rows(pages.v, pages.v_scales)
 
 
 def init_cache(
@@ -109,25 +137,27 @@ def init_cache(
     page_size: int = 64,
     kv_dtype: jax.typing.DTypeLike | None = None,
     block_tables: Sequence[Sequence[int]] | np.ndarray | Array | None = None,
+    num_pages: int | None = None,
 ) -> KVCache:
     """An empty cache of `batch_size` rows, each with room for `max_length` tokens.
 
     Args:
       config: the model.
       batch_size: rows.
-      max_length: positions at which a row is full; memory is taken for the next multiple of `page_size`.
+      max_length: positions at which a row is full; a row's table holds the next multiple of `page_size`.
       mesh: the model's mesh, or None for one device.
       page_size: positions a page.
       kv_dtype: of keys and values, as `page_dtype` takes it; "int8" and "fp8" bring a float32 scale a token and head.
-      block_tables: [batch_size, N] integers, the page of each stretch of `page_size` positions of each row; the largest
-        says how many pages there are. Rows that name the same page share what it holds, so let one of them write it.
-        By default every row has pages of its own.
+      block_tables: [batch_size, N] integers, the page of each stretch of `page_size` positions of each row. Rows that
+        name the same page share what it holds, so let one of them write it. By default every row has pages of its own.
+      num_pages: of the pool; by default as many as rows of their own pages take.
 
     Raises:
       ValueError: a size that is not positive, or that does not divide over the mesh, an unknown `kv_dtype`, or
-        `block_tables` of another shape or with negative entries.
+        `block_tables` of another shape or with entries that are no page.
     """
-    for name, value in (("batch_size", batch_size), ("max_length", max_length), ("page_size", page_size)):
+    sizes = {"batch_size": batch_size, "max_length": max_length, "page_size": page_size}
+    for name, value in (sizes | ({} if num_pages is None else {"num_pages": num_pages})).items():
         if value <= 0:
             raise ValueError(f"init_cache: {name} is {value}; it must be positive")
     if mesh is not None and batch_size % mesh.shape["data"]:
@@ -135,53 +165,49 @@ def init_cache(
             f"init_cache: batch_size is {batch_size} and mesh axis 'data' has {mesh.shape['data']} devices; make it a "
             "multiple of them"
         )
-    dtype = page_dtype(kv_dtype, config, mesh)
-    held = jnp.uint8 if dtype == jnp.float8_e4m3fn else dtype
     pages_per_row = math.ceil(max_length / page_size)
-    own = block_tables is None
-    tables = np.arange(batch_size * pages_per_row).reshape(batch_size, -1) if own else np.asarray(block_tables)
-    if tables.shape != (batch_size, pages_per_row) or tables.dtype.kind not in "iu" or tables.min() < 0:
-        raise ValueError(
-            f"init_cache: block_tables is {tables.dtype} {tables.shape} from {tables.min()} up; give integers from 0 "
-            f"up, {batch_size} rows of {pages_per_row} (max_length {max_length} in pages of {page_size})"
-        )
-    pages = int(tables.max()) + 1
+    own = batch_size * pages_per_row
+    if num_pages is None or block_tables is None:
+        if num_pages not in (None, own):
+            raise ValueError(f"init_cache: num_pages is {num_pages} and block_tables are not given; give both")
+        num_pages = own
+    tables = None if block_tables is None else _checked_tables(block_tables, (batch_size, pages_per_row), num_pages)
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    counts = {"pages": num_pages, "page_size": page_size, "batch": batch_size}
 
-    def array(name: str, value: int | jax.Array, dtype: Any, **axes: int) -> jax.Array:
-        shape = tuple(axes.values())
-        sharding = None if mesh is None else named_sharding(f"cache {name}", shape, tuple(axes), mesh)
-        return _broadcast(shape, sharding)(jnp.asarray(value, dtype))
+    def zeros(path: tuple, spec: KVSpec) -> jax.Array:
+        return _placed(f"cache {jax.tree_util.keystr(path)}", 0, spec.dtype, spec.shape(**counts), spec.axes, mesh)
 
-    def leaves(name: str, dtype: Any, **more: int) -> tuple[jax.Array, ...]:
-        axes = {"pages": pages, "kv_heads": config.num_kv_heads, "page_size": page_size} | more
-        return tuple(array(name, 0, dtype, **axes) for _ in config.layers)
+    def row(name: str, value: Any, *shape: int) -> jax.Array:
+        return _placed(f"cache {name}", value, jnp.int32, (batch_size, *shape), ROW_AXES.get(name, ("batch",)), mesh)
 
     return KVCache(
-        k=leaves("k", held, head_dim=config.head_dim),
-        v=leaves("v", held, head_dim=config.head_dim),
-        block_tables=array(
-            "block_tables",
-            jnp.asarray(tables),
-            jnp.int32,
-            batch=batch_size,
-            entries=pages_per_row,
+        pages=jax.tree_util.tree_map_with_path(zeros, kv_specs(config, page_dtype(kv_dtype, config, mesh), tensor)),
+        rows=Rows(
+            lengths=row("lengths", 0),
+            max_lengths=row("max_lengths", max_length),
+            contexts=row("contexts", 0),
+            block_tables=None if tables is None else row("block_tables", tables, pages_per_row),
         ),
-        lengths=array("lengths", 0, jnp.int32, batch=batch_size),
-        max_lengths=array("max_lengths", max_length, jnp.int32, batch=batch_size),
-        k_scales=leaves("k_scales", jnp.float32) if dtype in _QUANTIZED else (),
-        v_scales=leaves("v_scales", jnp.float32) if dtype in _QUANTIZED else (),
-        identity_table=own,
-        mesh=mesh,
     )
+
+
+def _checked_tables(block_tables: Any, shape: tuple[int, int], num_pages: int) -> np.ndarray:
+    tables = np.asarray(block_tables)
+    if tables.shape != shape or tables.dtype.kind not in "iu" or tables.min() < 0 or tables.max() >= num_pages:
+        raise ValueError(
+            f"init_cache: block_tables is {tables.dtype} {tables.shape} from {tables.min()} to {tables.max()}; give "
+            f"integers from 0 to {num_pages - 1} (num_pages is {num_pages}), {shape[0]} rows of {shape[1]}"
+        )
+    return tables
 
 
 def page_dtype(kv_dtype: jax.typing.DTypeLike | None, config: ModelConfig, mesh: Mesh | None) -> jnp.dtype:
     """The dtype of the numbers in a cache's pages.
 
     Args:
-      kv_dtype: "float32", "bfloat16", "float16", "int8" or "fp8" (e4m3), or such a dtype. None is the model's dtype on
-        accelerators, and float32 on a CPU, where XLA has neither 16-bit updates in place nor 16-bit batched products
-        and would convert the cache at every step.
+      kv_dtype: as `kv_specs` takes it. None is the model's dtype on accelerators, and float32 on a CPU, where XLA has
+        neither 16-bit updates in place nor 16-bit batched products and would convert the cache at every step.
       config, mesh: as in `init_cache`.
 
     Raises:
@@ -190,10 +216,14 @@ def page_dtype(kv_dtype: jax.typing.DTypeLike | None, config: ModelConfig, mesh:
     if kv_dtype is None:
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         kv_dtype = "float32" if platform == "cpu" else config.dtype
-    dtype = KV_DTYPES.get(kv_dtype) if isinstance(kv_dtype, str) else jnp.dtype(kv_dtype)
-    if dtype not in KV_DTYPES.values():
-        raise ValueError(f"kv_dtype {kv_dtype!r} is not known; known: {', '.join(KV_DTYPES)}")
-    return dtype
+    return kv_dtype_of(kv_dtype)
+
+
+def _placed(
+    name: str, value: Any, dtype: Any, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | None
+) -> jax.Array:
+    sharding = None if mesh is None else named_sharding(name, shape, axes, mesh)
+    return _broadcast(shape, sharding)(jnp.asarray(value, dtype))
 
 
 @functools.cache
@@ -202,39 +232,39 @@ def _broadcast(shape: tuple[int, ...], sharding: NamedSharding | None) -> Callab
     return jax.jit(lambda value: jnp.broadcast_to(value, shape), out_shardings=sharding)
 
 
-def write_layer(
-    layer: tuple[Array, ...],
+def write_pages(
+    pages: Pages,
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    block_tables: Int[Array, "B N"],
+    block_tables: Int[Array, "B N"] | None,
     positions: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
-) -> tuple[Array, ...]:
-    """A layer of the cache with the keys and values of new tokens at their positions, in place when it is donated.
+) -> Pages:
+    """A layer's pages with the keys and values of new tokens at their positions, in place where they are donated.
 
     Args:
-      layer: one entry of `KVCache.layers`.
-      k, v: what to write; quantized here if the layer is.
-      block_tables: page of each stretch of S positions.
+      pages: of one layer, as the cache holds them.
+      k, v: what to write; quantized here if the pages are.
+      block_tables: page of each stretch of S positions; None is row order.
       positions: where each token goes in its row.
       valid: tokens to write; the others (padding, rows without room) leave no trace.
     """
-    pages, _, page_size = layer[0].shape[:3]
-    page = jnp.take_along_axis(block_tables, positions // page_size, axis=1, mode="clip")
-    page = jnp.where(valid, page, pages)  # out of bounds, so that mode="drop" drops it
-    new = k, v
-    if len(layer) > 2:
-        dtype = "int8" if layer[0].dtype == jnp.int8 else "float8_e4m3fn"
+    count, _, page_size = pages.k.shape[:3]
+    entry = positions // page_size
+    if block_tables is None:
+        per_row = count // len(positions)
+        page = per_row * jnp.arange(len(positions))[:, None] + jnp.minimum(entry, per_row - 1)
+    else:
+        page = jnp.take_along_axis(block_tables, entry, axis=1, mode="clip")
+    page = jnp.where(valid, page, count)  # out of bounds, so that mode="drop" drops it
+    new = Pages(k, v)
+    if pages.k_scales is not None:
+        dtype = "int8" if pages.k.dtype == jnp.int8 else "float8_e4m3fn"
         (k, k_scales), (v, v_scales) = rounded(k, dtype), rounded(v, dtype)
-        new = k, v, k_scales[..., 0], v_scales[..., 0]
+        new = Pages(k, v, k_scales[..., 0], v_scales[..., 0])
 
     def written(leaf: Array, part: Array) -> Array:
         part = lax.bitcast_convert_type(part, jnp.uint8) if leaf.dtype == jnp.uint8 else part.astype(leaf.dtype)
         return leaf.at[page, :, positions % page_size].set(part, mode="drop")
 
-    return tuple(map(written, layer, new))
-
-
-def numbers(pages: Num[Array, "P K S H"]) -> Num[Array, "P K S H"]:
-    """The keys or values that pages of the cache hold, in their dtype: float8 is held as bytes."""
-    return lax.bitcast_convert_type(pages, jnp.float8_e4m3fn) if pages.dtype == jnp.uint8 else pages
+    return jax.tree.map(written, pages, new)

@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ..model.loading import Model
 from . import buckets
-from .cache import init_cache, page_dtype
-from .loop import decode_steps, sample_first
-from .prefill import prefill
+from .cache import page_dtype
 from .request import FinishReason, Request, RequestOutput, TokenLogprobs
-from .sampling import SampleLogprobs, make_sampling_state
+from .runner import Runner
+from .sampling import SampleLogprobs
 from .sampling_params import SamplingParams
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
@@ -103,9 +102,9 @@ def warm_up(
 ) -> None:
     """Compile the programs that `generate` with these arguments will run, so that none is compiled while it runs."""
     for requests in _batches(make_requests(model, prompts, sampling), max_batch_size):
-        batch = _Batch(model, requests, kv_dtype)
-        batch.prefill()
-        batch.decode()
+        runner = _start(model, requests, kv_dtype)
+        runner.first(runner.prefill([request.prompt for request in requests]))
+        runner.decode()
 
 
 def default_sampling(model: Model, **changes: Any) -> SamplingParams:
@@ -176,13 +175,13 @@ def _batches(requests: list[Request], max_batch_size: int) -> list[list[Request]
 
 def _stream(model: Model, batches: list[list[Request]], kv_dtype: jnp.dtype) -> Iterator[StreamChunk]:
     first = 0
-    for rows in batches:
-        for request in rows:
+    for requests in batches:
+        for request in requests:
             request.start_clock()
-        batch = _Batch(model, rows, kv_dtype)
-        made = batch.prefill()
+        runner = _start(model, requests, kv_dtype)
+        made = _to_host(requests, *runner.first(runner.prefill([r.prompt for r in requests])))
         while True:
-            running = [(row, request) for row, request in enumerate(rows) if not request.finished]
+            running = [(row, request) for row, request in enumerate(requests) if not request.finished]
             for row, request in running:
                 before = len(request.tokens)
                 for token, logprobs in made[row]:
@@ -194,83 +193,34 @@ def _stream(model: Model, batches: list[list[Request]], kv_dtype: jnp.dtype) -> 
                     finish_reason=request.finish_reason,
                     output=request.output() if request.finished else None,
                 )
-            if all(request.finished for request in rows):
+            if all(request.finished for request in requests):
                 break
-            made = batch.decode()
-        first += len(rows)
+            made = _to_host(requests, *runner.decode())
+        first += len(requests)
 
 
-_Made = list[list[tuple[int, TokenLogprobs | None]]]
-"""New tokens by row, with their log-probabilities where asked for."""
+def _start(model: Model, requests: Sequence[Request], kv_dtype: jax.typing.DTypeLike | None) -> Runner:
+    """A runner with room for a batch, which its prompts have not passed yet."""
+    totals = [len(r.prompt) + r.max_tokens for r in requests]
+    rows, length = buckets.batch_bucket(len(requests)), buckets.cache_bucket(max(totals))
+    runner = Runner(model, rows, length, kv_dtype=kv_dtype)
+    runner.begin(totals)
+    runner.sample_with([r.params for r in requests], [r.prompt for r in requests], [r.seed for r in requests])
+    return runner
 
 
-class _Batch:
-    """The device side of requests that run together: cache, sampling state, last tokens."""
-
-    def __init__(self, model: Model, requests: Sequence[Request], kv_dtype: jax.typing.DTypeLike | None):
-        self.model, self.requests = model, requests
-        data = 1 if model.mesh is None else model.mesh.shape["data"]
-        rows = -(-buckets.batch_bucket(len(requests)) // data) * data
-        totals = [len(r.prompt) + r.max_tokens for r in requests]
-        # Padding rows have no room: nothing is ever written for them.
-        max_lengths = np.array(totals + [0] * (rows - len(totals)), np.int32)
-        length = buckets.cache_bucket(max(totals))
-        cache = init_cache(model.config, rows, length, mesh=model.mesh, kv_dtype=kv_dtype)
-        place = None if model.mesh is None else cache.max_lengths.sharding
-        self.cache = cache.replace(max_lengths=jax.device_put(max_lengths, place))
-        self.state, self.plan = make_sampling_state(
-            [r.params for r in requests],
-            [r.prompt for r in requests],
-            [r.seed for r in requests],
-            model.config.vocab_size,
-            model.generation.eos_token_ids,
-            batch_size=rows,
-            mesh=model.mesh,
-        )
-
-    def prefill(self) -> _Made:
-        """Run the prompts, in chunks where they are long, and sample the first token of each row."""
-        rows, longest = self.cache.batch_size, max(len(r.prompt) for r in self.requests)
-        logits = None
-        for start in range(0, longest, buckets.PREFILL_CHUNK):
-            width = buckets.prefill_bucket(min(longest - start, buckets.PREFILL_CHUNK))
-            tokens, lengths = np.zeros((rows, width), np.int32), np.zeros((rows,), np.int32)
-            for row, request in enumerate(self.requests):
-                part = request.prompt[start : start + width]
-                tokens[row, : len(part)], lengths[row] = part, len(part)
-            chunk, self.cache = prefill(self.model.params, self.model.config, tokens, lengths, self.cache)
-            logits = chunk if logits is None else _newer(lengths, chunk, logits)
-        made, logprobs, self.tokens, self.state = sample_first(logits, self.state, self.cache.lengths, self.plan)
-        return self._to_host(made, logprobs)
-
-    def decode(self) -> _Made:
-        """Make the next block of tokens of every row."""
-        made, logprobs, self.tokens, self.cache, self.state = decode_steps(
-            self.model.params,
-            self.model.config,
-            self.tokens,
-            self.cache,
-            self.state,
-            self.plan,
-            steps=buckets.DECODE_STEPS,
-        )
-        return self._to_host(made, logprobs)
-
-    def _to_host(self, tokens: jax.Array, logprobs: SampleLogprobs | None) -> _Made:
-        tokens, logprobs = jax.device_get((tokens, logprobs))
-        return [
-            [
-                (token, _token_logprobs(logprobs, step, row, token, request.params.logprobs))
-                for step, token in enumerate(tokens[:, row].tolist())
-            ]
-            for row, request in enumerate(self.requests)
+def _to_host(
+    requests: Sequence[Request], tokens: Int[Array, "N B"], logprobs: SampleLogprobs | None
+) -> list[list[tuple[int, TokenLogprobs | None]]]:
+    """New tokens by row, with their log-probabilities where asked for."""
+    tokens, logprobs = jax.device_get((tokens, logprobs))
+    return [
+        [
+            (token, _token_logprobs(logprobs, step, row, token, request.params.logprobs))
+            for step, token in enumerate(tokens[:, row].tolist())
         ]
-
-
-@jax.jit
-def _newer(lengths: Int[Array, "B"], new: Float[Array, "B V"], old: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """The logits of the last chunk that had tokens of a row."""
-    return jnp.where(lengths[:, None] > 0, new, old)
+        for row, request in enumerate(requests)
+    ]
 
 
 def _token_logprobs(

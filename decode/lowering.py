@@ -11,19 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..model.config import ModelConfig
+from ..model.kv_specs import kv_specs
 from ..model.params import Params, param_shardings, param_specs
 from ..sharding.rules import named_sharding
-from .cache import KVCache, init_cache
+from .cache import KVCache, init_cache, page_dtype
 from .prefill import prefill
 from .step import decode_step
-
-_CACHE_AXES = {
-    4: ("pages", "kv_heads", "page_size", "head_dim"),
-    3: ("pages", "kv_heads", "page_size"),
-    2: ("batch", "entries"),
-    1: ("batch",),
-}
-"""Logical axes of the arrays of a `KVCache`, which their rank tells apart."""
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
@@ -44,7 +37,11 @@ def abstract_cache(
 ) -> KVCache:
     """What `init_cache` returns for a mesh, as `jax.ShapeDtypeStruct`s."""
     cache = jax.eval_shape(lambda: init_cache(config, batch_size, max_length, mesh=mesh, kv_dtype=kv_dtype))
-    return jax.tree.map(lambda leaf: _abstract(leaf.shape, leaf.dtype, _CACHE_AXES[leaf.ndim], mesh), cache)
+    specs = kv_specs(config, page_dtype(kv_dtype, config, mesh), mesh.shape["tensor"])
+    return KVCache(
+        pages=jax.tree.map(lambda leaf, spec: _abstract(leaf.shape, leaf.dtype, spec.axes, mesh), cache.pages, specs),
+        rows=jax.tree.map(lambda leaf: _abstract(leaf.shape, leaf.dtype, ("batch",), mesh), cache.rows),
+    )
 
 
 def lower_prefill(

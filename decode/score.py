@@ -5,7 +5,6 @@ stored: a scheme costs here what it costs there.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,12 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..model.config import ModelConfig
 from ..model.loading import Model
-from ..model.params import Params
-from ..model.transformer import unembed
-from .cache import KVCache, init_cache
-from .prefill import hidden_states
+from .runner import Runner
 
 _CHUNK = 256
 """Tokens a row that pass at once, so that the logits of no more than these are ever held."""
@@ -137,16 +132,14 @@ def evaluate(
     if not windows:
         raise ValueError("there is no text to score; give at least one")
     total = sum(window.scores for window in windows)
-    rows = min(batch_size, len(windows))
-    if model.mesh is not None:
-        rows = -(-rows // model.mesh.shape["data"]) * model.mesh.shape["data"]
     windows.sort(key=lambda window: len(window.targets))  # rows of a batch end together
-    length = len(windows[-1].targets)
-    runs = [_Run(m, rows, length, kv) for m, kv in zip(models, (kv_dtype, None), strict=False)]
+    length, rows = len(windows[-1].targets), min(batch_size, len(windows))
+    runners = [Runner(m, rows, length, kv_dtype=kv) for m, kv in zip(models, (kv_dtype, None), strict=False)]
+    rows = runners[0].cache.batch_size
     done, sums = 0, np.zeros(1 if against is None else 4)
     for first in range(0, len(windows), rows):
         batch = windows[first : first + rows]
-        sums += _score(runs, batch, rows, min(length, _CHUNK))
+        sums += _score(runners, batch, min(length, _CHUNK))
         done += sum(window.scores for window in batch)
         if progress is not None:
             progress(done, total)
@@ -231,50 +224,22 @@ class _Window:
         return self.end - self.first
 
 
-class _Run:
-    """A model and the cache that its windows pass through, one batch after another."""
-
-    def __init__(self, model: Model, rows: int, length: int, kv_dtype: jax.typing.DTypeLike | None):
-        self.model = model
-        self.cache = init_cache(model.config, rows, length, mesh=model.mesh, kv_dtype=kv_dtype)
-
-    def begin(self, lengths: Int[np.ndarray, "B"]) -> None:
-        """Empty the cache for rows that will be so long."""
-        place = None if self.model.mesh is None else self.cache.lengths.sharding
-        empty, full = jax.device_put((np.zeros_like(lengths), lengths), place)
-        self.cache = self.cache.replace(lengths=empty, max_lengths=full)
-
-    def logits(self, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"]) -> Float[Array, "B T V"]:
-        logits, self.cache = _logits(self.model.params, self.model.config, tokens, lengths, self.cache)
-        return logits
-
-
-def _score(runs: Sequence[_Run], windows: Sequence[_Window], rows: int, chunk: int) -> Float[np.ndarray, "N"]:
-    """What `_sums` gives for all scored tokens of windows that are at most `rows`."""
-    lengths = np.array([len(window.targets) for window in windows] + [0] * (rows - len(windows)), np.int32)
-    width = -(-int(lengths.max()) // chunk) * chunk
-    tokens, targets = np.zeros((2, rows, width), np.int32)
-    scored = np.zeros((rows, width), bool)
-    for row, (window, length) in enumerate(zip(windows, lengths, strict=False)):
-        tokens[row, :length], targets[row, :length] = window.tokens, window.targets
+def _score(runners: Sequence[Runner], windows: Sequence[_Window], chunk: int) -> Float[np.ndarray, "N"]:
+    """What `_sums` gives for all scored tokens of windows that run together."""
+    rows, lengths = runners[0].cache.batch_size, [len(window.targets) for window in windows]
+    width = -(-max(lengths) // chunk) * chunk
+    targets, scored = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+    for row, (window, length) in enumerate(zip(windows, lengths, strict=True)):
+        targets[row, :length] = window.targets
         scored[row, window.first - window.begin : length] = True
-    for run in runs:
-        run.begin(lengths)
+    for runner in runners:
+        runner.begin(lengths)
+    texts = [window.tokens for window in windows]
     sums = []
-    for start in range(0, width, chunk):
-        part = np.s_[:, start : start + chunk]
-        new = np.clip(lengths - start, 0, chunk)
-        sums.append(_sums(tuple(run.logits(tokens[part], new) for run in runs), targets[part], scored[part]))
+    for parts in zip(*(runner.all_logits(texts, chunk) for runner in runners), strict=True):
+        part = np.s_[:, parts[0][0] : parts[0][0] + chunk]
+        sums.append(_sums(tuple(logits for _, logits in parts), targets[part], scored[part]))
     return np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _logits(
-    params: Params, config: ModelConfig, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], cache: KVCache
-) -> tuple[Float[Array, "B T V"], KVCache]:
-    """`prefill` with the logits after every token; all must fit."""
-    x, layers = hidden_states(params, config, tokens, lengths, cache)
-    return cache.updated(unembed(params, config, x, cache.mesh), layers, cache.lengths + lengths)
 
 
 @jax.jit

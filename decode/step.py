@@ -1,7 +1,6 @@
 """Decode: one token a row in one bandwidth-bound program."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +8,18 @@ from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
 from ..model.params import Params
-from ..model.transformer import transformer, unembed
-from ..pallas_kernels.attention import decode_attention
-from .attend import cached_attend
+from ..model.transformer import Residual
 from .cache import KVCache
+from .extend import extend
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "residual"), donate_argnames="cache")
 def decode_step(
     params: Params,
     config: ModelConfig,
     tokens: Int[Array, "B"],
     cache: KVCache,
+    residual: Residual | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Append one token a row to the cache and return the logits after it.
 
@@ -31,6 +30,7 @@ def decode_step(
       config: the model (static).
       tokens: the next token id of each row.
       cache: as `prefill` or an earlier step returned it.
+      residual: as in `transformer` (static).
 
     Returns:
       Logits, float32, and the cache. A row that is full (lengths == max_lengths) gets NaN logits, and its cache and
@@ -39,21 +39,5 @@ def decode_step(
     Raises:
       ValueError: batch sizes differ.
     """
-    if tokens.shape[0] != cache.batch_size:
-        raise ValueError(
-            f"decode_step got {tokens.shape[0]} tokens for a cache of {cache.batch_size} rows; make them equal"
-        )
-    has_room = cache.lengths < cache.max_lengths
-    lengths = cache.lengths + has_room
-    positions = cache.lengths[:, None]
-
-    attend = cached_attend(cache, _one_query_attention, positions, has_room[:, None], lengths)
-    x, layers = transformer(
-        params, config, tokens[:, None], positions, attend, cache.layers, cache.max_lengths, cache.mesh
-    )
-    logits = jnp.where(has_room[:, None], unembed(params, config, x[:, 0], cache.mesh), jnp.nan)
-    return cache.updated(logits, layers, lengths)
-
-
-def _one_query_attention(q: Float[Array, "B 1 K G H"], *args: Array, **kwargs: Any) -> Float[Array, "B 1 K G H"]:
-    return decode_attention(q[:, 0], *args, **kwargs)[:, None]
+    new = jnp.ones_like(tokens)
+    return extend(params, config, tokens[:, None], new, cache, form="decode", residual=residual)

@@ -70,12 +70,18 @@ class LayerConfig:
     Attributes:
       rope: the layer's rotary embedding.
       window: sliding-window width in tokens, the token itself included; None attends to everything.
+      attention: what kind of attention the layer has: "grouped", queries that share KV heads.
+      mlp: what kind of MLP it has: "dense".
     """
 
     rope: RopeConfig
     window: int | None = None
+    attention: Literal["grouped"] = "grouped"
+    mlp: Literal["dense"] = "dense"
 
     def __post_init__(self):
+        _one_of("attention", self.attention, ("grouped",))
+        _one_of("mlp", self.mlp, ("dense",))
         if self.window is not None and self.window <= 0:
             raise ValueError(f"sliding window is {self.window}; it must be positive, or None for full attention")
 

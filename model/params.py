@@ -143,6 +143,24 @@ def _norm(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) ->
     return ParamSpec(shape, config.dtype, axes, init="zeros" if config.norm_offset else "ones")
 
 
+def kv_replicas(config: ModelConfig, tensor: int) -> int:
+    """Copies of each KV head, so that every one of `tensor` devices that share each layer holds whole KV heads.
+
+    The query heads of a KV head are shared out among its copies. With no more devices than KV heads it is 1.
+
+    Raises:
+      ValueError: the devices cannot share the KV heads, or the copies cannot share the query heads, evenly.
+    """
+    K, G = config.num_kv_heads, config.q_per_kv
+    copies = max(1, tensor // K)
+    if tensor > K and (tensor % K or G % copies):
+        raise ValueError(
+            f"num_kv_heads {K} with {G} query heads each cannot be shared by a tensor axis of {tensor}; it must "
+            f"divide {K}, or be {K} times a divisor of {G}"
+        )
+    return copies
+
+
 def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """The pytree of `NamedSharding` that places a model's parameters on a mesh.
 

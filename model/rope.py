@@ -14,17 +14,16 @@ from .config import RopeConfig
 
 
 def rope_tables(
-    rope: RopeConfig, positions: Int[Array, "B T"], max_lengths: Int[Array, "B"]
+    rope: RopeConfig, positions: Int[Array, "B T"], contexts: Int[Array, "B"]
 ) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
     """Cosines and sines to rotate the heads at `positions`, in float32.
 
     Args:
       rope: the layer's rotary embedding.
       positions: absolute position of each token.
-      max_lengths: the length each row may reach. The dynamic and longrope kinds pick their frequencies by it, not by
-        the length so far, so that keys cached early and queries made late agree, in chunks of any size.
+      contexts: the length of each row that the dynamic and longrope kinds pick their frequencies by.
     """
-    frequencies = jnp.asarray(rope_frequencies(rope, max_lengths), jnp.float32)
+    frequencies = jnp.asarray(rope_frequencies(rope, contexts), jnp.float32)
     frequencies = frequencies.reshape(-1, 1, 1, rope.rotary_dim // 2)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
@@ -44,7 +43,7 @@ def apply_rope(
 
 
 def rope_frequencies(
-    rope: RopeConfig, max_lengths: Int[Array, "B"]
+    rope: RopeConfig, contexts: Int[Array, "B"]
 ) -> np.ndarray | Float[Array, "R"] | Float[Array, "B R"]:
     """Radians a position of each rotated pair: one table, or one a row for the kinds that depend on the length."""
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float64) / rope.rotary_dim
@@ -55,19 +54,19 @@ def rope_frequencies(
         case "linear":
             return base / rope.factor
         case "dynamic":
-            return _dynamic(rope, exponents, max_lengths)
+            return _dynamic(rope, exponents, contexts)
         case "llama3":
             return _llama3(rope, base)
         case "yarn":
             return _yarn(rope, base)
         case "longrope":
-            stretched = max_lengths[:, None] > rope.original_max_position
+            stretched = contexts[:, None] > rope.original_max_position
             return jnp.where(stretched, base / np.asarray(rope.long_factor), base / np.asarray(rope.short_factor))
     raise ValueError(f"RoPE kind {rope.kind!r} has no formula")
 
 
-def _dynamic(rope: RopeConfig, exponents: np.ndarray, max_lengths: Int[Array, "B"]) -> Float[Array, "B R"]:
-    lengths = jnp.maximum(max_lengths, rope.original_max_position).astype(jnp.float32)
+def _dynamic(rope: RopeConfig, exponents: np.ndarray, contexts: Int[Array, "B"]) -> Float[Array, "B R"]:
+    lengths = jnp.maximum(contexts, rope.original_max_position).astype(jnp.float32)
     growth = rope.factor * lengths / rope.original_max_position - (rope.factor - 1)
     theta = rope.theta * growth ** (rope.rotary_dim / (rope.rotary_dim - 2))
     return theta[:, None] ** -jnp.asarray(exponents, jnp.float32)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ..pallas_kernels.attention import causal_attention
+from ..pallas_kernels.pages import AttentionOptions
 from .config import ModelConfig
 from .layers import gated_mlp, linear, rms_norm, soft_cap
 from .params import Params
@@ -18,20 +19,20 @@ from .rope import apply_rope, rope_tables
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionSpec:
+class AttentionSpec(AttentionOptions):
     """What one layer asks of attention, besides q, k and v. Static under jit.
 
     Attributes:
+      scale, window, soft_cap: as in `AttentionOptions`.
       layer: its index.
-      scale: multiplies q . k.
-      window: sliding-window width in tokens, the query itself included, or None.
-      soft_cap: bound on the scores, or None.
     """
 
-    layer: int
-    scale: float
-    window: int | None
-    soft_cap: float | None
+    layer: int = 0
+
+    @property
+    def options(self) -> AttentionOptions:
+        """What kernels are compiled for: the same for all layers that ask for the same."""
+        return AttentionOptions(self.scale, self.window, self.soft_cap)
 
 
 Attend = Callable[
@@ -52,7 +53,7 @@ def attend_to_tokens(
     state: Any,
 ) -> tuple[Float[Array, "B T K G H"], Any]:
     """An `Attend` whose keys and values are those of the tokens themselves: teacher forcing, without a cache."""
-    return causal_attention(q, k, v, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap), state
+    return causal_attention(q, k, v, spec), state
 
 
 def transformer(
@@ -62,7 +63,7 @@ def transformer(
     positions: Int[Array, "B T"] | None = None,
     attend: Attend = attend_to_tokens,
     state: Sequence[Any] | None = None,
-    max_lengths: Int[Array, "B"] | None = None,
+    contexts: Int[Array, "B"] | None = None,
     mesh: Mesh | None = None,
     residual: Residual | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
@@ -75,7 +76,7 @@ def transformer(
       positions: absolute position of each token in its row; 0 to T - 1 by default.
       attend: attention over whatever keys and values it has; see `Attend`.
       state: one entry a layer, threaded through `attend`; by default each is None.
-      max_lengths: the length each row may reach, which length-dependent RoPE kinds read; T by default.
+      contexts: the length of each row that length-dependent RoPE kinds read; T by default.
       mesh: that the parameters lie on, for kernels; without it XLA alone splits the work.
       residual: sees the residual stream before the first layer and after each, and may put another in its place.
 
@@ -85,16 +86,16 @@ def transformer(
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
     state = (None,) * config.num_layers if state is None else state
-    max_lengths = jnp.full((B,), T) if max_lengths is None else max_lengths
+    contexts = jnp.full((B,), T) if contexts is None else contexts
     residual = residual or (lambda x, n: x)
 
     with jax.named_scope("embed"):
         x = residual(embed(params, config, tokens), 0)
     with jax.named_scope("rope"):
-        ropes = {layer.rope: rope_tables(layer.rope, positions, max_lengths) for layer in config.layers}
+        ropes = {layer.rope: rope_tables(layer.rope, positions, contexts) for layer in config.layers}
     new_state = []
     for index, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
-        spec = AttentionSpec(index, config.query_scale, layer.window, config.attn_soft_cap)
+        spec = AttentionSpec(config.query_scale, layer.window, config.attn_soft_cap, index)
         with jax.named_scope(f"layer_{index}"):
             attention = functools.partial(attend, spec=spec, state=state[index])
             x, kept = _layer(x, weights, config, ropes[layer.rope], attention, mesh)

@@ -30,6 +30,12 @@ def is_split(axis: str | None, mesh: Mesh | AbstractMesh | None) -> bool:
     return physical is not None and mesh.shape[physical] > 1
 
 
+def mesh_of(x: jax.Array) -> AbstractMesh | None:
+    """The mesh that an array, traced or not, lies on; None on one device."""
+    mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty else mesh
+
+
 def partition_spec(
     name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
@@ -76,22 +82,27 @@ def named_sharding(
     return NamedSharding(mesh, partition_spec(name, shape, axes, mesh))
 
 
-def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """Pin how an intermediate result is split; without a mesh it is left alone."""
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin how an intermediate result is split over the mesh that it lies on; without one it is left alone."""
+    mesh = mesh_of(x)
     return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(axes)))
 
 
-def shard_map(function: Callable, mesh: Mesh | None, in_axes: Any, out_axes: Any) -> Callable:
+def shard_map(function: Callable, mesh: AbstractMesh | None, in_axes: Any, out_axes: Any) -> Callable:
     """`function` on each device's own part of its arguments; without a mesh it is the function itself.
 
     Args:
       function: takes arrays, or pytrees of them.
-      mesh: as `make_mesh` returns it, or None.
+      mesh: of the arguments, as `mesh_of` tells it.
       in_axes, out_axes: a tuple of logical axis names for each array, trailing axes that are not split left out.
     """
     if mesh is None:
         return function
-    to_specs = functools.partial(jax.tree.map, _spec, is_leaf=lambda x: all(n is None or isinstance(n, str) for n in x))
+
+    def is_axes(node: Any) -> bool:
+        return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
+
+    to_specs = functools.partial(jax.tree.map, _spec, is_leaf=is_axes)
     return jax.shard_map(function, mesh=mesh, in_specs=to_specs(in_axes), out_specs=to_specs(out_axes), check_vma=False)
 
 

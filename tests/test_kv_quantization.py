@@ -10,7 +10,6 @@ import pytest
 
 import ridgeline as rl
 from attention_cases import F32, FP8, INT8, Case, assert_close, dense
-from ridgeline.decode.cache import numbers
 from ridgeline.decode.loop import decode_steps
 from ridgeline.decode.sampling import make_sampling_state
 from ridgeline.model.quantization import rounded
@@ -90,12 +89,10 @@ def test_decode_in_one_product_is_attention_over_dequantized_pages(dtype):
     """What GPUs without a kernel get; CPUs get the form in blocks, which test_attention holds against the oracle."""
     case = Case(H=20, S=16, K=2, G=3, T=3, dtype=F32, kv=dtype, window=30, sinks=True, lengths=(1, 100, 3))
     arrays = case.arrays(5, garbage=100.0)
-    expected = dense(**arrays, starts=np.asarray(case.lengths) - 3, **case.options)
+    expected = dense(**arrays, starts=np.asarray(case.lengths) - 3)
     q = jnp.moveaxis(arrays["q"], 1, 2)  # [B, K, T, G, H]
-    names = ("k_pages", "v_pages", "block_tables", "lengths", "sinks", "k_scales", "v_scales")
-    out = _decode_in_one(
-        q.reshape(3, 2, -1, 20), *map(arrays.get, names), queries=3, identity_table=False, **case.options
-    )
+    rest = map(arrays.get, ("pages", "block_tables", "lengths", "sinks"))
+    out = _decode_in_one(q.reshape(3, 2, -1, 20), *rest, queries=3, options=case.options)
     assert_close(jnp.moveaxis(out.reshape(q.shape), 2, 1), expected, F32)
 
 
@@ -110,7 +107,7 @@ def quantized(request, model, tokens):
 
     def attend(q, k, v, spec, state):
         k, v = dequantized(k, KV[request.param]), dequantized(v, KV[request.param])
-        return causal_attention(q, k, v, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap), state
+        return causal_attention(q, k, v, spec), state
 
     @jax.jit
     def logits(params):
@@ -123,7 +120,7 @@ def quantized(request, model, tokens):
 def shuffled(cache):
     """The same empty cache with its pages dealt out at random."""
     tables = np.random.default_rng(1).permutation(cache.block_tables.size).reshape(cache.block_tables.shape)
-    return cache.replace(block_tables=jnp.asarray(tables, jnp.int32), identity_table=False)
+    return cache.replace(block_tables=jnp.asarray(tables, jnp.int32))
 
 
 @pytest.mark.parametrize("arrange", [lambda cache: cache, shuffled], ids=["dense", "paged"])
@@ -143,16 +140,16 @@ def test_prefill_in_one_and_in_chunks_and_decode_see_the_same_cache(model, token
 
     whole, cache = prefilled(64), prefilled(32)
     np.testing.assert_array_equal(cache.lengths, lengths)
-    for one, other in zip(jax.tree.leaves(whole.k_scales), jax.tree.leaves(cache.k_scales), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4)
-    for name in ("k", "v"):
-        for pages, scales in zip(getattr(cache, name), getattr(cache, f"{name}_scales"), strict=True):
+    for one, other in zip(whole.pages, cache.pages, strict=True):
+        np.testing.assert_allclose(one.k_scales, other.k_scales, rtol=1e-4)
+        numbers = other.numbers()
+        for pages, scales in ((numbers.k, other.k_scales), (numbers.v, other.v_scales)):
             filled = np.zeros(scales.shape, bool)  # padding left no trace, in pages and in scales
             for row, length in enumerate(lengths):
                 for position in range(length):
                     filled[cache.block_tables[row, position // PAGE], :, position % PAGE] = True
             np.testing.assert_array_equal(np.asarray(scales) > 0, filled)
-            np.testing.assert_array_equal(np.asarray(numbers(pages).astype(F32)).any(axis=-1), filled)
+            np.testing.assert_array_equal(np.asarray(pages.astype(F32)).any(axis=-1), filled)
     for step in range(4):
         logits, cache = rl.decode_step(model.params, model.config, tokens[ROWS, lengths + step], cache)
         np.testing.assert_allclose(logits, expected[ROWS, lengths + step], atol=TOLERANCE)
@@ -162,7 +159,7 @@ def test_a_full_row_leaves_no_trace_in_the_scales(model, tokens):
     cache = rl.init_cache(model.config, 3, 20, page_size=PAGE, kv_dtype="int8")
     cache = cache.replace(max_lengths=jnp.array([20, 0, 20], jnp.int32))
     _, cache = rl.decode_step(model.params, model.config, tokens[:, 0], cache)
-    for leaf in (*cache.k, *cache.v, *cache.k_scales, *cache.v_scales):
+    for leaf in jax.tree.leaves(cache.pages):
         assert np.asarray(leaf).reshape(3, -1).any(axis=1).tolist() == [True, False, True]
 
 
@@ -204,7 +201,9 @@ def test_decode_updates_pages_and_scales_in_place(kv, B):
     memory = compiled.memory_analysis()
     aliased = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache, state)))
     assert memory.alias_size_in_bytes == aliased
-    assert memory.temp_size_in_bytes < 2 * cache.k[0].size  # blocks of it as float32; all of a leaf would take four
-    sizes = {leaf.size for leaf in jax.tree.leaves(cache.layers)}
+    assert (
+        memory.temp_size_in_bytes < 2 * cache.pages[0].k.size
+    )  # blocks of it as float32; all of a leaf would take four
+    sizes = {leaf.size for leaf in jax.tree.leaves(cache.pages)}
     written = [made for made, shape in parse(compiled.as_text()).written() if num_elements(shape) in sizes]
     assert sorted(written) == ["dynamic-update-slice" if B == 1 else "scatter"] * 4 * config.num_layers

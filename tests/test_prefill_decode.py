@@ -41,10 +41,8 @@ def shuffled(cache: rl.KVCache) -> rl.KVCache:
     tables = np.random.default_rng(1).permutation(pages)[: rows * per_row].reshape(rows, per_row)
     fill = lambda leaf: jnp.full((pages, *leaf.shape[1:]), 1e4, leaf.dtype)  # noqa: E731
     return cache.replace(
-        k=tuple(map(fill, cache.k)),
-        v=tuple(map(fill, cache.v)),
+        pages=jax.tree.map(fill, cache.pages),
         block_tables=jnp.asarray(tables, jnp.int32),
-        identity_table=False,
     )
 
 
@@ -93,9 +91,9 @@ def test_a_full_row_is_refused_and_disturbs_nothing(model, tokens):
     logits, cache = step(model, tokens[:, 1], cache)
     assert jnp.isnan(logits).all(axis=1).tolist() == [True, False, True]
     assert cache.lengths.tolist() == [70, 35, 6]
-    written = np.zeros(before.k[0].shape[0], bool)
+    written = np.zeros(before.num_pages, bool)
     written[cache.block_tables[1]] = True
-    for old, new in zip((*before.k, *before.v), (*cache.k, *cache.v), strict=True):
+    for old, new in zip(*map(jax.tree.leaves, (before.pages, cache.pages)), strict=True):
         np.testing.assert_array_equal(new[~written], old[~written])
 
 
@@ -106,7 +104,7 @@ def test_prefill_refuses_a_row_that_does_not_fit(model, tokens, bad):
     logits, cache = prefill(model, tokens, [bad, 4, 0], cache)
     assert jnp.isnan(logits).all(axis=1).tolist() == [True, False, True]
     assert cache.lengths.tolist() == [70, 37, 5]
-    np.testing.assert_array_equal(cache.k[0][cache.block_tables[0]], before.k[0][before.block_tables[0]])
+    np.testing.assert_array_equal(cache.pages[0].k[cache.block_tables[0]], before.pages[0].k[before.block_tables[0]])
 
 
 @pytest.mark.parametrize(
@@ -124,11 +122,15 @@ def test_prefill_refuses_a_row_that_does_not_fit(model, tokens, bad):
     ],
     ids=lambda rope: rope.kind,
 )
-def test_length_dependent_rope_follows_the_declared_length(rope, tokens):
+@pytest.mark.parametrize("room", [T, 200])
+def test_length_dependent_rope_follows_the_declared_length_and_no_room(rope, room, tokens):
     # Positions before and after the switch are rotated alike, so chunks and single steps agree with one pass.
     model = tiny_model(tiny_config(layers=(rl.LayerConfig(rope),) * 2))
     expected = rl.forward(model.params, model.config, tokens)
-    cache = rl.init_cache(model.config, 3, T, page_size=PAGE)
+    cache = rl.init_cache(model.config, 3, room, page_size=PAGE)
+    short, cache = prefill(model, tokens[:, :20], [20, 20, 20], cache)  # none declared: a row is as long as it is
+    np.testing.assert_allclose(short, rl.forward(model.params, model.config, tokens[:, :20])[:, -1], atol=1e-4)
+    cache = rl.init_cache(model.config, 3, room, page_size=PAGE).replace(contexts=jnp.full(3, T))
     _, cache = prefill(model, tokens[:, :20], [20, 20, 20], cache)
     logits, cache = prefill(model, tokens[:, 20:68], [48, 48, 48], cache)
     np.testing.assert_allclose(logits, expected[:, 67], atol=1e-4)
@@ -171,11 +173,11 @@ def test_the_compiled_step_updates_the_cache_in_place(dtype):
     cache = jax.eval_shape(lambda: rl.init_cache(config, 4, 2048))
     compiled = rl.decode_step.lower(params, config, jax.ShapeDtypeStruct((4,), jnp.int32), cache).compile()
     memory = compiled.memory_analysis()
-    tables = sum(a.size * a.dtype.itemsize for a in (cache.block_tables, cache.lengths, cache.max_lengths))
-    assert memory.alias_size_in_bytes == cache.nbytes + tables
-    leaf = cache.nbytes // len(cache.k + cache.v)
+    rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.rows))
+    assert memory.alias_size_in_bytes == cache.nbytes + rows
+    leaf = cache.nbytes // len(jax.tree.leaves(cache.pages))
     assert memory.temp_size_in_bytes < leaf / 2  # room for scores and logits, not for one leaf of the cache
-    shape = ",".join(map(str, cache.k[0].shape))
+    shape = ",".join(map(str, cache.pages[0].k.shape))
     assert not re.findall(rf"\[{shape}\][^ ]* (?:copy|transpose|convert)\(", compiled.as_text())
 
 
@@ -183,18 +185,29 @@ def test_mismatched_batches_are_refused(model, tokens):
     cache = rl.init_cache(model.config, 2, 20)
     with pytest.raises(ValueError, match=r"3 rows .* cache of 2"):
         prefill(model, tokens, LENGTHS, cache)
-    with pytest.raises(ValueError, match=r"3 tokens for a cache of 2"):
+    with pytest.raises(ValueError, match=r"decode got 3 rows .* cache of 2"):
         step(model, tokens[:, 0], cache)
     with pytest.raises(ValueError, match="max_length is 0"):
         rl.init_cache(model.config, 2, 0)
+
+
+def test_tables_that_are_put_in_are_written_and_read_by(model, tokens):
+    """Also where the cache stored none, its pages lying in row order; and rows may change places."""
+    expected, _ = step(model, tokens[:, 0], prefilled(model, tokens)[1])
+    cache = rl.init_cache(model.config, 3, 100, page_size=PAGE)
+    _, cache = prefill(model, tokens, LENGTHS, cache.replace(block_tables=cache.block_tables[::-1]))
+    order = jnp.array([2, 0, 1])
+    cache = cache.replace(rows=jax.tree.map(lambda leaf: leaf[order], cache.rows))
+    logits, _ = step(model, tokens[order, 0], cache)
+    np.testing.assert_allclose(logits, expected[order], atol=1e-5)
 
 
 def test_rows_share_the_pages_that_their_tables_share(model, tokens):
     """Three rows begin alike: one of them writes the beginning, all read it, and each writes on a page of its own."""
     beginning = jnp.broadcast_to(tokens[:1, : 2 * PAGE], (3, 2 * PAGE))
     tables = [[3, 0, 1], [3, 0, 4], [3, 0, 2]]
-    cache = rl.init_cache(model.config, 3, 3 * PAGE, page_size=PAGE, block_tables=tables)
-    assert cache.k[0].shape[0] == 5
+    cache = rl.init_cache(model.config, 3, 3 * PAGE, page_size=PAGE, block_tables=tables, num_pages=5)
+    assert cache.num_pages == 5
     _, cache = prefill(model, beginning, [2 * PAGE, 0, 0], cache)
     cache = cache.replace(lengths=jnp.full(3, 2 * PAGE))
     own = prefill(model, beginning, [2 * PAGE] * 3, rl.init_cache(model.config, 3, 3 * PAGE, page_size=PAGE))[1]
@@ -204,9 +217,11 @@ def test_rows_share_the_pages_that_their_tables_share(model, tokens):
         np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("tables", [[[0, 1]], [[0, 1, 2]] * 2, [[0, -1]] * 2, np.ones((2, 2))], ids=str)
+@pytest.mark.parametrize("tables", [[[0, 1]], [[0, 1, 2]] * 2, [[0, -1]] * 2, [[0, 4]] * 2, np.ones((2, 2))], ids=str)
 def test_block_tables_that_are_none_are_refused(model, tables):
-    with pytest.raises(ValueError, match=r"block_tables is \w+ \(., .\) from .* up; give integers .* 2 rows of 2 "):
+    with pytest.raises(
+        ValueError, match=r"block_tables is \w+ \(., .\) from .*; give integers from 0 to 3 .* 2 rows of 2"
+    ):
         rl.init_cache(model.config, 2, 20, page_size=10, block_tables=tables)
 
 

@@ -79,7 +79,7 @@ def test_the_defaults_are_teacher_forcing_from_position_0(model, tokens):
         "positions": jnp.broadcast_to(jnp.arange(T), (2, T)),
         "attend": rl.attend_to_tokens,
         "state": (None,) * 3,
-        "max_lengths": jnp.full(2, T),
+        "contexts": jnp.full(2, T),
     }
     np.testing.assert_array_equal(logits(model, tokens), logits(model, tokens, **given))
     later = given | {"positions": given["positions"] + 1}  # rotations are relative: the same but for rounding

@@ -1,0 +1,66 @@
+"""The one forward over a cache, under `prefill`, `decode_step` and scoring."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..model.config import ModelConfig
+from ..model.params import Params
+from ..model.transformer import Residual, transformer, unembed
+from ..sharding.rules import constrain
+from .attend import Form, cached_attend
+from .cache import KVCache
+
+
+def extend(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    new: Int[Array, "B"],
+    cache: KVCache,
+    *,
+    form: Form = "prefill",
+    logits: Literal["last", "all"] = "last",
+    residual: Residual | None = None,
+) -> tuple[Float[Array, "B *T V"], KVCache]:
+    """Append the first `new` of T tokens to each row of a cache.
+
+    Not jitted: it is to be called in a program that donates the cache, as `prefill` and `decode_step` are.
+
+    Args:
+      params: as `param_specs(config)`.
+      config: the model.
+      tokens: token ids, padded on the right.
+      new: how many of each row count; 0 leaves a row as it is.
+      cache: as `init_cache` or an earlier call returned it.
+      form: how attention reads the pages: "prefill" in blocks of queries, "decode" once for up to 16 tokens a row.
+      logits: after the "last" token of each row, or after "all".
+      residual: as in `transformer`.
+
+    Returns:
+      Logits, float32, [B, V] or [B, T, V], and the cache. A row whose tokens do not fit (cached + new > max_lengths) or
+      whose `new` is outside [0, T] stays as it was. Where there is no new token, logits are NaN.
+
+    Raises:
+      ValueError: batch sizes differ.
+    """
+    B, T = tokens.shape
+    if B != cache.batch_size:
+        raise ValueError(f"{form} got {B} rows of tokens for a cache of {cache.batch_size} rows; make them equal")
+    starts = cache.lengths
+    fits = (new >= 0) & (new <= T) & (starts + new <= cache.max_lengths)
+    new = jnp.where(fits, new, 0)
+    lengths = starts + new
+    positions = starts[:, None] + jnp.arange(T)
+    attend = cached_attend(config, cache, form, new, positions)
+    contexts = jnp.maximum(cache.contexts, lengths)
+    x, pages = transformer(params, config, tokens, positions, attend, cache.pages, contexts, residual=residual)
+    if logits == "all":
+        there = jnp.arange(T) < new[:, None]
+    else:
+        there = new > 0
+        x = x[:, 0] if T == 1 else jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
+    scores = jnp.where(there[..., None], unembed(params, config, x), jnp.nan)
+    axes = ("batch", *[None] * (scores.ndim - 2), "vocab")
+    return constrain(scores, *axes), cache.replace(pages=pages, lengths=constrain(lengths, "batch"))

@@ -1,0 +1,133 @@
+"""The device side of a batch: a cache, what sampling asks for, and the dispatches that advance both."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ..model.config import ModelConfig
+from ..model.loading import Model
+from ..model.params import Params
+from . import buckets
+from .cache import KVCache, init_cache
+from .extend import extend
+from .loop import decode_steps, sample_first
+from .prefill import prefill
+from .sampling import SampleLogprobs, make_sampling_state
+from .sampling_params import SamplingParams
+
+Sampled = tuple[Int[Array, "N B"], SampleLogprobs | None]
+"""New tokens of every row, step by step, and their log-probabilities where the batch asks for any; on the device."""
+
+
+class Runner:
+    """Drives the programs of a batch of rows; knows no text and no policy.
+
+    Args:
+      model: as `load_model` returns it.
+      rows: how many run together; rounded up to what the mesh divides.
+      max_length: positions of the cache, a row.
+      kv_dtype: of cached keys and values, as `init_cache` takes it.
+
+    Attributes:
+      cache: the rows' cache.
+    """
+
+    def __init__(self, model: Model, rows: int, max_length: int, *, kv_dtype: jax.typing.DTypeLike | None = None):
+        data = 1 if model.mesh is None else model.mesh.shape["data"]
+        self.model = model
+        self.cache = init_cache(model.config, -(-rows // data) * data, max_length, mesh=model.mesh, kv_dtype=kv_dtype)
+
+    def begin(self, max_lengths: Sequence[int], contexts: Sequence[int] | None = None) -> None:
+        """Empty the cache for rows of so much room each; rows past those have none, so that nothing is written there.
+
+        Args:
+          max_lengths: positions at which each row is full.
+          contexts: what length-dependent RoPE kinds take its length for; `max_lengths` by default.
+        """
+        self.cache = self.cache.replace(
+            lengths=self._rows([]),
+            max_lengths=self._rows(max_lengths),
+            contexts=self._rows(max_lengths if contexts is None else contexts),
+        )
+
+    def sample_with(
+        self, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], seeds: Sequence[int]
+    ) -> None:
+        """Draw the rows' tokens as each asks for."""
+        self.state, self.plan = make_sampling_state(
+            params,
+            prompts,
+            seeds,
+            self.model.config.vocab_size,
+            self.model.generation.eos_token_ids,
+            batch_size=self.cache.batch_size,
+            mesh=self.model.mesh,
+        )
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Float[Array, "B V"]:
+        """Run the prompts, in chunks where they are long; the logits after the last token of each."""
+        logits = None
+        for _, tokens, new in self._chunks(prompts, None):
+            chunk, self.cache = prefill(self.model.params, self.model.config, tokens, new, self.cache)
+            logits = chunk if logits is None else _newer(new, chunk, logits)
+        return logits
+
+    def all_logits(self, texts: Sequence[Sequence[int]], width: int) -> Iterator[tuple[int, Float[Array, "B T V"]]]:
+        """Run the texts `width` tokens at a time: the first token's place, and the logits after each of them."""
+        for start, tokens, new in self._chunks(texts, width):
+            logits, self.cache = _prefill_all(self.model.params, self.model.config, tokens, new, self.cache)
+            yield start, logits
+
+    def first(self, logits: Float[Array, "B V"]) -> Sampled:
+        """Sample the token that follows the prompts."""
+        made, logprobs, self.tokens, self.state = sample_first(logits, self.state, self.cache.lengths, self.plan)
+        return made, logprobs
+
+    def decode(self, steps: int = buckets.DECODE_STEPS) -> Sampled:
+        """Make the next tokens of every row, in one dispatch."""
+        made, logprobs, self.tokens, self.cache, self.state = decode_steps(
+            self.model.params, self.model.config, self.tokens, self.cache, self.state, self.plan, steps=steps
+        )
+        return made, logprobs
+
+    def _rows(self, values: Sequence[int]) -> Int[Array, "B"]:
+        """One value a row, 0 past those given, placed as the cache's rows are."""
+        padded = np.zeros(self.cache.batch_size, np.int32)
+        padded[: len(values)] = values
+        return jax.device_put(padded, None if self.model.mesh is None else self.cache.lengths.sharding)
+
+    def _chunks(
+        self, texts: Sequence[Sequence[int]], width: int | None
+    ) -> Iterator[tuple[int, Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]]:
+        """The texts' tokens chunk by chunk, right-padded, with the place of the first and how many of each row count.
+
+        Chunks have the given width, or that of the bucket that holds what is left.
+        """
+        longest, start = max(map(len, texts)), 0
+        while start < longest:
+            columns = width or buckets.prefill_bucket(min(longest - start, buckets.PREFILL_CHUNK))
+            tokens = np.zeros((self.cache.batch_size, columns), np.int32)
+            new = np.zeros(self.cache.batch_size, np.int32)
+            for row, text in enumerate(texts):
+                part = text[start : start + columns]
+                tokens[row, : len(part)], new[row] = part, len(part)
+            yield start, tokens, new
+            start += columns
+
+
+@jax.jit
+def _newer(new: Int[Array, "B"], logits: Float[Array, "B V"], old: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """The logits of the last chunk that had tokens of a row."""
+    return jnp.where(new[:, None] > 0, logits, old)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _prefill_all(
+    params: Params, config: ModelConfig, tokens: Int[Array, "B T"], new: Int[Array, "B"], cache: KVCache
+) -> tuple[Float[Array, "B T V"], KVCache]:
+    """`prefill` with the logits after every token."""
+    return extend(params, config, tokens, new, cache, logits="all")
