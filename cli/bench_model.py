@@ -130,7 +130,7 @@ def make_model(subject: Subject, mesh: Mesh | None, checkpoint: Path | None) -> 
     """
     if checkpoint is not None or subject.hf is None:
         return load_model(checkpoint or subject.name, mesh=mesh, dtype=subject.config.dtype, **subject.schemes)
-    config = subject.config if mesh is None else subject.config.replicate_kv_heads(mesh.shape["tensor"])
+    config = subject.config
     params = jax.block_until_ready(init_params(config, jax.random.key(0), mesh))
     return Model(config, params, None, GenerationDefaults(), Path(subject.name), mesh)
 

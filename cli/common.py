@@ -12,13 +12,13 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from ..decode.cache import KV_DTYPES
 from ..decode.generate import default_sampling, warm_up
 from ..decode.sampling_params import SamplingParams
 from ..model.checkpoint.description import is_converted, read_description
 from ..model.checkpoint.files import read_object
 from ..model.config import DTYPES, ModelConfig
 from ..model.hf import config_from_hf
+from ..model.kv_specs import KV_DTYPES
 from ..model.loading import BUNDLED, Model, load_model
 from ..model.presets import PRESETS, preset
 from ..model.schemes import SCHEMES, quantization

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if not 1 <= prompt <= args.context:
             raise ValueError(f"--prompt is {prompt}; it must be between 1 and --context {args.context}")
         config = model_config(args.model).replace(dtype=args.dtype)
-        config = quantized(config, args.quantize, args.quantize_output).replicate_kv_heads(args.devices)
+        config = quantized(config, args.quantize, args.quantize_output)
     mesh = target_mesh(args.target, tensor=args.devices)
     chip = find_chip(args.target)
     sizes = {"batch_size": args.batch, "max_length": args.context, "kv_dtype": args.kv_dtype}

@@ -23,7 +23,7 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
     """A model's parameters as `jax.ShapeDtypeStruct`s that lie on a mesh."""
     return jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
-        param_specs(config),
+        param_specs(config, mesh.shape["tensor"]),
         param_shardings(config, mesh),
     )
 
@@ -56,7 +56,7 @@ def lower_prefill(
     """`prefill` of `tokens` tokens a row, lowered for a mesh.
 
     Args:
-      config: the model, its KV heads replicated where the tensor axis needs it (`replicate_kv_heads`).
+      config: the model.
       mesh: as `make_mesh` or `target_mesh` returns it.
       batch_size: rows.
       max_length: positions a row of the cache holds.

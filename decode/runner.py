@@ -19,6 +19,9 @@ from .prefill import prefill
 from .sampling import SampleLogprobs, make_sampling_state
 from .sampling_params import SamplingParams
 
+Texts = Sequence[Sequence[int] | Int[np.ndarray, "_"]]
+"""Token ids of each row."""
+
 Sampled = tuple[Int[Array, "N B"], SampleLogprobs | None]
 """New tokens of every row, step by step, and their log-probabilities where the batch asks for any; on the device."""
 
@@ -54,9 +57,7 @@ class Runner:
             contexts=self._rows(max_lengths if contexts is None else contexts),
         )
 
-    def sample_with(
-        self, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], seeds: Sequence[int]
-    ) -> None:
+    def sample_with(self, params: Sequence[SamplingParams], prompts: Texts, seeds: Sequence[int]) -> None:
         """Draw the rows' tokens as each asks for."""
         self.state, self.plan = make_sampling_state(
             params,
@@ -68,7 +69,7 @@ class Runner:
             mesh=self.model.mesh,
         )
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Float[Array, "B V"]:
+    def prefill(self, prompts: Texts) -> Float[Array, "B V"]:
         """Run the prompts, in chunks where they are long; the logits after the last token of each."""
         logits = None
         for _, tokens, new in self._chunks(prompts, None):
@@ -76,7 +77,7 @@ class Runner:
             logits = chunk if logits is None else _newer(new, chunk, logits)
         return logits
 
-    def all_logits(self, texts: Sequence[Sequence[int]], width: int) -> Iterator[tuple[int, Float[Array, "B T V"]]]:
+    def all_logits(self, texts: Texts, width: int) -> Iterator[tuple[int, Float[Array, "B T V"]]]:
         """Run the texts `width` tokens at a time: the first token's place, and the logits after each of them."""
         for start, tokens, new in self._chunks(texts, width):
             logits, self.cache = _prefill_all(self.model.params, self.model.config, tokens, new, self.cache)
@@ -101,7 +102,7 @@ class Runner:
         return jax.device_put(padded, None if self.model.mesh is None else self.cache.lengths.sharding)
 
     def _chunks(
-        self, texts: Sequence[Sequence[int]], width: int | None
+        self, texts: Texts, width: int | None
     ) -> Iterator[tuple[int, Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]]:
         """The texts' tokens chunk by chunk, right-padded, with the place of the first and how many of each row count.
 

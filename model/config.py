@@ -103,8 +103,6 @@ class ModelConfig:
       embed_scale: multiplies the token embeddings.
       query_scale: multiplies q . k before the softmax.
       attn_soft_cap, logit_soft_cap: cap * tanh(x / cap) on attention scores and on logits.
-      kv_replicas: copies of each of the checkpoint's KV heads, which `num_kv_heads` counts: with more devices than KV
-        heads every device still holds one (see `replicate_kv_heads`).
       dtype: of weights, activations and KV cache; sums, norms, softmax and logits are float32 always.
       quantization: which weights are stored in fewer bits, and how; None leaves all in `dtype`.
     """
@@ -131,7 +129,6 @@ class ModelConfig:
     embed_scale: float = 1.0
     attn_soft_cap: float | None = None
     logit_soft_cap: float | None = None
-    kv_replicas: int = 1
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Quantization | None = None
 
@@ -168,26 +165,6 @@ class ModelConfig:
     def has_unembedding(self) -> bool:
         """Whether the output projection is a parameter of its own; else it is the embedding."""
         return not self.tie_embeddings or (self.quantization is not None and self.quantization.output is not None)
-
-    def replicate_kv_heads(self, devices: int) -> "ModelConfig":
-        """The same model with each KV head copied so often that `devices` devices can hold whole KV heads.
-
-        The query heads of a KV head are shared out among its copies. With no more devices than KV heads it changes
-        nothing.
-
-        Raises:
-          ValueError: the devices cannot share the KV heads, or the copies cannot share the query heads, evenly.
-        """
-        K, G = self.num_kv_heads, self.q_per_kv
-        if devices <= K:
-            return self
-        copies = devices // K
-        if devices % K or G % copies:
-            raise ValueError(
-                f"num_kv_heads {K} with {G} query heads each cannot be shared by a tensor axis of {devices}; it must "
-                f"divide {K}, or be {K} times a divisor of {G}"
-            )
-        return self.replace(num_kv_heads=K * copies, kv_replicas=self.kv_replicas * copies)
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with the named fields changed, validated again."""

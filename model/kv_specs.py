@@ -5,7 +5,6 @@ does with it, and every byte count follow from it.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,12 +39,6 @@ class KVSpec:
         sizes = dict(self.sizes) | counts
         return tuple(sizes[axis] for axis in self.axes)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Of a position of a page; 0 of what is kept once a row."""
-        elements = math.prod(size for _, size in self.sizes) if "page_size" in self.axes else 0
-        return elements * jnp.dtype(self.dtype).itemsize
-
 
 def kv_specs(config: ModelConfig, kv_dtype: jax.typing.DTypeLike | None = None, tensor: int = 1) -> tuple[Any, ...]:
     """What each layer keeps: a tuple of pytrees of `KVSpec`, one a layer.
@@ -77,11 +70,6 @@ def kv_dtype_of(kv_dtype: jax.typing.DTypeLike) -> jnp.dtype:
     if dtype not in KV_DTYPES.values():
         raise ValueError(f"kv_dtype {kv_dtype!r} is not known; known: {', '.join(KV_DTYPES)}")
     return dtype
-
-
-def kv_bytes_per_token(layer: Any) -> int:
-    """Of one token in one layer's entry of `kv_specs`."""
-    return sum(spec.bytes_per_token for spec in jax.tree.leaves(layer))
 
 
 def _grouped(config: ModelConfig, layer: LayerConfig, dtype: jnp.dtype, copies: int) -> Pages:

@@ -20,7 +20,7 @@ from .checkpoint.orbax import convert, restore
 from .checkpoint.safetensors import Checkpoint
 from .config import DTYPES, ModelConfig
 from .hf import config_from_hf, tensors_of
-from .params import Params, param_shardings
+from .params import Params, kv_replicas, param_shardings
 from .schemes import Quantization, quantization
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -87,7 +87,7 @@ def load_model(
     """Load a checkpoint onto the default device, or onto the devices of a mesh. No network is used.
 
     On a mesh every device's shards go from the file straight to it, and a process reads those of its own devices only.
-    With more devices on the "tensor" axis than KV heads, KV heads are copied: `Model.config` then counts the copies.
+    With more devices on the "tensor" axis than KV heads, KV heads are copied; the configuration is that of the file.
 
     Args:
       path: a directory in Hugging Face layout, with config.json and model.safetensors or its shards and their index;
@@ -124,12 +124,12 @@ def load_model(
                 f"{directory} is a converted checkpoint, whose weights are quantized when it is written or not at all; "
                 f"convert the original again with quantize={quantize!r}, quantize_output={quantize_output!r}"
             )
-        config = _on_mesh(stored.replace(dtype=chosen or stored.dtype), mesh)
+        config = stored.replace(dtype=chosen or stored.dtype)
         params = restore(directory, stored, config, mesh)
     else:
         checkpoint, config = _open_weights(directory, raw, stated, chosen)
-        config = _on_mesh(config, mesh)
-        params = load_params(checkpoint, config, tensors_of(config, raw), mesh)
+        copies = 1 if mesh is None else kv_replicas(config, mesh.shape["tensor"])
+        params = load_params(checkpoint, config, tensors_of(config, raw, copies), mesh)
     return Model(config, params, tokenizer, generation, directory, mesh)
 
 
@@ -216,11 +216,7 @@ def _check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Raise ValueError if the mesh lacks an axis, or the model does not divide over it."""
     if mesh.axis_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.axis_names}, expected {AXES}; make it with ridgeline.make_mesh")
-    param_shardings(_on_mesh(config, mesh), mesh)
-
-
-def _on_mesh(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
-    return config if mesh is None else config.replicate_kv_heads(mesh.shape["tensor"])
+    param_shardings(config, mesh)
 
 
 def generation_defaults(directory: Path) -> GenerationDefaults:

@@ -54,9 +54,14 @@ class ParamSpec:
         return self.size * jnp.dtype(self.dtype).itemsize
 
 
-def param_specs(config: ModelConfig) -> Params:
-    """The pytree of `ParamSpec` of a model: its parameters' names, shapes, dtypes, axes and initialization."""
-    specs = float_specs(config)
+def param_specs(config: ModelConfig, tensor: int = 1) -> Params:
+    """The pytree of `ParamSpec` of a model: its parameters' names, shapes, dtypes, axes and initialization.
+
+    Args:
+      config: the model.
+      tensor: devices that share each layer, which copy KV heads where there are more of them; see `kv_replicas`.
+    """
+    specs = float_specs(config, tensor)
     if config.quantization is None:
         return specs
 
@@ -85,12 +90,12 @@ def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
     )
 
 
-def float_specs(config: ModelConfig) -> Params:
+def float_specs(config: ModelConfig, tensor: int = 1) -> Params:
     """`param_specs` of the model before it is quantized: what checkpoints hold and initialization makes."""
-    V, D = config.vocab_size, config.embed_dim
+    V, D, copies = config.vocab_size, config.embed_dim, kv_replicas(config, tensor)
     specs = {
         "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1),
-        "layers": [_layer_specs(config) for _ in config.layers],
+        "layers": [_layer_specs(config, copies) for _ in config.layers],
         "final_norm": _norm(config, (D,), ("embed",)),
     }
     if config.has_unembedding:
@@ -98,9 +103,9 @@ def float_specs(config: ModelConfig) -> Params:
     return specs
 
 
-def _layer_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+def _layer_specs(config: ModelConfig, copies: int) -> dict[str, ParamSpec]:
     D, F, H = config.embed_dim, config.ffn_dim, config.head_dim
-    K, G = config.num_kv_heads, config.q_per_kv
+    K, G = config.num_kv_heads * copies, config.q_per_kv // copies
 
     def weight(*shape_axes, in_axes=1):
         shape, axes = zip(*shape_axes, strict=True)
@@ -167,7 +172,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     Raises:
       ValueError: a parameter that the mesh does not divide; see `sharding.rules.partition_spec`.
     """
-    return spec_shardings(param_specs(config), mesh)
+    return spec_shardings(param_specs(config, mesh.shape["tensor"]), mesh)
 
 
 def spec_shardings(specs: Params, mesh: Mesh | AbstractMesh) -> Params:
@@ -190,7 +195,8 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -
       key: a `jax.random.key`.
       mesh: where to make them, each device its own part; the default device otherwise.
     """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(float_specs(config))
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    paths, treedef = jax.tree_util.tree_flatten_with_path(float_specs(config, tensor))
     names, specs = [param_name(path) for path, _ in paths], [spec for _, spec in paths]
 
     def init(key: jax.Array) -> Params:

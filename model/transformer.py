@@ -139,8 +139,9 @@ def _layer(x, weights, config, rope, attend, mesh):
 
 
 def _attention(x, weights, config, norm, rope, attend, mesh):
-    G, heads = config.q_per_kv, ("kv_heads", "q_per_kv", "head_dim")
+    heads = ("kv_heads", "q_per_kv", "head_dim")
     qkv = linear(x, weights["qkv"], weights.get("qkv_bias"), axes=(*heads, "embed"), mesh=mesh)  # [B, T, K, G + 2, H]
+    G = qkv.shape[-2] - 2  # fewer than the configuration's where KV heads are copied
     q, k, v = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
     if config.qk_norm is not None:
         q, k = norm(q, weights["q_norm"]), norm(k, weights["k_norm"])

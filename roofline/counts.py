@@ -10,7 +10,9 @@ dimensions, less of a larger one. All counts are those of one device.
 import collections
 import dataclasses
 
-from .deployment import Deployment, itemsize
+import jax.numpy as jnp
+
+from .deployment import Deployment
 
 _PARTS = ("weights", "kv_read", "kv_write", "activations", "logits")
 
@@ -114,18 +116,19 @@ def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0,
             f"{cached} cached and {tokens} new tokens are {cached + tokens}, and the model was made for at most "
             f"{config.max_position}; take fewer"
         )
-    n, element = deployment.tensor, itemsize(config.dtype)
+    n, element = deployment.tensor, jnp.dtype(config.dtype).itemsize
     D, V, H, L = config.embed_dim, config.vocab_size // n, config.head_dim, config.num_layers
-    K, G, F = deployment.kv_heads, config.q_per_kv, config.ffn_dim // n
+    K, G, F = deployment.kv_heads, deployment.q_per_kv, config.ffn_dim // n
     rows, scored_rows = batch * tokens, batch * scored
 
     untied = deployment.embedding_bytes if config.has_unembedding else 0
-    pairs = keys = 0
-    for window, layers in collections.Counter(layer.window for layer in config.layers).items():
+    windows = [layer.window for layer in config.layers]
+    pairs = kv_read = 0
+    for (window, kv), layers in collections.Counter(zip(windows, deployment.kv_bytes_by_layer, strict=True)).items():
         pairs += layers * _visible_pairs(tokens, cached, window)
-        keys += layers * (cached + tokens if window is None else min(cached + tokens, window - 1 + tokens))
+        keys = cached + tokens if window is None else min(cached + tokens, window - 1 + tokens)
+        kv_read += layers * keys * kv
 
-    kv = deployment.kv_bytes_per_token_and_layer
     qkv, queries = K * (G + 2) * H, K * G * H
     # A layer: the input of qkv, its result written and read, attention's output written and read, gate and up
     # written and read, the input of gate_up; the residual stream is read and written by each of the two blocks.
@@ -135,8 +138,8 @@ def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0,
             flops=2 * rows * deployment.matrix_elements + 2 * scored_rows * V * D,
             bytes=deployment.parameter_bytes - untied + rows * D * element,
         ),
-        kv_read=Part(flops=4 * batch * pairs * K * G * H, bytes=batch * keys * kv),
-        kv_write=Part(bytes=rows * L * kv),
+        kv_read=Part(flops=4 * batch * pairs * K * G * H, bytes=batch * kv_read),
+        kv_write=Part(bytes=rows * deployment.kv_bytes_per_token),
         activations=Part(bytes=(rows * elements + scored_rows * D) * element),
         logits=Part(bytes=scored_rows * V * 4),
         collectives=Part(bytes=0 if n == 1 else rows * D * (2 * L + 1) * element),

@@ -6,16 +6,17 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh
 
 from ..model.config import DTYPES, ModelConfig
-from ..model.params import Params, ParamSpec, float_specs, param_name, param_specs, spec_shardings
+from ..model.kv_specs import KV_DTYPES, KVSpec, kv_specs
+from ..model.params import Params, ParamSpec, float_specs, kv_replicas, param_name, param_specs
 from ..model.schemes import SCHEMES, Quantization
 from ..sharding.mesh import AXES
+from ..sharding.rules import named_sharding
 
 WEIGHT_FORMATS = (*DTYPES, *SCHEMES)
-KV_FORMATS = (*DTYPES, "int8", "fp8")
-_KV_SCALE_BYTES = 4  # one float32 a token and head, for k and for v
+KV_FORMATS = tuple(KV_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +24,7 @@ class Deployment:
     """A model in given formats on a given number of devices. All sizes are those of one device.
 
     Attributes:
-      config: the model; its `dtype` is that of activations, and of whatever the next two leave as it is. KV heads are
-        replicated here where the devices outnumber them.
+      config: the model; its `dtype` is that of activations, and of whatever the next two leave as it is.
       weights: a key of `SCHEMES` for the matrices of the layers, or a dtype for all parameters and activations.
       kv: of the KV cache, one of `KV_FORMATS`; "int8" and "fp8" bring a float32 scale a token and head.
       tensor: devices that share every layer.
@@ -53,30 +53,33 @@ class Deployment:
             config = config.replace(quantization=Quantization(SCHEMES[self.weights]))
         elif self.weights is not None:
             config = config.replace(dtype=self.weights)
-        object.__setattr__(self, "config", config.replicate_kv_heads(self.tensor))
+        object.__setattr__(self, "config", config)
         _ = self._stored  # refuses what the devices do not divide
 
     @property
     def kv_heads(self) -> int:
-        """KV heads on one device."""
-        return self.config.num_kv_heads // self.tensor
+        """KV heads on one device, copies counted."""
+        return self.config.num_kv_heads * kv_replicas(self.config, self.tensor) // self.tensor
+
+    @property
+    def q_per_kv(self) -> int:
+        """Query heads of each of them."""
+        return self.config.q_per_kv // kv_replicas(self.config, self.tensor)
+
+    def _local_size(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> int:
+        """Elements of an array that one device holds."""
+        sharding = named_sharding(name, shape, axes, AbstractMesh((1, 1, self.tensor), AXES))
+        return math.prod(sharding.shard_shape(shape))
 
     def _local_sizes(self, specs: Params) -> dict[str, tuple[ParamSpec, int]]:
         """The spec of each parameter, and how many elements of it one device holds."""
-        leaves = jax.tree_util.tree_leaves_with_path(specs)
-        shardings = jax.tree.leaves(
-            spec_shardings(specs, AbstractMesh((1, 1, self.tensor), AXES)),
-            is_leaf=lambda leaf: isinstance(leaf, NamedSharding),
-        )
-        return {
-            param_name(path): (spec, math.prod(sharding.shard_shape(spec.shape)))
-            for (path, spec), sharding in zip(leaves, shardings, strict=True)
-        }
+        named = ((param_name(path), spec) for path, spec in jax.tree_util.tree_leaves_with_path(specs))
+        return {name: (spec, self._local_size(name, spec.shape, spec.axes)) for name, spec in named}
 
     @functools.cached_property
     def _stored(self) -> dict[str, int]:
         """Bytes of each array of the parameters."""
-        sizes = self._local_sizes(param_specs(self.config))
+        sizes = self._local_sizes(param_specs(self.config, self.tensor))
         return {name: size * jnp.dtype(spec.dtype).itemsize for name, (spec, size) in sizes.items()}
 
     @property
@@ -87,7 +90,7 @@ class Deployment:
     @functools.cached_property
     def matrix_elements(self) -> int:
         """Elements of the matrices of the layers, each multiplied once a token."""
-        sizes = self._local_sizes(float_specs(self.config))
+        sizes = self._local_sizes(float_specs(self.config, self.tensor))
         return sum(size for spec, size in sizes.values() if spec.in_axes and "vocab" not in spec.axes)
 
     @property
@@ -95,16 +98,21 @@ class Deployment:
         """Of the embedding matrix."""
         return self._stored["embedding"]
 
-    @property
-    def kv_bytes_per_token_and_layer(self) -> int:
-        kv = self.kv or self.config.dtype
-        scale = 0 if kv in DTYPES else _KV_SCALE_BYTES
-        return 2 * self.kv_heads * (self.config.head_dim * itemsize(kv) + scale)
+    @functools.cached_property
+    def kv_bytes_by_layer(self) -> tuple[int, ...]:
+        """What each layer keeps of one token."""
+
+        def nbytes(spec: KVSpec) -> int:
+            shape = spec.shape(pages=1, page_size=1)
+            return self._local_size("cache", shape, spec.axes) * jnp.dtype(spec.dtype).itemsize
+
+        layers = kv_specs(self.config, self.kv, self.tensor)
+        return tuple(sum(map(nbytes, jax.tree.leaves(layer))) for layer in layers)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token, all layers."""
-        return self.config.num_layers * self.kv_bytes_per_token_and_layer
+        return sum(self.kv_bytes_by_layer)
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """Of the keys and values of a cache: every layer has room for every position, windows or not, in whole pages.
@@ -123,8 +131,3 @@ class Deployment:
         """Most positions a row, in whole pages, at which `batch` rows fit; at most the model's `max_position`."""
         pages = int((memory - self.parameter_bytes) // self.cache_bytes(batch, 1))
         return max(0, min(pages * self.page_size, self.config.max_position))
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes of an element."""
-    return 1 if dtype == "fp8" else jnp.dtype(dtype).itemsize

@@ -40,7 +40,7 @@ def compiled(name, program, target="h200", tensor=1):
     config = config.replace(layers=config.layers[:2], vocab_size=1024, dtype="bfloat16")
     mesh = target_mesh(target, tensor=tensor)
     text = compile_for_target(PROGRAMS[program][0](config, mesh, batch_size=BATCH, max_length=CONTEXT)).as_text()
-    leaf = abstract_cache(config, mesh, BATCH, CONTEXT).k[0]
+    leaf = abstract_cache(config, mesh, BATCH, CONTEXT).pages[0].k
     return config, text, math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 

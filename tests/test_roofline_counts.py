@@ -99,7 +99,7 @@ def test_bytes_of_a_device_are_those_of_the_mesh(plugin, name, tensor):
     mesh = targets.target_mesh("h200", tensor=tensor)
     assert deployment.parameter_bytes == bytes_per_device(abstract_params(deployment.config, mesh))
     cache = abstract_cache(deployment.config, mesh, 4, 1000)
-    assert deployment.cache_bytes(4, 1000) == bytes_per_device((cache.k, cache.v))
+    assert deployment.cache_bytes(4, 1000) == bytes_per_device(cache.pages)
 
 
 @pytest.mark.parametrize("program", ["prefill", "decode"])
@@ -195,7 +195,7 @@ def test_replicated_kv_heads_are_paid_for():
     config = preset("llama-3.1-8b")
     eight, sixteen = Deployment(config, tensor=8), Deployment(config, tensor=16)
     assert sixteen.kv_bytes_per_token == eight.kv_bytes_per_token  # a whole head each, where half would be fair
-    assert sixteen.config.num_kv_heads == 16
+    assert (sixteen.kv_heads, sixteen.q_per_kv) == (1, 2)
     assert 16 * count_decode(sixteen, 1, 9).flops > 8 * count_decode(eight, 1, 9).flops
 
 

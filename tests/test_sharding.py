@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import ridgeline as rl
-from ridgeline.model.params import param_shardings
+from ridgeline.model.kv_specs import kv_specs
+from ridgeline.model.params import kv_replicas, param_shardings
 from ridgeline.sharding.mesh import AXES
 from ridgeline.sharding.rules import RULES, partition_spec
 from tiny import tiny_config
@@ -64,22 +65,22 @@ def test_indivisible_models_are_refused_by_name():
 
 @pytest.mark.parametrize(("heads", "devices", "expected"), [(2, 8, (8, 1, 4)), (2, 2, (2, 4, 1)), (1, 4, (4, 2, 4))])
 def test_kv_heads_are_copied_for_more_devices(heads, devices, expected):
-    config = tiny_config(num_heads=8, num_kv_heads=heads).replicate_kv_heads(devices)
-    assert (config.num_kv_heads, config.q_per_kv, config.kv_replicas) == expected
-    assert config.num_heads == 8
+    config = tiny_config(num_heads=8, num_kv_heads=heads)
+    K, slots, *_ = rl.param_specs(config, devices)["layers"][0]["qkv"].shape
+    assert (K, slots - 2, kv_replicas(config, devices)) == expected
+    assert dict(kv_specs(config, tensor=devices)[0].k.sizes)["kv_heads"] == K
 
 
 @pytest.mark.parametrize(("heads", "devices"), [(3, 4), (2, 16), (3, 9)])
 def test_kv_heads_that_cannot_be_shared(heads, devices):
     with pytest.raises(ValueError, match=f"num_kv_heads {heads} .* tensor axis of {devices}"):
-        tiny_config(num_heads=6, num_kv_heads=heads).replicate_kv_heads(devices)
+        kv_replicas(tiny_config(num_heads=6, num_kv_heads=heads), devices)
 
 
 def test_copied_kv_heads_compute_the_same(model):
     # One device suffices to see it: copies of weights, query heads shared out among them.
     config = tiny_config(num_heads=6, num_kv_heads=3)
     params = rl.init_params(config, jax.random.key(4))
-    copied = config.replicate_kv_heads(6)
     tokens = np.arange(40).reshape(2, 20)
 
     def copy(layer):
@@ -88,5 +89,5 @@ def test_copied_kv_heads_compute_the_same(model):
         return layer | {"qkv": jax.numpy.asarray(qkv), "out": layer["out"].reshape(48, 6, 1, 20)}
 
     expected = rl.forward(params, config, jax.numpy.asarray(tokens))
-    out = rl.forward(params | {"layers": [copy(p) for p in params["layers"]]}, copied, jax.numpy.asarray(tokens))
+    out = rl.forward(params | {"layers": [copy(p) for p in params["layers"]]}, config, jax.numpy.asarray(tokens))
     np.testing.assert_allclose(out, expected, atol=1e-5)

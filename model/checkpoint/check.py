@@ -105,6 +105,5 @@ def _sizes(config: ModelConfig) -> str:
     return (
         f"vocab_size {config.vocab_size}, hidden_size {config.embed_dim}, intermediate_size {config.ffn_dim}, "
         f"num_attention_heads {config.num_heads}, num_key_value_heads "
-        f"{config.num_kv_heads // config.kv_replicas}, "
-        f"head_dim {config.head_dim}"
+        f"{config.num_kv_heads}, head_dim {config.head_dim}"
     )

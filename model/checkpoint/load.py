@@ -60,7 +60,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
       CheckpointError: as `check_tensors`, or a value that float16 cannot hold.
       ValueError: a parameter that the mesh does not divide; nothing has been read then.
     """
-    tree = specs_read(config, tensors)
+    tree = specs_read(config, tensors, 1 if mesh is None else mesh.shape["tensor"])
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names, specs = [param_name(path) for path, _ in paths], [spec for _, spec in paths]
     shardings = [None] * len(specs) if mesh is None else jax.tree.leaves(spec_shardings(tree, mesh))
@@ -113,9 +113,9 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
     return treedef.unflatten(finished)
 
 
-def specs_read(config: ModelConfig, tensors: TensorMap) -> Params:
+def specs_read(config: ModelConfig, tensors: TensorMap, tensor: int = 1) -> Params:
     """What is read of a checkpoint: the parts of parameters that it holds quantized, all others before they are."""
-    specs, stored = float_specs(config), param_specs(config)
+    specs, stored = float_specs(config, tensor), param_specs(config, tensor)
     return jax.tree_util.tree_map_with_path(
         lambda path, spec, parts: spec if param_name(path) in tensors else parts, specs, stored
     )

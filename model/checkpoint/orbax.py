@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSh
 from ...sharding.rules import RULES, named_sharding
 from ..config import ModelConfig
 from ..hf.family import TensorMap
-from ..params import Params, ParamSpec, param_name, param_shardings, param_specs, store
+from ..params import Params, ParamSpec, kv_replicas, param_name, param_shardings, param_specs, store
 from .check import check_tensors
 from .description import ARRAYS, DESCRIPTION, INCOMPLETE, write_description
 from .files import CheckpointError, listing
@@ -87,7 +87,7 @@ def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mes
     Args:
       directory: of the converted checkpoint.
       stored: the configuration that it was written for.
-      config: the same one, with the dtype and the copies of KV heads that are wanted.
+      config: the same one, with the dtype that is wanted.
       mesh: as `make_mesh` returns it, or None for the default device.
 
     Raises:
@@ -97,9 +97,11 @@ def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mes
     from orbax.checkpoint import v1  # late, here and below: it takes a second, and most runs have no use for it
 
     directory = directory.absolute()  # orbax takes no other path
-    wanted, specs = _flat(param_specs(config)), _flat(param_specs(stored))
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    tree = param_specs(config, tensor)
+    wanted, specs = _flat(tree), _flat(param_specs(stored))
     final = dict.fromkeys(wanted, _default_sharding()) if mesh is None else _flat(param_shardings(config, mesh))
-    copies = config.kv_replicas // stored.kv_replicas
+    copies = kv_replicas(config, tensor)
     copied = {name for name, spec in specs.items() if spec.shape != wanted[name].shape}
     read_as = final | {name: _before_copying(name, specs[name], mesh, copies) for name in copied}
     if config.dtype == "float16" != stored.dtype:
@@ -122,7 +124,6 @@ def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mes
         raise _damaged(directory, error) from error
     for name in copied:
         found[name] = _copy_heads(found[name], specs[name], wanted[name], final[name])
-    tree = param_specs(config)
     return jax.tree_util.tree_map_with_path(lambda path, _: found[param_name(path)], tree)
 
 

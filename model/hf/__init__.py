@@ -4,6 +4,7 @@ from ..config import ModelConfig
 from . import gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3
 from .family import Family, HFConfig, Piece, TensorMap
 from .quantized import stored_quantization, stored_tensors
+from .tensors import with_copied_heads
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2)
@@ -32,14 +33,16 @@ def config_from_hf(hf_config: HFConfig) -> ModelConfig:
     return config.replace(quantization=stored_quantization(hf_config, config, family.tensors(config)))
 
 
-def tensors_of(config: ModelConfig, hf_config: HFConfig) -> TensorMap:
+def tensors_of(config: ModelConfig, hf_config: HFConfig, kv_replicas: int = 1) -> TensorMap:
     """Where the checkpoint of that config.json keeps each parameter, or each part of those that it holds quantized.
 
     Args:
-      config: the model, its KV heads copied or not.
+      config: the model.
       hf_config: as `config_from_hf` takes it.
+      kv_replicas: copies of each KV head that the parameters have; see `params.kv_replicas`.
     """
-    return stored_tensors(hf_config, config, family_of(config).tensors(config))
+    tensors = with_copied_heads(config, family_of(config).tensors(config), kv_replicas)
+    return stored_tensors(hf_config, config, tensors)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -5,7 +5,7 @@ from ..config import ModelConfig
 from .common import count, decoder_config, head_dim, number, rope_parameters
 from .family import Family, HFConfig, Piece, TensorMap
 from .rope import rope_from_hf
-from .tensors import decoder_tensors, kv_pieces, whole
+from .tensors import decoder_tensors, whole
 
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None}
 
@@ -29,12 +29,12 @@ def tensors(config: ModelConfig) -> TensorMap:
 def _fused_projections(config: ModelConfig, prefix: str) -> TensorMap:
     D, F, H = config.embed_dim, config.ffn_dim, config.head_dim
     G, q_rows = config.q_per_kv, config.num_heads * H
-    kv_rows = config.num_kv_heads // config.kv_replicas * H
+    kv_rows = config.num_kv_heads * H
     tensor, shape = f"{prefix}self_attn.qkv_proj.weight", (q_rows + 2 * kv_rows, D)
     qkv = (
         Piece(tensor, shape, (slice(None), slice(0, G)), (0, q_rows)),
-        *kv_pieces(config, tensor, shape, G, first_row=q_rows),
-        *kv_pieces(config, tensor, shape, G + 1, first_row=q_rows + kv_rows),
+        Piece(tensor, shape, (slice(None), G), (q_rows, q_rows + kv_rows)),
+        Piece(tensor, shape, (slice(None), G + 1), (q_rows + kv_rows, q_rows + 2 * kv_rows)),
     )
     return {"qkv": qkv, "gate_up": whole(f"{prefix}mlp.gate_up_proj.weight", 2 * F, D)}
 

@@ -1,5 +1,6 @@
 """Where parameters lie in a checkpoint: the names that families share."""
 
+import dataclasses
 from collections.abc import Callable
 
 from ..config import ModelConfig
@@ -50,14 +51,14 @@ def separate_projections(config: ModelConfig, prefix: str) -> TensorMap:
     """q, k, v, gate and up as tensors of their own, with the biases that the config has."""
     D, F, H = config.embed_dim, config.ffn_dim, config.head_dim
     G = config.q_per_kv
-    kv_rows = config.num_kv_heads // config.kv_replicas * H
+    kv_rows = config.num_kv_heads * H
 
     def qkv(suffix: str, *fan_in: int) -> tuple[Piece, ...]:
         q, k, v = (f"{prefix}self_attn.{name}_proj.{suffix}" for name in "qkv")
         # A q head's index is k * G + g, so that a plain reshape groups the q heads by their KV head.
         pieces = [Piece(q, (config.num_heads * H, *fan_in), (slice(None), slice(0, G)))]
         for where, tensor in ((G, k), (G + 1, v)):
-            pieces += kv_pieces(config, tensor, (kv_rows, *fan_in), where)
+            pieces.append(Piece(tensor, (kv_rows, *fan_in), (slice(None), where)))
         return tuple(pieces)
 
     def gate_up(suffix: str, *fan_in: int) -> tuple[Piece, ...]:
@@ -72,24 +73,27 @@ def separate_projections(config: ModelConfig, prefix: str) -> TensorMap:
     return found
 
 
-def kv_pieces(
-    config: ModelConfig, tensor: str, shape: tuple[int, ...], *where: int, first_row: int = 0
-) -> tuple[Piece, ...]:
-    """The pieces of keys or values, all KV heads or all their copies.
+def with_copied_heads(config: ModelConfig, tensors: TensorMap, copies: int) -> TensorMap:
+    """The same tensors for parameters with so many copies of each KV head, which share out its query heads."""
+    return {name: _copied(config, name.split(".")[-1], pieces, copies) for name, pieces in tensors.items()}
 
-    Args:
-      config: the model.
-      tensor: its name.
-      shape: the tensor's full shape in the checkpoint.
-      where: their index behind the axis of KV heads.
-      first_row: where they begin in the tensor.
-    """
-    H, heads, copies = config.head_dim, config.num_kv_heads, config.kv_replicas
-    if copies == 1:
-        rows = None if first_row == 0 and shape[0] == heads * H else (first_row, first_row + heads * H)
-        return (Piece(tensor, shape, (slice(None), *where), rows),)
-    starts = [first_row + head // copies * H for head in range(heads)]
-    return tuple(Piece(tensor, shape, (head, *where), (start, start + H)) for head, start in enumerate(starts))
+
+def _copied(config: ModelConfig, name: str, pieces: tuple[Piece, ...], copies: int) -> tuple[Piece, ...]:
+    G, heads = config.q_per_kv, config.num_kv_heads * copies
+    if copies == 1 or not (name in ("qkv", "qkv_bias") or (name == "k_norm" and config.qk_norm == "full")):
+        return pieces  # its query heads, in their order, are those of the copies in theirs
+    placed = []
+    for piece in pieces:
+        match piece.index[1:]:
+            case [slice()]:  # query heads, as above
+                placed.append(dataclasses.replace(piece, index=(slice(None), slice(0, G // copies))))
+            case where:  # keys or values
+                first, last = piece.rows or (0, piece.shape[0])
+                height, where = (last - first) // config.num_kv_heads, [n - G + G // copies for n in where]
+                for head in range(heads):
+                    start = first + head // copies * height
+                    placed.append(dataclasses.replace(piece, index=(head, *where), rows=(start, start + height)))
+    return tuple(placed)
 
 
 def _layer(config: ModelConfig, prefix: str) -> TensorMap:
@@ -108,6 +112,5 @@ def _layer(config: ModelConfig, prefix: str) -> TensorMap:
     if config.qk_norm == "head":
         found |= {"q_norm": whole(q_norm, H), "k_norm": whole(k_norm, H)}
     elif config.qk_norm == "full":
-        kv_width = config.num_kv_heads // config.kv_replicas * H
-        found |= {"q_norm": whole(q_norm, config.num_heads * H), "k_norm": kv_pieces(config, k_norm, (kv_width,))}
+        found |= {"q_norm": whole(q_norm, config.num_heads * H), "k_norm": whole(k_norm, config.num_kv_heads * H)}
     return found

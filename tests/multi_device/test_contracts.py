@@ -70,7 +70,7 @@ def test_decode_needs_room_for_activations_only(name, tensor, platform):
     pages = CONTEXT // cache.page_size
     attention = config.num_heads // tensor * (CONTEXT + pages * config.head_dim)  # scores, and the output of each page
     layer = 4 * BATCH * (attention + (2 * config.ffn_dim + config.vocab_size) // tensor + config.embed_dim)
-    assert 2 * layer < bytes_per_device(cache.k[0])  # or a copy of the cache would go unnoticed
+    assert 2 * layer < bytes_per_device(cache.pages[0].k)  # or a copy of the cache would go unnoticed
     assert program.memory_analysis().temp_size_in_bytes < 2 * layer
 
 
@@ -79,12 +79,12 @@ def test_decode_needs_room_for_activations_only(name, tensor, platform):
 @on_models
 def test_decode_writes_no_copy_of_a_weight_or_of_the_cache(name, tensor, platform):
     config, cache, program = compiled(name, platform, tensor=tensor)
-    weights = [leaf for leaf in jax.tree.leaves(abstract_params(config, cache.mesh)) if leaf.ndim > 1]
-    big = {elements(leaf) for leaf in (*cache.k, *cache.v, *weights)}
+    weights = [leaf for leaf in jax.tree.leaves(abstract_params(config, cache.lengths.sharding.mesh)) if leaf.ndim > 1]
+    big = {elements(leaf) for leaf in (*jax.tree.leaves(cache.pages), *weights)}
     written = list(parse(program.as_text()).written())
     assert not [(made, shape) for made, shape in written if made in COPIES and num_elements(shape) in big]
     # What is looked for is there to be found: each layer's k and v are written, in place.
-    pages = [made for made, shape in written if num_elements(shape) == elements(cache.k[0])]
+    pages = [made for made, shape in written if num_elements(shape) == elements(cache.pages[0].k)]
     assert len(pages) == 2 * config.num_layers
 
 

@@ -45,8 +45,9 @@ def test_a_mesh_computes_what_one_device_does(directory, kv, mesh):
     found, found_tokens, cache = outputs(model, kv)
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
     assert found_tokens == tokens
-    for pages, scales in zip((*cache.k, *cache.v), (*cache.k_scales, *cache.v_scales), strict=True):
-        assert scales.sharding.shard_shape(scales.shape) == pages.sharding.shard_shape(pages.shape)[:3]
+    for layer in cache.pages:
+        for pages, scales in ((layer.k, layer.k_scales), (layer.v, layer.v_scales)):
+            assert scales.sharding.shard_shape(scales.shape) == pages.sharding.shard_shape(pages.shape)[:3]
     described = functools.partial(jax.tree.map, lambda a: (a.shape, a.dtype, a.sharding.shard_shape(a.shape)))
     assert described(abstract_cache(model.config, model.mesh, 4, 64, kv)) == described(cache)
 
@@ -64,8 +65,8 @@ def test_decode_updates_the_cache_in_place_and_communicates_no_more(kv, platform
     cache = abstract_cache(config, mesh, 16, 8192, kv)
     memory, text = program.memory_analysis(), parse(program.as_text())
     assert memory.alias_size_in_bytes == bytes_per_device(cache)
-    assert memory.temp_size_in_bytes < bytes_per_device(cache.k[0])
-    sizes = {int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(cache.layers)}
+    assert memory.temp_size_in_bytes < bytes_per_device(cache.pages[0].k)
+    sizes = {int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(cache.pages)}
     written = [made for made, shape in text.written() if num_elements(shape) in sizes]
     assert written == ["scatter"] * 4 * config.num_layers
     assert [(found.kind, found.count) for found in collectives(text)] == ([] if tensor == 1 else [("all-reduce", 5)])
