@@ -50,7 +50,7 @@ def prefill(
     new = jnp.where(fits, lengths, 0)
     x, layers = hidden_states(params, config, tokens, new, cache)
     last = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
-    logits = jnp.where((new > 0)[:, None], unembed(params, config, last, cache.mesh), jnp.nan)
+    logits = jnp.where((new > 0)[:, None], unembed(params, config, last), jnp.nan)
     return cache.updated(logits, layers, starts + new)
 
 
@@ -61,4 +61,4 @@ def hidden_states(
     starts, steps = cache.lengths, jnp.arange(tokens.shape[1])
     positions, valid = starts[:, None] + steps, steps < new[:, None]
     attend = cached_attend(cache, prefill_attention, positions, valid, starts, starts + new)
-    return transformer(params, config, tokens, positions, attend, cache.layers, cache.max_lengths, cache.mesh)
+    return transformer(params, config, tokens, positions, attend, cache.layers, cache.max_lengths)

@@ -274,7 +274,7 @@ def _logits(
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """`prefill` with the logits after every token; all must fit."""
     x, layers = hidden_states(params, config, tokens, lengths, cache)
-    return cache.updated(unembed(params, config, x, cache.mesh), layers, cache.lengths + lengths)
+    return cache.updated(unembed(params, config, x), layers, cache.lengths + lengths)
 
 
 @jax.jit

@@ -48,10 +48,8 @@ def decode_step(
     positions = cache.lengths[:, None]
 
     attend = cached_attend(cache, _one_query_attention, positions, has_room[:, None], lengths)
-    x, layers = transformer(
-        params, config, tokens[:, None], positions, attend, cache.layers, cache.max_lengths, cache.mesh
-    )
-    logits = jnp.where(has_room[:, None], unembed(params, config, x[:, 0], cache.mesh), jnp.nan)
+    x, layers = transformer(params, config, tokens[:, None], positions, attend, cache.layers, cache.max_lengths)
+    logits = jnp.where(has_room[:, None], unembed(params, config, x[:, 0]), jnp.nan)
     return cache.updated(logits, layers, lengths)
 
 

@@ -7,6 +7,7 @@ quantizes is a `QuantizedArray` in the tree, whose leaves are parameters like an
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -56,15 +57,12 @@ class ParamSpec:
 
 def param_specs(config: ModelConfig) -> Params:
     """The pytree of `ParamSpec` of a model: its parameters' names, shapes, dtypes, axes and initialization."""
-    specs = float_specs(config)
-    if config.quantization is None:
-        return specs
 
     def stored(path: tuple, spec: ParamSpec) -> Any:
         scheme = scheme_of(config, param_name(path), spec)
         return spec if scheme is None else _quantized(spec, scheme)
 
-    return jax.tree_util.tree_map_with_path(stored, specs)
+    return jax.tree_util.tree_map_with_path(stored, float_specs(config))
 
 
 def scheme_of(config: ModelConfig, name: str, spec: ParamSpec) -> Scheme | None:
@@ -85,8 +83,12 @@ def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
     )
 
 
+@functools.cache
 def float_specs(config: ModelConfig) -> Params:
-    """`param_specs` of the model before it is quantized: what checkpoints hold and initialization makes."""
+    """`param_specs` of the model before it is quantized: what checkpoints hold and initialization makes.
+
+    It is made once a configuration: nobody may change it.
+    """
     V, D = config.vocab_size, config.embed_dim
     specs = {
         "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1),
