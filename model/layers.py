@@ -6,54 +6,45 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ..sharding.rules import is_split
-from .params import Params
-from .products import product, quantized_product
+from .params import Params, ParamSpec
+from .products import Product, weight_product
 from .quantization import QuantizedArray
 
 
 def linear(
     x: Float[Array, "..."],
     w: Float[Array, "..."] | QuantizedArray,
+    spec: ParamSpec,
     bias: Float[Array, "..."] | None = None,
     *,
-    in_axes: int = 1,
-    axes: tuple[str | None, ...] | None = None,
-    mesh: Mesh | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
+    product: Product = weight_product,
 ) -> Float[Array, "..."]:
     """x @ w.T with float32 accumulation: every weight product of the project goes through here.
 
-    If the inputs are split over devices, each one's float32 sum is rounded to x's dtype and these are added up: in 16
-    bits half the bytes travel (as in Megatron-LM, Shoeybi et al. 2019).
-
     Args:
-      x: [*rows, *in], its `in_axes` trailing axes contracted.
+      x: [*rows, *in].
       w: [*out, *in], the orientation of checkpoints; an array, or a `QuantizedArray`, which is multiplied as the
         weight that it stands for.
+      spec: of the weight, as `float_specs` has it: which of its axes are contracted, and the logical names of all.
       bias: [*out], added in float32.
-      in_axes: how many trailing axes are contracted.
-      axes, mesh: the logical names of w's axes and the mesh that it is split over; kernels run on each device's part.
       out_dtype: of the result, x's own by default.
+      product: what multiplies; see `Product`.
 
     Returns:
       [*rows, *out].
     """
-    rows, out = x.shape[: x.ndim - in_axes], w.shape[: len(w.shape) - in_axes]
-    if x.shape[len(rows) :] != w.shape[len(out) :]:
-        raise ValueError(f"linear contracts {x.shape[len(rows) :]} of x with {w.shape[len(out) :]} of w; they differ")
-    # The axes of `out` are not flattened: one that is split over devices and is not the first would be gathered.
+    num_in, num_out = spec.in_axes, len(spec.axes) - spec.in_axes
+    rows, inputs, outputs = x.shape[: x.ndim - num_in], x.shape[x.ndim - num_in :], w.shape[:num_out]
+    if inputs != w.shape[num_out:]:
+        raise ValueError(f"linear contracts {inputs} of x with {w.shape[num_out:]} of w; they differ")
     x = x.reshape(math.prod(rows), -1)
-    axes = axes or (None,) * len(w.shape)
-    dtype = x.dtype if any(is_split(axis, mesh) for axis in axes[len(out) :]) else jnp.float32
-    if isinstance(w, QuantizedArray):
-        y = quantized_product(x, w, axes, mesh, dtype)
-    else:
-        y = product(x, w.reshape(*out, -1), dtype)
-    y = y.reshape(rows + out)
+    # The axes of outputs are not flattened: one that is split over devices and is not the first would be gathered.
+    w = jax.tree.map(lambda part: part.reshape(*part.shape[:num_out], -1), w)
+    # Of several input axes it is the first that may be split: it names them all.
+    y = product(x, w, spec.axes[: num_out + 1]).reshape(rows + outputs)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(out_dtype or x.dtype)
@@ -85,10 +76,22 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def gated_mlp(
-    x: Float[Array, "B T D"], weights: Params, activation: str, mesh: Mesh | None = None
+    x: Float[Array, "B T D"],
+    weights: Params,
+    specs: dict[str, ParamSpec],
+    activation: str,
+    product: Product = weight_product,
 ) -> Float[Array, "B T D"]:
-    """down(activation(gate(x)) * up(x)): SwiGLU and its kin (Shazeer 2020)."""
-    gate_up = linear(x, weights["gate_up"], weights.get("gate_up_bias"), axes=(None, "ffn", "embed"), mesh=mesh)
+    """down(activation(gate(x)) * up(x)): SwiGLU and its kin (Shazeer 2020).
+
+    Args:
+      x: activations.
+      weights: those of a layer.
+      specs: theirs, as `float_specs` has them.
+      activation: a key of `ACTIVATION_FUNCTIONS`.
+      product: as `linear` takes it.
+    """
+    gate_up = linear(x, weights["gate_up"], specs["gate_up"], weights.get("gate_up_bias"), product=product)
     gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
     hidden = ACTIVATION_FUNCTIONS[activation](gate.astype(jnp.float32)).astype(x.dtype) * up
-    return linear(hidden, weights["down"], weights.get("down_bias"), axes=("embed", "ffn"), mesh=mesh)
+    return linear(hidden, weights["down"], specs["down"], weights.get("down_bias"), product=product)

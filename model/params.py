@@ -7,6 +7,7 @@ quantizes is a `QuantizedArray` in the tree, whose leaves are parameters like an
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -61,15 +62,12 @@ def param_specs(config: ModelConfig, tensor: int = 1) -> Params:
       config: the model.
       tensor: devices that share each layer, which copy KV heads where there are more of them; see `kv_replicas`.
     """
-    specs = float_specs(config, tensor)
-    if config.quantization is None:
-        return specs
 
     def stored(path: tuple, spec: ParamSpec) -> Any:
         scheme = scheme_of(config, param_name(path), spec)
         return spec if scheme is None else _quantized(spec, scheme)
 
-    return jax.tree_util.tree_map_with_path(stored, specs)
+    return jax.tree_util.tree_map_with_path(stored, float_specs(config))
 
 
 def scheme_of(config: ModelConfig, name: str, spec: ParamSpec) -> Scheme | None:
@@ -90,8 +88,12 @@ def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
     )
 
 
+@functools.cache
 def float_specs(config: ModelConfig, tensor: int = 1) -> Params:
-    """`param_specs` of the model before it is quantized: what checkpoints hold and initialization makes."""
+    """`param_specs` of the model before it is quantized: what checkpoints hold and initialization makes.
+
+    It is made once a configuration: nobody may change it.
+    """
     V, D, copies = config.vocab_size, config.embed_dim, kv_replicas(config, tensor)
     specs = {
         "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1),

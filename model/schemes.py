@@ -27,6 +27,11 @@ class Scheme:
     scale_dtype: str = "float32"
     dynamic: bool = False
 
+    @property
+    def scales_outputs(self) -> bool:
+        """Whether a product may take the values as they are, and multiply its outputs by the scales afterwards."""
+        return self.group is None and self.dtype != "int4"
+
     def block_rows(self, outputs: int) -> int:
         """Outputs that share a scale where the last output axis has so many."""
         return math.gcd(self.rows, outputs)

@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ..pallas_kernels.attention import causal_attention
 from ..pallas_kernels.pages import AttentionOptions
 from .config import ModelConfig
 from .layers import gated_mlp, linear, rms_norm, soft_cap
-from .params import Params
+from .params import Params, float_specs
+from .products import Product, weight_product
 from .rope import apply_rope, rope_tables
 
 
@@ -64,8 +64,8 @@ def transformer(
     attend: Attend = attend_to_tokens,
     state: Sequence[Any] | None = None,
     contexts: Int[Array, "B"] | None = None,
-    mesh: Mesh | None = None,
     residual: Residual | None = None,
+    product: Product = weight_product,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
     """Run every layer.
 
@@ -77,8 +77,8 @@ def transformer(
       attend: attention over whatever keys and values it has; see `Attend`.
       state: one entry a layer, threaded through `attend`; by default each is None.
       contexts: the length of each row that length-dependent RoPE kinds read; T by default.
-      mesh: that the parameters lie on, for kernels; without it XLA alone splits the work.
       residual: sees the residual stream before the first layer and after each, and may put another in its place.
+      product: what multiplies by weights; see `Product`.
 
     Returns:
       The final hidden states after the last norm, ready for `unembed`, and the new states.
@@ -94,11 +94,12 @@ def transformer(
     with jax.named_scope("rope"):
         ropes = {layer.rope: rope_tables(layer.rope, positions, contexts) for layer in config.layers}
     new_state = []
-    for index, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
+    layers = zip(config.layers, params["layers"], float_specs(config)["layers"], strict=True)
+    for index, (layer, weights, specs) in enumerate(layers):
         spec = AttentionSpec(config.query_scale, layer.window, config.attn_soft_cap, index)
         with jax.named_scope(f"layer_{index}"):
             attention = functools.partial(attend, spec=spec, state=state[index])
-            x, kept = _layer(x, weights, config, ropes[layer.rope], attention, mesh)
+            x, kept = _layer(x, weights, specs, config, ropes[layer.rope], attention, product)
             x = residual(x, index + 1)
         new_state.append(kept)
     with jax.named_scope("final_norm"):
@@ -114,40 +115,39 @@ def embed(params: Params, config: ModelConfig, tokens: Int[Array, "..."]) -> Flo
 
 
 def unembed(
-    params: Params, config: ModelConfig, x: Float[Array, "... D"], mesh: Mesh | None = None
+    params: Params, config: ModelConfig, x: Float[Array, "... D"], product: Product = weight_product
 ) -> Float[Array, "... V"]:
-    """Logits in float32 of final hidden states; `mesh` as in `transformer`."""
+    """Logits in float32 of final hidden states; `product` as in `transformer`."""
     with jax.named_scope("unembed"):
-        weight = params["unembedding"] if config.has_unembedding else params["embedding"]
-        logits = linear(x, weight, axes=("vocab", "embed"), mesh=mesh, out_dtype=jnp.float32)
+        name = "unembedding" if config.has_unembedding else "embedding"
+        logits = linear(x, params[name], float_specs(config)[name], out_dtype=jnp.float32, product=product)
         return soft_cap(logits, config.logit_soft_cap)
 
 
-def _layer(x, weights, config, rope, attend, mesh):
+def _layer(x, weights, specs, config, rope, attend, product):
     norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
     before, after = config.norm_position != "post", config.norm_position != "pre"
 
     with jax.named_scope("attention"):
         h = norm(x, weights["attn_norm"]) if before else x
-        h, state = _attention(h, weights, config, norm, rope, attend, mesh)
+        h, state = _attention(h, weights, specs, config, norm, rope, attend, product)
         x = x + (norm(h, weights["post_attn_norm"]) if after else h)
     with jax.named_scope("mlp"):
         h = norm(x, weights["mlp_norm"]) if before else x
-        h = gated_mlp(h, weights, config.activation, mesh)
+        h = gated_mlp(h, weights, specs, config.activation, product)
         x = x + (norm(h, weights["post_mlp_norm"]) if after else h)
     return x, state
 
 
-def _attention(x, weights, config, norm, rope, attend, mesh):
-    heads = ("kv_heads", "q_per_kv", "head_dim")
-    qkv = linear(x, weights["qkv"], weights.get("qkv_bias"), axes=(*heads, "embed"), mesh=mesh)  # [B, T, K, G + 2, H]
+def _attention(x, weights, specs, config, norm, rope, attend, product):
+    qkv = linear(x, weights["qkv"], specs["qkv"], weights.get("qkv_bias"), product=product)  # [B, T, K, G + 2, H]
     G = qkv.shape[-2] - 2  # fewer than the configuration's where KV heads are copied
     q, k, v = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
     if config.qk_norm is not None:
         q, k = norm(q, weights["q_norm"]), norm(k, weights["k_norm"])
     q, k = apply_rope(q, *rope), apply_rope(k, *rope)
     out, state = attend(q, k, v)
-    return linear(out, weights["out"], weights.get("out_bias"), in_axes=3, axes=("embed", *heads), mesh=mesh), state
+    return linear(out, weights["out"], specs["out"], weights.get("out_bias"), product=product), state
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh
 from jaxtyping import Array
 
 from .pages import AttentionOptions, Pages
@@ -42,12 +42,12 @@ class Device(NamedTuple):
         return self.platform == "gpu" and _HOPPER.search(self.kind) is not None
 
 
-def current_device(mesh: Mesh | None = None) -> Device:
+def current_device(mesh: AbstractMesh | None = None) -> Device:
     """The device that the program being traced will run on: of that mesh, or of the one that is traced for."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    abstract = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).abstract_device
     if abstract is not None:
         return Device(abstract.platform, abstract.device_kind, abstract.num_cores)
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = jax.devices()[0]
     return Device(device.platform, device.device_kind, getattr(device, "core_count", None))
 
 

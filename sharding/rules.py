@@ -27,7 +27,7 @@ RULES: dict[str, str | None] = {
 def is_split(axis: str | None, mesh: Mesh | AbstractMesh | None) -> bool:
     """Whether a logical axis lies in parts on a mesh."""
     physical = None if axis is None or mesh is None else RULES[axis]
-    return physical is not None and mesh.shape[physical] > 1
+    return physical is not None and mesh.shape.get(physical, 1) > 1
 
 
 def mesh_of(x: jax.Array) -> AbstractMesh | None:
@@ -88,12 +88,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(axes)))
 
 
-def shard_map(function: Callable, mesh: AbstractMesh | None, in_axes: Any, out_axes: Any) -> Callable:
+def shard_map(function: Callable, mesh: Mesh | AbstractMesh | None, in_axes: Any, out_axes: Any) -> Callable:
     """`function` on each device's own part of its arguments; without a mesh it is the function itself.
 
     Args:
       function: takes arrays, or pytrees of them.
-      mesh: of the arguments, as `mesh_of` tells it.
+      mesh: as `make_mesh` or `mesh_of` returns it, or None.
       in_axes, out_axes: a tuple of logical axis names for each array, trailing axes that are not split left out.
     """
     if mesh is None:

@@ -67,7 +67,7 @@ def test_what_does_not_fit_says_so(plugin, capsys, small):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["llama-9"], 2, "'llama-9' is no directory with a config.json and no preset; presets: llama-2-7b"),
+        (["llama-9"], 2, "'llama-9' is no directory with a config.json and no preset; presets: gemma-2-27b"),
         (["llama-3.1-8b", "--devices", "0"], 2, "--devices is 0"),
         (["llama-3.1-8b", "--batch", "-1"], 2, "--batch is -1"),
         (["llama-3.1-8b", "--prompt", "9000"], 2, "--prompt is 9000; it must be between 1 and --context 8192"),

@@ -150,7 +150,7 @@ def test_a_plot_without_matplotlib_fails_with_the_remedy(capsys, monkeypatch, tm
     [
         (
             ["llama-9"],
-            "'llama-9' is no directory with a config.json and no preset; presets: llama-2-7b,",
+            "'llama-9' is no directory with a config.json and no preset; presets: gemma-2-27b,",
         ),
         (["llama-3.1-8b", "--hardware", "h900"], "h900"),
         (["llama-3.1-8b", "--tensor", "0"], "--tensor is 0; it must be at least 1"),

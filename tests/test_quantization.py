@@ -13,7 +13,7 @@ from ridgeline.model.layers import linear
 from ridgeline.model.quantization import pack_int4, unpack_int4
 from ridgeline.model.schemes import SCHEMES, Scheme, scheme
 from ridgeline.pallas_kernels.dispatch import Device
-from tiny import tiny_config
+from tiny import tiny_config, weight_spec
 
 SHAPES = {
     "plain": ((6, 256), 1),
@@ -29,31 +29,31 @@ def weights(shape, seed=0):
 
 def by_hand(w: np.ndarray, name: str, in_axes: int) -> np.ndarray:
     """The weight after rounding, group by group in float64, from the definition of each scheme."""
-    chosen = SCHEMES[name]
+    form = SCHEMES[name]
     out = w.shape[: w.ndim - in_axes]
     flat = np.asarray(w, np.float64).reshape(*out, -1)
     result = np.empty_like(flat)
-    rows = np.gcd(chosen.rows, out[-1])
-    group = chosen.group or flat.shape[-1]
+    rows = np.gcd(form.rows, out[-1])
+    group = form.group or flat.shape[-1]
     for lead in np.ndindex(*out[:-1]):
         for row in range(0, out[-1], rows):
             for first in range(0, flat.shape[-1], group):
                 where = (*lead, slice(row, row + rows), slice(first, first + group))
-                result[where] = _rounded(flat[where], chosen)
+                result[where] = _rounded(flat[where], form)
     return result.reshape(w.shape)
 
 
-def _rounded(block: np.ndarray, chosen) -> np.ndarray:
+def _rounded(block: np.ndarray, form) -> np.ndarray:
     low, high = min(block.min(), 0), max(block.max(), 0)
     peak = high if high > -low else low
-    steps = {"int8": 127, "float8_e4m3fn": 448, "int4": 15 if chosen.zero_points else 8}[chosen.dtype]
-    scale = (high - low if chosen.zero_points else abs(peak)) / steps
-    scale = float(jnp.asarray(scale, chosen.scale_dtype)) or 1.0
-    if chosen.dtype == "float8_e4m3fn":
+    steps = {"int8": 127, "float8_e4m3fn": 448, "int4": 15 if form.zero_points else 8}[form.dtype]
+    scale = (high - low if form.zero_points else abs(peak)) / steps
+    scale = float(jnp.asarray(scale, form.scale_dtype)) or 1.0
+    if form.dtype == "float8_e4m3fn":
         return np.asarray(jnp.asarray(block / scale, jnp.float8_e4m3fn), np.float64) * scale
-    if chosen.dtype == "int8":
+    if form.dtype == "int8":
         return np.round(block / scale) * scale
-    if chosen.zero_points:
+    if form.zero_points:
         zero = np.round(-low / scale)
         return (np.clip(np.round(block / scale) + zero, 0, 15) - zero) * scale
     scale = -scale if peak > 0 else scale
@@ -67,9 +67,9 @@ def test_rounding_is_the_scheme_s(name, shape):
     w = weights(size)
     stored = rl.quantize(w, SCHEMES[name], in_axes)
     assert stored.shape == size
-    found, expected = np.asarray(rl.dequantize(stored)), by_hand(np.asarray(w), name, in_axes)
+    restored, expected = np.asarray(rl.dequantize(stored)), by_hand(np.asarray(w), name, in_axes)
     # A number half-way between two may go either way in float32; no more than a few do.
-    assert np.mean(np.abs(found - expected) > 1e-5) < 0.004
+    assert np.mean(np.abs(restored - expected) > 1e-5) < 0.004
     again = rl.quantize(rl.dequantize(stored), SCHEMES[name], in_axes)
     np.testing.assert_array_equal(again.values, stored.values)
     np.testing.assert_allclose(again.scales.astype(jnp.float32), stored.scales.astype(jnp.float32), rtol=1e-6)
@@ -84,17 +84,17 @@ def test_zeros_outliers_and_extreme_scales(name):
     w[3] *= 1e30
     w[4] *= 1e-30
     w[5] = np.abs(w[5])
-    found = np.asarray(rl.dequantize(rl.quantize(jnp.asarray(w), SCHEMES[name])))
-    assert np.isfinite(found).all()
+    restored = np.asarray(rl.dequantize(rl.quantize(jnp.asarray(w), SCHEMES[name])))
+    assert np.isfinite(restored).all()
     if SCHEMES[name].rows == 1:  # a block's rows share the scale of the greatest
-        assert not found[0].any()
-        assert not found[1, :128].any()
+        assert not restored[0].any()
+        assert not restored[1, :128].any()
         group = SCHEMES[name].group
         for row in (3, 4, 5) if group is None else (2, 3, 4, 5):
             columns = slice(128 if row == 2 else 0, None)
-            error = np.abs(found[row, columns] - w[row, columns]).max() / np.abs(w[row, columns]).max()
+            error = np.abs(restored[row, columns] - w[row, columns]).max() / np.abs(w[row, columns]).max()
             assert error < {"int8": 0.005, "float8_e4m3fn": 0.04, "int4": 0.13}[SCHEMES[name].dtype], row
-        assert found[2, 5] == pytest.approx(1e4, rel=0.005)
+        assert restored[2, 5] == pytest.approx(1e4, rel=0.005)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -103,13 +103,13 @@ def test_products_are_those_of_the_dequantized_weight(name, dtype):
     w = rl.quantize(weights((4, 3, 2, 128)), SCHEMES[name], 2)
     for rows in (1, 3, 40, 70):  # each takes another way on a CPU
         x = jax.random.normal(jax.random.key(rows), (rows, 2, 128)).astype(dtype)
-        found = jax.jit(linear, static_argnames=("in_axes", "out_dtype"))(x, w, in_axes=2, out_dtype=jnp.float32)
+        y = jax.jit(lambda x, w: linear(x, w, weight_spec(w, 2), out_dtype=jnp.float32))(x, w)
         expected = np.einsum("mij,abij->mab", *(np.asarray(a, np.float64) for a in (x, rl.dequantize(w))))
         exact = dtype == "float32" or w.scheme.group is None  # groups of weights are rounded to x's dtype
         tolerance = 2e-6 if exact else 5e-3
         if w.scheme.dynamic and rows > 64:
             tolerance = {"int8": 0.02, "float8_e4m3fn": 0.05}[w.scheme.dtype]
-        np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+        np.testing.assert_allclose(y, expected, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("group", [None, 16, 48, 128, 256])
@@ -117,17 +117,17 @@ def test_groups_of_any_size(group):
     w = rl.quantize(weights((6, 192)), Scheme("int4", group, zero_points=group == 48))
     x = jax.random.normal(jax.random.key(0), (2, 192))
     for rows in (x[:1], x):
-        np.testing.assert_allclose(linear(rows, w), rows @ rl.dequantize(w).T, atol=1e-5)
+        np.testing.assert_allclose(linear(rows, w, weight_spec(w)), rows @ rl.dequantize(w).T, atol=1e-5)
 
 
 def test_int8_products_of_rows_with_outliers():
     w = rl.quantize(weights((32, 128)), SCHEMES["int8"])
     x = jax.random.normal(jax.random.key(1), (4, 128)).at[0, 3].set(1e5).at[1].set(0.0)
     expected = np.asarray(x, np.float64) @ np.asarray(rl.dequantize(w), np.float64).T
-    found = np.asarray(linear(x, w))
-    np.testing.assert_allclose(found[1:], expected[1:], atol=1e-5)
+    y = np.asarray(linear(x, w, weight_spec(w)))
+    np.testing.assert_allclose(y[1:], expected[1:], atol=1e-5)
     # Row 0 without its outlier: what the others add is kept to a part in a thousand.
-    rest = found[0] - 1e5 * np.asarray(rl.dequantize(w))[:, 3]
+    rest = y[0] - 1e5 * np.asarray(rl.dequantize(w))[:, 3]
     np.testing.assert_allclose(rest, expected[0] - 1e5 * np.asarray(rl.dequantize(w), np.float64)[:, 3], atol=2e-2)
 
 
@@ -136,7 +136,7 @@ def test_dynamic_schemes_multiply_in_8_bits_where_rows_are_many(name):
     w = rl.quantize(weights((8, 64)), SCHEMES[name])
 
     def dtypes(rows):
-        program = jax.make_jaxpr(lambda x: linear(x, w))(jnp.ones((rows, 64), jnp.bfloat16))
+        program = jax.make_jaxpr(lambda x: linear(x, w, weight_spec(w)))(jnp.ones((rows, 64), jnp.bfloat16))
         return {v.aval.dtype.name for e in program.eqns if e.primitive.name == "dot_general" for v in e.invars}
 
     assert dtypes(65) == {SCHEMES[name].dtype}
@@ -147,7 +147,7 @@ def test_products_of_every_e4m3_number():
     values = jnp.arange(256, dtype=jnp.uint8).view(jnp.float8_e4m3fn)
     values = jnp.where(jnp.isnan(values.astype(jnp.float32)), 0, values.astype(jnp.float32)).astype(jnp.float8_e4m3fn)
     w = rl.QuantizedArray(jnp.tile(values[:, None], 32), jnp.ones((256, 1)), None, SCHEMES["fp8"])
-    np.testing.assert_array_equal(linear(jnp.eye(32)[:1], w)[0], values.astype(jnp.float32))
+    np.testing.assert_array_equal(linear(jnp.eye(32)[:1], w, weight_spec(w))[0], values.astype(jnp.float32))
 
 
 def test_two_to_a_byte():
@@ -163,8 +163,8 @@ def test_two_to_a_byte():
 def test_gradients_reach_the_inputs(kind, monkeypatch):
     monkeypatch.setattr(products, "current_device", lambda mesh: Device("gpu" if kind != "cpu" else "cpu", kind, None))
     w = rl.quantize(weights((8, 64)), SCHEMES["int4-32"])
-    found = jax.grad(lambda x: linear(x, w).sum())(jnp.ones((2, 64)))
-    np.testing.assert_allclose(found[0], rl.dequantize(w).sum(0), rtol=1e-5)
+    dx = jax.grad(lambda x: linear(x, w, weight_spec(w)).sum())(jnp.ones((2, 64)))
+    np.testing.assert_allclose(dx[0], rl.dequantize(w).sum(0), rtol=1e-5)
 
 
 # --- models ---
@@ -174,12 +174,12 @@ def test_gradients_reach_the_inputs(kind, monkeypatch):
 def test_loading_quantizes_each_parameter(tmp_path, name):
     save(tmp_path)
     whole, model = rl.load_model(tmp_path), rl.load_model(tmp_path, quantize=name, quantize_output="int8")
-    chosen = SCHEMES[name]
-    assert model.config.quantization == rl.Quantization(chosen, SCHEMES["int8"])
-    for found, layer in zip(model.params["layers"], whole.params["layers"], strict=True):
+    form = SCHEMES[name]
+    assert model.config.quantization == rl.Quantization(form, SCHEMES["int8"])
+    for layer, whole_layer in zip(model.params["layers"], whole.params["layers"], strict=True):
         for part, in_axes in (("qkv", 1), ("out", 3), ("gate_up", 1), ("down", 1)):
-            assert_same(found[part], rl.quantize(layer[part], chosen, in_axes))
-        np.testing.assert_array_equal(found["attn_norm"], layer["attn_norm"])
+            assert_same(layer[part], rl.quantize(whole_layer[part], form, in_axes))
+        np.testing.assert_array_equal(layer["attn_norm"], whole_layer["attn_norm"])
     assert_same(model.params["unembedding"], rl.quantize(whole.params["unembedding"], SCHEMES["int8"]))
     np.testing.assert_array_equal(model.params["embedding"], whole.params["embedding"])
     specs = rl.param_specs(model.config)
@@ -212,9 +212,9 @@ def test_conversions_keep_the_quantized_weights(tmp_path, name):
     save(hf)
     model = rl.load_model(hf, quantize=name)
     rl.convert_model(hf, out, quantize=name)
-    found = rl.load_model(out)
-    assert found.config == model.config
-    assert_same(found.params, model.params)
+    converted = rl.load_model(out)
+    assert converted.config == model.config
+    assert_same(converted.params, model.params)
     with pytest.raises(rl.CheckpointError, match="is a converted checkpoint, whose weights are quantized when it is"):
         rl.load_model(out, quantize="fp8-block")
 
@@ -224,16 +224,16 @@ def test_a_tied_output_is_quantized_beside_the_embedding(bundled):
     assert model.config.quantization == rl.Quantization(None, SCHEMES["int8"])
     np.testing.assert_array_equal(model.params["embedding"], bundled.params["embedding"])
     tokens = jnp.arange(40)[None]
-    found, expected = (rl.forward(m.params, m.config, tokens) for m in (model, bundled))
-    assert 0 < jnp.abs(found - expected).max() < 0.05 * jnp.abs(expected).max()
+    logits, expected = (rl.forward(m.params, m.config, tokens) for m in (model, bundled))
+    assert 0 < jnp.abs(logits - expected).max() < 0.05 * jnp.abs(expected).max()
 
 
 def test_random_parameters_and_their_count():
     config = tiny_config()
     quantized = config.replace(quantization=rl.Quantization(SCHEMES["int8"], skip=("layers.1.down",)))
-    found, whole = (rl.init_params(c, jax.random.key(3)) for c in (quantized, config))
-    assert_same(found["layers"][0]["down"], rl.quantize(whole["layers"][0]["down"], SCHEMES["int8"]))
-    np.testing.assert_array_equal(found["layers"][1]["down"], whole["layers"][1]["down"])
+    params, whole = (rl.init_params(c, jax.random.key(3)) for c in (quantized, config))
+    assert_same(params["layers"][0]["down"], rl.quantize(whole["layers"][0]["down"], SCHEMES["int8"]))
+    np.testing.assert_array_equal(params["layers"][1]["down"], whole["layers"][1]["down"])
     assert rl.count_parameters(quantized) == rl.count_parameters(config)
 
 
@@ -250,10 +250,10 @@ def test_quantized_models_still_tell_the_story(bundled, name):
     """Decode step by step gives the logits of one forward pass, and greedy text stays that of float32 for a while."""
     model = rl.load_model("bundled", dtype="float32", quantize=name)
     greedy = rl.SamplingParams(max_tokens=24, temperature=0.0)
-    found, expected = (rl.generate(m, ["Once upon a time"], greedy)[0] for m in (model, bundled))
-    agreed = next((i for i, (a, b) in enumerate(zip(found.tokens, expected.tokens, strict=True)) if a != b), 24)
+    output, expected = (rl.generate(m, ["Once upon a time"], greedy)[0] for m in (model, bundled))
+    agreed = next((i for i, (a, b) in enumerate(zip(output.tokens, expected.tokens, strict=True)) if a != b), 24)
     assert agreed >= 8
     prompt = model.tokenizer.encode("Once upon a time")
-    tokens = jnp.asarray([prompt + found.tokens])
+    tokens = jnp.asarray([prompt + output.tokens])
     logits = rl.forward(model.params, model.config, tokens)[0]
-    np.testing.assert_array_equal(jnp.argmax(logits[len(prompt) - 1 : -1], axis=-1), found.tokens)
+    np.testing.assert_array_equal(jnp.argmax(logits[len(prompt) - 1 : -1], axis=-1), output.tokens)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from ridgeline.model.layers import linear
 from ridgeline.pallas_kernels.attention import causal_attention
 from ridgeline.training import data, gradients, objective, recipe, train
 
@@ -92,21 +91,19 @@ def test_products_differentiate_like_plain_ones(inner, outer):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (5, inner), (*outer, inner), (5, *outer)
     x, w, g = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    dx, dw = jax.jit(jax.grad(lambda x, w: (gradients.product(x, w) * g).sum(), argnums=(0, 1)))(x, w)
-    np.testing.assert_allclose(gradients.product(x, w), jnp.einsum("mi,...i->m...", x, w), rtol=1e-5, atol=1e-5)
+    axes = (None,) * w.ndim
+    dx, dw = jax.jit(jax.grad(lambda x, w: (gradients.product(x, w, axes) * g).sum(), argnums=(0, 1)))(x, w)
+    np.testing.assert_allclose(gradients.product(x, w, axes), jnp.einsum("mi,...i->m...", x, w), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dx, jnp.einsum("m...,...i->mi", g, w), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dw, jnp.einsum("m...,mi->...i", g, x), rtol=1e-5, atol=1e-5)
 
 
-def test_fast_products_last_as_long_as_the_block():
-    def uses_product(x, w):
-        jaxpr = jax.make_jaxpr(lambda x, w: linear(x, w))(x, w)
-        return "custom_vjp" in str(jaxpr)
-
-    x, w = jnp.ones((3, 4)), jnp.ones((5, 4))
-    with gradients.fast_products():
-        assert uses_product(x, w)
-    assert not uses_product(x, w)
+def test_every_weight_product_of_the_loss_is_the_one_with_derivatives_of_its_own():
+    config = recipe.model_config(recipe.Recipe(16, 2, 400, 1e-3, 0.25), 300, 32)
+    params, tokens = recipe.initial_params(config, jax.random.key(0)), jnp.zeros((2, 8), jnp.int32)
+    program = jax.make_jaxpr(lambda params: objective.losses(params, config, tokens, tokens))(params)
+    by_hand = [equation for equation in program.eqns if equation.primitive.name.startswith("custom_vjp")]
+    assert len(by_hand) == 2 * (4 + 1) + 1 + 1  # four products and attention a layer, the output, the cross entropy
 
 
 @pytest.mark.parametrize("T", [5, 128, 300])
@@ -208,8 +205,8 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path, capsys):
 
 
 def test_a_shorter_run_goes_through_the_same_steps_until_its_rate_falls():
-    chosen = dataclasses.replace(recipe.RECIPES["story"], warmup=4)
-    schedules = [objective.make_optimizer(chosen, steps) for steps in (20, 40)]
+    story = dataclasses.replace(recipe.RECIPES["story"], warmup=4)
+    schedules = [objective.make_optimizer(story, steps) for steps in (20, 40)]
     params = {"w": jnp.ones((2, 2))}
     steps = []
     for optimizer, plateau_end in schedules:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ridgeline as rl
+from ridgeline.model.products import weight_product
 from tiny import tiny_config, tiny_model
 
 T = 12
@@ -84,3 +85,17 @@ def test_the_defaults_are_teacher_forcing_from_position_0(model, tokens):
     np.testing.assert_array_equal(logits(model, tokens), logits(model, tokens, **given))
     later = given | {"positions": given["positions"] + 1}  # rotations are relative: the same but for rounding
     np.testing.assert_allclose(logits(model, tokens, **later), logits(model, tokens), atol=1e-4)
+
+
+def test_every_weight_product_is_the_one_given_and_learns_its_axes_from_the_specs(model, tokens):
+    seen = []
+
+    def product(x, w, axes):
+        seen.append(axes)
+        return weight_product(x, w, axes)
+
+    x, _ = rl.transformer(model.params, model.config, tokens, product=product)
+    np.testing.assert_array_equal(rl.unembed(model.params, model.config, x, product), logits(model, tokens))
+    qkv, out = ("kv_heads", "q_per_kv", "head_dim", "embed"), ("embed", "kv_heads")
+    gate_up, down = (None, "ffn", "embed"), ("embed", "ffn")
+    assert seen == [qkv, out, gate_up, down] * 3 + [("vocab", "embed")]

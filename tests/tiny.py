@@ -6,6 +6,7 @@ import jax
 import tokenizers
 
 import ridgeline as rl
+from ridgeline.model.params import ParamSpec
 
 
 def tiny_config(**changes) -> rl.ModelConfig:
@@ -32,6 +33,11 @@ def tiny_model(config: rl.ModelConfig | None = None, seed: int = 0, **generation
     config = config or tiny_config()
     params = rl.init_params(config, jax.random.key(seed))
     return rl.Model(config, params, None, rl.GenerationDefaults(**generation), pathlib.Path("tiny"))
+
+
+def weight_spec(w, in_axes: int = 1) -> ParamSpec:
+    """What `linear` wants to know of a weight on one device."""
+    return ParamSpec(w.shape, "float32", (None,) * len(w.shape), in_axes=in_axes)
 
 
 def byte_tokenizer() -> rl.Tokenizer:

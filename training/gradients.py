@@ -7,33 +7,19 @@ over its leading axis, so operands are transposed in memory first (the layout co
 and the big one, the attention probabilities, is never transposed at all.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from ..model import products
+from ..model.products import Axes
 
 _QUERY_BLOCK = 128  # queries scored at once: blocks above the diagonal are never computed
 _NEVER = -1e30
 
 
-@contextlib.contextmanager
-def fast_products() -> Iterator[None]:
-    """While a training step is traced inside, `linear` differentiates through `product` on CPU."""
-    original = products._product_cpu
-    products._product_cpu = product
-    try:
-        yield
-    finally:
-        products._product_cpu = original
-
-
-def product(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
-    """x @ w.T in float32."""
+def product(x: Float[Array, "M I"], w: Float[Array, "*out I"], axes: Axes) -> Float[Array, "M *out"]:
+    """x @ w.T in float32, a `Product` on one device, where the names of axes say nothing."""
     return _matrix_product(x, w.reshape(-1, w.shape[-1])).reshape(x.shape[0], *w.shape[:-1])
 
 

@@ -13,7 +13,7 @@ from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import transformer, unembed
 from .data import Windows
-from .gradients import attention, cross_entropy, fast_products
+from .gradients import attention, cross_entropy, product
 from .recipe import Recipe
 
 
@@ -25,8 +25,8 @@ def losses(
     def attend(q, k, v, spec, state):
         return attention(q, k, v), state
 
-    x, _ = transformer(params, config, tokens, attend=attend)
-    return cross_entropy(unembed(params, config, x), targets)
+    x, _ = transformer(params, config, tokens, attend=attend, product=product)
+    return cross_entropy(unembed(params, config, x, product), targets)
 
 
 def drop_units(params: Params, key: jax.Array, rate: float) -> Params:
@@ -82,8 +82,7 @@ def make_step(config: ModelConfig, recipe: Recipe, optimizer: optax.GradientTran
             dropped = drop_units(_bfloat16(params), jax.random.fold_in(key, step), recipe.dropout)
             return losses(_bfloat16(dropped), config, tokens, targets).mean()
 
-        with fast_products():
-            loss, grads = jax.value_and_grad(mean_loss)(params)
+        loss, grads = jax.value_and_grad(mean_loss)(params)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 

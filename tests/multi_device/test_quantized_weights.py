@@ -38,12 +38,12 @@ def test_a_mesh_computes_what_one_device_does(checkpoint, name):
         assert_same(model.params, one.params)
     dynamic = SCHEMES[name].dynamic
     for rows in (4, 1) if dynamic else (1,):  # 80 tokens multiply rounded activations in dynamic schemes, 20 do not
-        found, expected = (np.asarray(rl.forward(m.params, m.config, TOKENS[:rows])) for m in (model, one))
+        logits, expected = (np.asarray(rl.forward(m.params, m.config, TOKENS[:rows])) for m in (model, one))
         if dynamic and rows == 4:
             # Sums in another order round some activations to the next number.
-            assert np.abs(found - expected).mean() < 0.01 * np.abs(expected).mean()
+            assert np.abs(logits - expected).mean() < 0.01 * np.abs(expected).mean()
         else:
-            np.testing.assert_allclose(found, expected, atol=1e-4)
+            np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 def test_groups_that_devices_cannot_share_are_refused(checkpoint):
@@ -63,8 +63,8 @@ def test_a_decode_step_of_h200s_is_kernels_that_read_the_stored_weights(plugin, 
     mesh = target_mesh("h200", tensor=4)
     config = two_layers(name, "bfloat16")
     program = compile_for_target(lower_decode(config, mesh, batch_size=16, max_length=1024))
-    (found,) = collectives(parse(program.as_text()))
-    assert (found.kind, found.count, found.bytes) == ("all-reduce", 5, 5 * 16 * config.embed_dim * 2)
+    (reduced,) = collectives(parse(program.as_text()))
+    assert (reduced.kind, reduced.count, reduced.bytes) == ("all-reduce", 5, 5 * 16 * config.embed_dim * 2)
     # Four products and two kernels of attention a layer, and the output's product.
     assert program.as_text().count('custom_call_target="mosaic_gpu') == 13
     # No weight is widened: the smallest of a layer would take 8 MiB on each device.
@@ -79,7 +79,7 @@ def two_layers(name: str, dtype: str) -> rl.ModelConfig:
 
 
 def communicated(program) -> dict[str, int]:
-    return {found.kind: found.count for found in collectives(parse(program.as_text()))}
+    return {c.kind: c.count for c in collectives(parse(program.as_text()))}
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8-block", "int4-64", "int4-32-zero"])
@@ -94,5 +94,7 @@ def test_kernels_see_each_device_s_part(checkpoint, name, monkeypatch):
     cache = rl.init_cache(model.config, 2, 64, mesh=model.mesh)
     program = rl.prefill.lower(model.params, model.config, tokens, lengths, cache).compile()
     assert communicated(program)["all-reduce"] == 2 * model.config.num_layers + 1
-    found, _ = rl.prefill(model.params, model.config, tokens, lengths, cache)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    logits, _ = rl.prefill(model.params, model.config, tokens, lengths, cache)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    odd = rl.forward(model.params, model.config, tokens[:1])[:, -1]  # 11 rows, which two devices cannot share
+    np.testing.assert_allclose(odd, expected[:1], atol=1e-4)

@@ -10,6 +10,7 @@ import ridgeline as rl
 from families import write_checkpoint
 from ridgeline.model import products
 from ridgeline.model.layers import linear
+from ridgeline.model.params import ParamSpec
 
 FAMILIES = ["llama3", "llama_bias", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"]
 PROMPTS = [list(range(1, 24)), [5], [7, 11, 300, 2], list(range(200, 212))]
@@ -23,13 +24,13 @@ def outputs(model: rl.Model) -> np.ndarray:
     lengths = np.array([len(p) for p in PROMPTS], np.int32)
     cache = rl.init_cache(model.config, 4, 64, mesh=model.mesh)
     logits, cache = jax.block_until_ready(rl.prefill(model.params, model.config, tokens, lengths, cache))
-    found = [np.asarray(logits)]
+    steps = [np.asarray(logits)]
     for _ in range(4):
         logits, cache = jax.block_until_ready(
-            rl.decode_step(model.params, model.config, found[-1].argmax(axis=-1), cache)
+            rl.decode_step(model.params, model.config, steps[-1].argmax(axis=-1), cache)
         )
-        found.append(np.asarray(logits))
-    return np.stack(found)
+        steps.append(np.asarray(logits))
+    return np.stack(steps)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +71,8 @@ def test_forward_takes_split_weights(references):
     directory, _ = references("llama3", 8, 4)
     tokens = np.arange(48).reshape(4, 12)
     one, split = rl.load_model(directory), rl.load_model(directory, mesh=rl.make_mesh(data=2, tensor=4))
-    expected, found = (rl.forward(model.params, model.config, tokens) for model in (one, split))
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    expected, logits = (rl.forward(model.params, model.config, tokens) for model in (one, split))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 def test_seeded_sampling_on_a_split_vocabulary(references):
@@ -92,16 +93,17 @@ def test_seeded_sampling_on_a_split_vocabulary(references):
 
 def test_sums_over_devices_lose_no_more_than_the_rounding_of_their_parts(monkeypatch):
     """The way of GPUs, where each part is rounded to bfloat16 before they are added up."""
-    monkeypatch.setattr(products, "_product_cpu", lambda x, w: products._product(x, w, jnp.bfloat16))
+    monkeypatch.setattr(products, "product_cpu", lambda x, w: products._by_xla(x, w, jnp.bfloat16))
     mesh, rng = rl.make_mesh(tensor=8), np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((4, 512), (64, 512)))
     split = NamedSharding(mesh, PartitionSpec(None, "tensor"))
-    program = jax.jit(lambda x, w: linear(x, w, axes=("embed", "ffn"), mesh=mesh))
-    found = np.asarray(program(*jax.device_put((x, w), split)), np.float64)
+    spec = ParamSpec(w.shape, "bfloat16", ("embed", "ffn"), in_axes=1)
+    program = jax.jit(lambda x, w: linear(x, w, spec))
+    y = np.asarray(program(*jax.device_put((x, w), split)), np.float64)
     parts = np.einsum("mpi,opi->pmo", *(np.asarray(a, np.float64).reshape(-1, 8, 64) for a in (x, w)))
     exact, half_ulp = parts.sum(axis=0), 2.0**-8
     bound = half_ulp * (np.abs(parts).sum(axis=0) + np.abs(exact))
-    error = np.abs(found - exact)
+    error = np.abs(y - exact)
     assert (error <= bound).all()
     assert error.max() > 0
 
