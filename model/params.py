@@ -67,7 +67,7 @@ def param_specs(config: ModelConfig, tensor: int = 1) -> Params:
         scheme = scheme_of(config, param_name(path), spec)
         return spec if scheme is None else _quantized(spec, scheme)
 
-    return jax.tree_util.tree_map_with_path(stored, float_specs(config))
+    return jax.tree_util.tree_map_with_path(stored, float_specs(config, tensor))
 
 
 def scheme_of(config: ModelConfig, name: str, spec: ParamSpec) -> Scheme | None:
