@@ -37,7 +37,7 @@ def source(request, tmp_path):
 
 def assert_placed(model: rl.Model, mesh) -> None:
     """Every parameter split as the rules say, each device holding its own part and no more."""
-    specs = rl.param_specs(model.config)
+    specs = rl.param_specs(model.config, mesh.shape["tensor"])
     shardings = param_shardings(model.config, mesh)
     for (path, array), spec, sharding in zip(
         jax.tree_util.tree_leaves_with_path(model.params),
