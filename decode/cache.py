@@ -70,19 +70,19 @@ class KVCache:
         return dataclasses.replace(cache, rows=cache.rows.replace(**of_rows)) if of_rows else cache
 
     @property
-    def lengths(self) -> Int[Array, "B"]:
+    def lengths(self) -> Any:
         return self.rows.lengths
 
     @property
-    def max_lengths(self) -> Int[Array, "B"]:
+    def max_lengths(self) -> Any:
         return self.rows.max_lengths
 
     @property
-    def contexts(self) -> Int[Array, "B"]:
+    def contexts(self) -> Any:
         return self.rows.contexts
 
     @property
-    def block_tables(self) -> Int[Array, "B N"]:
+    def block_tables(self) -> Any:
         """The rows' tables, also where they are not stored because the pages lie in row order."""
         if self.rows.block_tables is not None:
             return self.rows.block_tables
