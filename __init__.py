@@ -8,32 +8,29 @@ Prefill and decode are two programs, compiled apart: the first is bound by arith
     print(rl.generate(model, ["Once upon a time"], rl.SamplingParams(max_tokens=64))[0].text)
 """
 
-from . import roofline
+from . import programs, roofline
 from .decode.cache import KVCache, init_cache
-from .decode.generate import StreamChunk, default_sampling, generate, stream, warm_up
+from .decode.extend import extend
+from .decode.generate import StreamChunk, generate, stream
 from .decode.loop import decode_steps
-from .decode.lowering import lower_decode, lower_prefill
 from .decode.prefill import prefill
-from .decode.request import RequestOutput, TokenLogprobs
-from .decode.sampling import SamplingPlan, SamplingState, make_sampling_state, sample
+from .decode.request import RequestOutput
+from .decode.sampling import make_sampling_state, sample
 from .decode.sampling_params import SamplingParams
-from .decode.score import Comparison, Evaluation, evaluate
+from .decode.score import evaluate
 from .decode.step import decode_step
 from .model.checkpoint import CheckpointError
 from .model.config import LayerConfig, ModelConfig, RopeConfig
-from .model.hf import config_from_hf
-from .model.loading import GenerationDefaults, Model, convert_model, load_model
-from .model.params import ParamSpec, count_parameters, init_params, param_shardings, param_specs
+from .model.loading import Model, load_model
+from .model.params import count_parameters, init_params, param_specs
 from .model.presets import PRESETS, preset
-from .model.quantization import QuantizedArray, dequantize, quantize
-from .model.schemes import SCHEMES, Quantization, Scheme
-from .model.tokenizer import StreamDecoder, Tokenizer
+from .model.quantization import dequantize, quantize
+from .model.schemes import SCHEMES
+from .model.tokenizer import Tokenizer
 from .model.transformer import AttentionSpec, attend_to_tokens, forward, transformer, unembed
-from .sharding import hlo
 from .sharding.distributed import initialize_distributed
 from .sharding.mesh import make_mesh
 from .sharding.plugin import allow_compiling_without_driver
-from .sharding.targets import compile_for_target, target_mesh
 
 allow_compiling_without_driver()
 
@@ -42,57 +39,38 @@ __all__ = [
     "SCHEMES",
     "AttentionSpec",
     "CheckpointError",
-    "Comparison",
-    "Evaluation",
-    "GenerationDefaults",
     "KVCache",
     "LayerConfig",
     "Model",
     "ModelConfig",
-    "ParamSpec",
-    "Quantization",
-    "QuantizedArray",
     "RequestOutput",
     "RopeConfig",
     "SamplingParams",
-    "SamplingPlan",
-    "SamplingState",
-    "Scheme",
     "StreamChunk",
-    "StreamDecoder",
-    "TokenLogprobs",
     "Tokenizer",
     "attend_to_tokens",
-    "compile_for_target",
-    "config_from_hf",
-    "convert_model",
     "count_parameters",
     "decode_step",
     "decode_steps",
-    "default_sampling",
     "dequantize",
     "evaluate",
+    "extend",
     "forward",
     "generate",
-    "hlo",
     "init_cache",
     "init_params",
     "initialize_distributed",
     "load_model",
-    "lower_decode",
-    "lower_prefill",
     "make_mesh",
     "make_sampling_state",
-    "param_shardings",
     "param_specs",
     "prefill",
     "preset",
+    "programs",
     "quantize",
     "roofline",
     "sample",
     "stream",
-    "target_mesh",
     "transformer",
     "unembed",
-    "warm_up",
 ]

@@ -15,6 +15,7 @@ import numpy as np
 import ridgeline as rl
 from checkpoints import LLAMA, PHI3, random_tensors, save
 from ridgeline.model.params import Params
+from ridgeline.model.quantization import QuantizedArray
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 HF, FUSED = LLAMA | SIZES, PHI3 | SIZES
@@ -196,6 +197,6 @@ def assert_stands_for(params: Params, dense: Params) -> None:
 @jax.jit
 def _dequantized(params):
     def one(leaf):
-        return rl.dequantize(leaf) if isinstance(leaf, rl.QuantizedArray) else leaf
+        return rl.dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf
 
-    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, rl.QuantizedArray))
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))

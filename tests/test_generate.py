@@ -8,6 +8,8 @@ import pytest
 
 import ridgeline as rl
 from ridgeline.decode import buckets
+from ridgeline.decode.generate import warm_up
+from ridgeline.model.loading import GenerationDefaults
 from tiny import byte_tokenizer, tiny_config, tiny_model
 
 rng = np.random.default_rng(3)
@@ -85,7 +87,7 @@ def test_end_of_sequence_and_stop_tokens(model):
     end = plain.tokens.index(stop) + 1
     (stopped,) = rl.generate(model, [PROMPTS[0]], dataclasses.replace(GREEDY, stop_token_ids=[stop]))
     assert (stopped.tokens, stopped.finish_reason, stopped.stop_reason) == (plain.tokens[:end], "stop", stop)
-    with_eos = dataclasses.replace(model, generation=rl.GenerationDefaults(eos_token_ids=(stop,)))
+    with_eos = dataclasses.replace(model, generation=GenerationDefaults(eos_token_ids=(stop,)))
     assert rl.generate(with_eos, [PROMPTS[0]], GREEDY)[0].tokens == plain.tokens[:end]
     ignoring = dataclasses.replace(GREEDY, ignore_eos=True)
     assert rl.generate(with_eos, [PROMPTS[0]], ignoring)[0].tokens == plain.tokens
@@ -139,7 +141,7 @@ def test_generation_ends_at_the_longest_sequence(model):
 def test_warm_up_leaves_nothing_to_compile():
     model = tiny_model(tiny_config(vocab_size=400))
     prompts, params = [[1, 2, 3], [4]], rl.SamplingParams(seed=1, max_tokens=20)
-    rl.warm_up(model, prompts, params)
+    warm_up(model, prompts, params)
     counts = rl.prefill._cache_size(), rl.decode_steps._cache_size()
     rl.generate(model, prompts, params)
     assert (rl.prefill._cache_size(), rl.decode_steps._cache_size()) == counts
@@ -172,7 +174,7 @@ def test_bad_requests_are_refused_before_device_work(model, prompts, params, mes
         rl.stream(model, prompts, params)  # not even iterated
 
 
-@pytest.mark.parametrize("call", [rl.stream, rl.warm_up])
+@pytest.mark.parametrize("call", [rl.stream, warm_up])
 def test_batches_of_nothing_are_refused(model, call):
     with pytest.raises(ValueError, match="max_batch_size is 0"):
         call(model, [[1]], GREEDY, max_batch_size=0)

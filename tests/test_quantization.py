@@ -10,8 +10,9 @@ from checkpoints import LLAMA, assert_same, save
 from ridgeline.model import products
 from ridgeline.model.checkpoint import load
 from ridgeline.model.layers import linear
-from ridgeline.model.quantization import pack_int4, unpack_int4
-from ridgeline.model.schemes import SCHEMES, Scheme, scheme
+from ridgeline.model.loading import convert_model
+from ridgeline.model.quantization import QuantizedArray, pack_int4, unpack_int4
+from ridgeline.model.schemes import SCHEMES, Quantization, Scheme, scheme
 from ridgeline.pallas_kernels.dispatch import Device
 from tiny import tiny_config, weight_spec
 
@@ -146,7 +147,7 @@ def test_dynamic_schemes_multiply_in_8_bits_where_rows_are_many(name):
 def test_products_of_every_e4m3_number():
     values = jnp.arange(256, dtype=jnp.uint8).view(jnp.float8_e4m3fn)
     values = jnp.where(jnp.isnan(values.astype(jnp.float32)), 0, values.astype(jnp.float32)).astype(jnp.float8_e4m3fn)
-    w = rl.QuantizedArray(jnp.tile(values[:, None], 32), jnp.ones((256, 1)), None, SCHEMES["fp8"])
+    w = QuantizedArray(jnp.tile(values[:, None], 32), jnp.ones((256, 1)), None, SCHEMES["fp8"])
     np.testing.assert_array_equal(linear(jnp.eye(32)[:1], w, weight_spec(w))[0], values.astype(jnp.float32))
 
 
@@ -175,7 +176,7 @@ def test_loading_quantizes_each_parameter(tmp_path, name):
     save(tmp_path)
     whole, model = rl.load_model(tmp_path), rl.load_model(tmp_path, quantize=name, quantize_output="int8")
     form = SCHEMES[name]
-    assert model.config.quantization == rl.Quantization(form, SCHEMES["int8"])
+    assert model.config.quantization == Quantization(form, SCHEMES["int8"])
     for layer, whole_layer in zip(model.params["layers"], whole.params["layers"], strict=True):
         for part, in_axes in (("qkv", 1), ("out", 3), ("gate_up", 1), ("down", 1)):
             assert_same(layer[part], rl.quantize(whole_layer[part], form, in_axes))
@@ -211,7 +212,7 @@ def test_conversions_keep_the_quantized_weights(tmp_path, name):
     hf.mkdir()
     save(hf)
     model = rl.load_model(hf, quantize=name)
-    rl.convert_model(hf, out, quantize=name)
+    convert_model(hf, out, quantize=name)
     converted = rl.load_model(out)
     assert converted.config == model.config
     assert_same(converted.params, model.params)
@@ -221,7 +222,7 @@ def test_conversions_keep_the_quantized_weights(tmp_path, name):
 
 def test_a_tied_output_is_quantized_beside_the_embedding(bundled):
     model = rl.load_model("bundled", dtype="float32", quantize_output="int8")
-    assert model.config.quantization == rl.Quantization(None, SCHEMES["int8"])
+    assert model.config.quantization == Quantization(None, SCHEMES["int8"])
     np.testing.assert_array_equal(model.params["embedding"], bundled.params["embedding"])
     tokens = jnp.arange(40)[None]
     logits, expected = (rl.forward(m.params, m.config, tokens) for m in (model, bundled))
@@ -230,7 +231,7 @@ def test_a_tied_output_is_quantized_beside_the_embedding(bundled):
 
 def test_random_parameters_and_their_count():
     config = tiny_config()
-    quantized = config.replace(quantization=rl.Quantization(SCHEMES["int8"], skip=("layers.1.down",)))
+    quantized = config.replace(quantization=Quantization(SCHEMES["int8"], skip=("layers.1.down",)))
     params, whole = (rl.init_params(c, jax.random.key(3)) for c in (quantized, config))
     assert_same(params["layers"][0]["down"], rl.quantize(whole["layers"][0]["down"], SCHEMES["int8"]))
     np.testing.assert_array_equal(params["layers"][1]["down"], whole["layers"][1]["down"])

@@ -23,20 +23,21 @@ from quantized_checkpoints import (
     write_pair,
 )
 from ridgeline.model.checkpoint import Checkpoint, read_parameter
-from ridgeline.model.hf import tensors_of
+from ridgeline.model.hf import config_from_hf, tensors_of
 from ridgeline.model.loading import convert_model, load_model
 from ridgeline.model.params import param_name
+from ridgeline.model.schemes import Quantization, Scheme
 
 SCHEMES = {
-    "int4 that leaves a matrix as it is": rl.Scheme("int4", group=8, scale_dtype="bfloat16"),
-    "int4 with zero points, output too": rl.Scheme("int4", group=8, zero_points=True),
-    "int8 of eight-bit products": rl.Scheme("int8", scale_dtype="bfloat16", dynamic=True),
-    "fp8 with one scale": rl.Scheme("float8_e4m3fn"),
-    "awq": rl.Scheme("int4", group=8, zero_points=True, scale_dtype="float16"),
-    "gptq": rl.Scheme("int4", group=8, zero_points=True, scale_dtype="float16"),
-    "gptq of one group": rl.Scheme("int4", zero_points=True, scale_dtype="float16"),
-    "fp8 in blocks": rl.Scheme("float8_e4m3fn", group=8, rows=16, scale_dtype="bfloat16"),
-    "fp8 in blocks that are cut off": rl.Scheme("float8_e4m3fn", group=16, rows=16),
+    "int4 that leaves a matrix as it is": Scheme("int4", group=8, scale_dtype="bfloat16"),
+    "int4 with zero points, output too": Scheme("int4", group=8, zero_points=True),
+    "int8 of eight-bit products": Scheme("int8", scale_dtype="bfloat16", dynamic=True),
+    "fp8 with one scale": Scheme("float8_e4m3fn"),
+    "awq": Scheme("int4", group=8, zero_points=True, scale_dtype="float16"),
+    "gptq": Scheme("int4", group=8, zero_points=True, scale_dtype="float16"),
+    "gptq of one group": Scheme("int4", zero_points=True, scale_dtype="float16"),
+    "fp8 in blocks": Scheme("float8_e4m3fn", group=8, rows=16, scale_dtype="bfloat16"),
+    "fp8 in blocks that are cut off": Scheme("float8_e4m3fn", group=16, rows=16),
 }
 SKIPPED = {
     "int4 that leaves a matrix as it is": ("layers.1.down",),
@@ -48,7 +49,7 @@ SKIPPED = {
 def test_parameters_are_the_matrices_that_are_stored(tmp_path, name):
     quantized, dense = map(load_model, write_pair(tmp_path, name))
     output = SCHEMES[name] if name == "int4 with zero points, output too" else None
-    assert quantized.config.quantization == rl.Quantization(SCHEMES[name], output, SKIPPED.get(name, ()))
+    assert quantized.config.quantization == Quantization(SCHEMES[name], output, SKIPPED.get(name, ()))
     specs = rl.param_specs(quantized.config)
     assert jax.tree.structure(quantized.params) == jax.tree.structure(specs)
     for leaf, spec in zip(jax.tree.leaves(quantized.params), jax.tree.leaves(specs), strict=True):
@@ -148,7 +149,7 @@ def static() -> dict:
 )
 def test_what_is_not_read_is_refused(stated, pattern):
     with pytest.raises(ValueError, match=pattern):
-        rl.config_from_hf(HF | {"quantization_config": stated})
+        config_from_hf(HF | {"quantization_config": stated})
 
 
 # --- errors: the tensors ---

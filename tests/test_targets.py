@@ -60,7 +60,7 @@ def test_without_the_plugin_the_error_says_what_to_install(monkeypatch):
 
 
 def test_the_plugin_compiles_and_is_silent_where_there_is_no_driver(plugin):
-    code = "import ridgeline as rl, jax; jax.devices(); print(rl.target_mesh('h200', tensor=8).size)"
+    code = "import ridgeline as rl, jax; jax.devices(); print(rl.programs.target_mesh('h200', tensor=8).size)"
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -6,6 +6,7 @@ import jax
 import tokenizers
 
 import ridgeline as rl
+from ridgeline.model.loading import GenerationDefaults
 from ridgeline.model.params import ParamSpec
 
 
@@ -32,7 +33,7 @@ def tiny_model(config: rl.ModelConfig | None = None, seed: int = 0, **generation
     """A random model without a tokenizer."""
     config = config or tiny_config()
     params = rl.init_params(config, jax.random.key(seed))
-    return rl.Model(config, params, None, rl.GenerationDefaults(**generation), pathlib.Path("tiny"))
+    return rl.Model(config, params, None, GenerationDefaults(**generation), pathlib.Path("tiny"))
 
 
 def weight_spec(w, in_axes: int = 1) -> ParamSpec:

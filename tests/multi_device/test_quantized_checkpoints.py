@@ -6,10 +6,12 @@ import pytest
 import ridgeline as rl
 from quantized_checkpoints import assert_stands_for, write_pair
 from ridgeline.model.checkpoint import load
+from ridgeline.model.loading import convert_model
+from ridgeline.model.params import param_shardings
 
 
 def assert_placed(model: rl.Model) -> None:
-    shardings = rl.param_shardings(model.config, model.mesh)
+    shardings = param_shardings(model.config, model.mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, model.params) == shardings
 
 
@@ -28,7 +30,7 @@ def test_parameters_are_the_matrices_that_are_stored(tmp_path, name, tensor):
 def test_conversions_with_copied_kv_heads(tmp_path):
     directory, dense = write_pair(tmp_path, "awq", vocab_size=32)
     mesh = rl.make_mesh(tensor=4)
-    converted = rl.load_model(rl.convert_model(directory, tmp_path / "out"), mesh=mesh)
+    converted = rl.load_model(convert_model(directory, tmp_path / "out"), mesh=mesh)
     assert_placed(converted)
     assert_stands_for(converted.params, rl.load_model(dense, mesh=mesh).params)
 

@@ -10,7 +10,8 @@ from checkpoints import assert_same
 from families import write_checkpoint
 from ridgeline.decode.lowering import lower_decode
 from ridgeline.model import products
-from ridgeline.model.schemes import SCHEMES
+from ridgeline.model.params import param_shardings
+from ridgeline.model.schemes import SCHEMES, Quantization
 from ridgeline.pallas_kernels.dispatch import current_device
 from ridgeline.sharding.hlo import collectives, parse
 from ridgeline.sharding.targets import compile_for_target, target_mesh
@@ -32,7 +33,7 @@ def test_a_mesh_computes_what_one_device_does(checkpoint, name):
     model = rl.load_model(
         checkpoint, quantize=name, quantize_output="int8", mesh=rl.make_mesh(data=2, tensor=4 if small else 2)
     )
-    shardings = rl.param_shardings(model.config, model.mesh)
+    shardings = param_shardings(model.config, model.mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, model.params) == shardings
     if not small:
         assert_same(model.params, one.params)
@@ -74,7 +75,7 @@ def test_a_decode_step_of_h200s_is_kernels_that_read_the_stored_weights(plugin, 
 
 def two_layers(name: str, dtype: str) -> rl.ModelConfig:
     config = rl.preset("llama-3.1-8b")
-    quantization = rl.Quantization(SCHEMES[name], SCHEMES["int8"])
+    quantization = Quantization(SCHEMES[name], SCHEMES["int8"])
     return config.replace(layers=config.layers[:2], dtype=dtype, quantization=quantization)
 
 
