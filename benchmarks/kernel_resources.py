@@ -1,27 +1,21 @@
 """What the kernels take of a GPU: registers, spills, shared memory, blocks a multiprocessor.
 
-The kernels are compiled for the GPU and nothing runs, so that none is needed. ptxas' report and the launch in Mosaic's
-host code are printed by JAX's CUDA plugin on standard output, from C++, and read from there.
+The kernels are compiled for the GPU and nothing runs, so that none is needed.
 """
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import os
 import re
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matmul_rows import LAYERS, Row, rows
-
-ASK = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
-"""Settings that make the plugin print what is read here; it looks at them when a process first compiles a kernel."""
+from mosaic_dump import ASK, captured, kernels_in
 
 REGISTERS = 65536  # 32-bit, a multiprocessor; NVIDIA, CUDA C++ Programming Guide, "Compute Capabilities", 8.0 to 10.0
 THREADS = 2048
@@ -124,19 +118,24 @@ def quick(case: Case | Row) -> bool:
 # --- compiling ---
 
 
-def resources(cases: Sequence[Case | Row], target: str = "h200", done: Callable[[], None] = lambda: None) -> list[dict]:
+def resources(
+    cases: Sequence[Case | Row],
+    target: str = "h200",
+    ptx: Path | None = None,
+    done: Callable[[], None] = lambda: None,
+) -> list[dict]:
     """What the kernels of each case take, compiled for `target`.
 
     Args:
       cases: what to compile.
       target: a name of `ridgeline.sharding.targets`.
+      ptx: a directory for the PTX of every kernel.
       done: called after each case.
 
     Returns:
       A dictionary a case: "case", "compile_seconds" (lowering and compiling), "collectives", and "kernels", or "error"
-      where it does not compile. A kernel's: name, registers a thread, spill_stores and spill_loads in bytes, threads
-      and shared_memory bytes a block, blocks launched, blocks_per_sm, and of the kernel that is to fill the GPU exactly
-      "waves": blocks launched over those that it holds at once.
+      where it does not compile. A kernel's: what `mosaic_dump.kernels_in` reads, the PTX apart; blocks_per_sm; and of
+      the kernel that is to fill the GPU exactly "waves": blocks launched over those that it holds at once.
 
     Raises:
       RuntimeError: the process had compiled a kernel before it was told to report, or the plugin is not installed.
@@ -167,6 +166,10 @@ def resources(cases: Sequence[Case | Row], target: str = "h200", done: Callable[
                     f"{case}: {len(kernels)} kernels were reported and another number compiled; "
                     f"set {' '.join(f'{k}={v}' for k, v in ASK.items())} before anything is compiled"
                 )
+            for kernel in kernels:
+                text = kernel.pop("ptx")
+                if ptx is not None:
+                    (ptx / f"{number:03}-{kernel['kernel']}.ptx").write_text(text)
             result["kernels"] = [kernel | occupancy(kernel, chip) for kernel in kernels]
         results.append(result)
         done()
@@ -238,62 +241,6 @@ def attention_op(case: Case, batch: int) -> tuple[Callable[..., Any], dict[str, 
     return functools.partial(op, scale=case.H**-0.5, implementation="mosaic", **options), shapes, q_spec
 
 
-@contextlib.contextmanager
-def captured() -> Iterator[list[str]]:
-    """Everything written to file descriptor 1 meanwhile, by C++ too: one string, once the block has ended."""
-    libc, printed = ctypes.CDLL(None), []
-    with tempfile.TemporaryFile() as file:
-        sys.stdout.flush()
-        libc.fflush(None)
-        before = os.dup(1)
-        os.dup2(file.fileno(), 1)
-        try:
-            yield printed
-        finally:
-            sys.stdout.flush()
-            libc.fflush(None)
-            os.dup2(before, 1)
-            os.close(before)
-            file.seek(0)
-            printed.append(file.read().decode(errors="replace"))
-
-
-# --- reading what was printed ---
-
-_COMPILED = re.compile(
-    r"Compiling entry function '(?P<name>\w+)_mosaic_gpu_kernel'.*?"
-    r"(?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers",
-    re.DOTALL,
-)
-_LAUNCHED = re.compile(
-    r"define \w+ @(\w+)_mosaic_gpu\((?:(?!\ndefine ).)*?"
-    r"call \w+ @mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(ptr %\w+((?:, i32 \d+){10})",
-    re.DOTALL,
-)
-
-
-def kernels_in(printed: str) -> list[dict[str, Any]]:
-    """The kernels that ptxas and the host code speak of, in the order in which they were compiled."""
-    launches = {}
-    for name, numbers in _LAUNCHED.findall(printed):
-        # Three numbers each of the grid, the cluster and the block, then bytes of shared memory.
-        n = [int(number) for number in re.findall(r"i32 (\d+)", numbers)]
-        launches[name] = {
-            "threads": n[6] * n[7] * n[8],
-            "shared_memory": n[9],
-            "blocks": n[0] * n[1] * n[2],
-        }
-    kernels = []
-    for match in _COMPILED.finditer(printed):
-        fields = match.groupdict()
-        name = fields.pop("name")
-        if name not in launches:
-            raise RuntimeError(f"{name}: no launch was found in the host code, which this JAX prints in another form")
-        kernels.append({"kernel": name, **{key: int(value) for key, value in fields.items()}, **launches[name]})
-    return kernels
-
-
 def occupancy(kernel: dict[str, Any], chip: Any) -> dict[str, Any]:
     """How many blocks of a kernel a multiprocessor holds, and how many times over the launch fills the GPU if it is to.
 
@@ -320,6 +267,7 @@ def faults(result: dict[str, Any], chip: Any) -> list[str]:
         where = f"{result['case']}, {kernel['kernel']}"
         if kernel["spill_stores"] or kernel["spill_loads"]:
             found.append(f"{where}: spills, {kernel['spill_stores']} bytes stored and {kernel['spill_loads']} loaded")
+        found += [f"{where}: {line}" for line in kernel["serialized"]]
         if kernel["shared_memory"] > chip.shared_memory - RESERVED:
             most = chip.shared_memory - RESERVED
             found.append(f"{where}: {kernel['shared_memory']} bytes of shared memory a block; {chip.name} has {most}")
@@ -359,6 +307,7 @@ def main() -> None:
     parser.add_argument("--target", default="h200", metavar="CHIP", help="the GPU (default: %(default)s)")
     parser.add_argument("--cases", choices=("all", "quick"), default="all", help="default: %(default)s")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
+    parser.add_argument("--ptx", type=Path, metavar="DIR", help="where to store each kernel's PTX (default: nowhere)")
     parser.add_argument(
         "--output",
         type=Path,
@@ -375,8 +324,10 @@ def main() -> None:
     cases = [case for case in CASES if (args.cases == "all" or quick(case)) and args.only in str(case)]
     if not cases:
         parser.error(f"--only is {args.only!r}, which no case has in its name; names look like {str(CASES[0])!r}")
+    if args.ptx is not None:
+        args.ptx.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(cases), unit="case", file=sys.stderr) as bar:
-        results = resources(cases, args.target, bar.update)
+        results = resources(cases, args.target, args.ptx, bar.update)
     chip = find_chip(args.target)
     found = [fault for result in results for fault in faults(result, chip)]
     print(table(results))

@@ -175,11 +175,10 @@ def decode_attention_mosaic(
             return (first + at) * _TILE
 
         def scores_of(keys, place, base, length, head, key_scales):
-            def product(acc):
+            def multiply(acc):
                 plgpu.wgmma(acc, keys, mosaic.transposed(q_s.at[place]))
-                return acc[...]
 
-            x = pl.run_scoped(product, plgpu.ACC((_TILE, columns), jnp.float32))
+            (x,) = mosaic.products(multiply, [(_TILE, columns)])
             if key_scales is not None:
                 x = x * lax.broadcast_in_dim(key_scales, x.shape, [0])
             x = mosaic.scores_in_bits(x, scale, soft_cap)
@@ -242,13 +241,12 @@ def decode_attention_mosaic(
             if quantized:  # the ring's slot is free once it is widened
                 fetch_next()
 
-            def product(*accs):
+            def multiply(*accs):
                 for acc, offset in zip(accs, offsets, strict=True):
                     block_of_v = values.at[:, pl.ds(offset, 64)]
                     plgpu.wgmma(acc, mosaic.transposed(block_of_v), mosaic.transposed(p_s))
-                return tuple(acc[...] for acc in accs)
 
-            updates = pl.run_scoped(product, *(plgpu.ACC((64, columns), jnp.float32) for _ in offsets))
+            updates = mosaic.products(multiply, [(64, columns)] * len(offsets))
             sums = tuple(
                 s * lax.broadcast_in_dim(kept, s.shape, [1]) + update for s, update in zip(sums, updates, strict=True)
             )

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.lib import cuda_versions
 from jax.sharding import AbstractMesh
 from jaxtyping import Array
 
@@ -20,6 +21,7 @@ Implementation = Literal["reference", "mosaic"] | None
 _HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 _PAGE_SIZES = (16, 32, 64, 128)
 _MAX_GROUP = 16
+_MISCOMPILING = range(12_080, 12_091)  # versions of CUDA, which JAX's own attention refuses too
 _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 _logger = logging.getLogger("ridgeline")
 
@@ -49,6 +51,18 @@ def current_device(mesh: AbstractMesh | None = None) -> Device:
         return Device(abstract.platform, abstract.device_kind, abstract.num_cores)
     device = jax.devices()[0]
     return Device(device.platform, device.device_kind, getattr(device, "core_count", None))
+
+
+def cuda_version() -> int | None:
+    """Of JAX's CUDA plugin, which compiles for GPUs: 1000 * major + 10 * minor; None where there is none."""
+    return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+
+
+def _check_compiler() -> None:
+    version = cuda_version()
+    if version in _MISCOMPILING:
+        name = f"{version // 1000}.{version % 1000 // 10}"
+        raise NotImplementedError(f"CUDA is {name}, whose ptxas miscompiles causal masks; install jax[cuda13]")
 
 
 def check_case(q: jax.Array, pages: Pages, options: AttentionOptions, *, max_tokens: int | None = None) -> None:
@@ -88,12 +102,13 @@ def serve(
       check: raises NotImplementedError, with the reason, if the kernel does not serve the case.
 
     Raises:
-      NotImplementedError: "mosaic" was asked for and does not serve the case.
+      NotImplementedError: "mosaic" was asked for and does not serve the case, or this CUDA miscompiles it.
       ValueError: no such implementation.
     """
     if implementation == "reference":
         return reference(*arrays)
     if implementation == "mosaic":
+        _check_compiler()
         check()
         return mosaic(*arrays)
     if implementation is not None:
@@ -105,6 +120,7 @@ def serve(
         _say_once(f"{op}: the kernels need a Hopper GPU and this is {device.kind!r}; XLA serves", device.platform)
         return reference(*arrays)
     try:
+        _check_compiler()
         check()
     except NotImplementedError as refusal:
         _say_once(f"{op}: {refusal}; XLA serves", device.platform)

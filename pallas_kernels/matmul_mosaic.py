@@ -87,7 +87,7 @@ def _in_steps(entries: Array, count: int) -> Array:
 
 
 class _Ring(NamedTuple):
-    """Steps in shared memory, and the barriers that say when one has arrived and when all have multiplied it."""
+    """Steps in shared memory, and barriers: a step has arrived, all have multiplied it, all are done."""
 
     weight: Any
     x: Any
@@ -95,6 +95,7 @@ class _Ring(NamedTuple):
     zeros: Any
     filled: Any
     freed: Any
+    done: Any
     wide: Any
 
 
@@ -121,6 +122,7 @@ def _scratch(s: Schedule, x: Array, values: Array, factors: Any, zeros: Any, *, 
         *rings,
         plgpu.Barrier(num_arrivals=copies, num_barriers=s.stages),
         plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.stages),
+        plgpu.Barrier(num_arrivals=s.warpgroups),
         widened if interpreted and s.bits < 16 else None,
     )
 
@@ -194,12 +196,11 @@ def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
         return wide
 
     def products(operands, slot, parts, columns):
-        def product(*sums):
+        def multiply(*sums):
             for acc, weight, part in zip(sums, operands, parts, strict=True):
                 plgpu.wgmma(acc, weight, mosaic.transposed(ring.x.at[slot, columns, pl.ds(part * s.part, s.part)]))
-            return tuple(acc[...] for acc in sums)
 
-        return pl.run_scoped(product, *(plgpu.ACC((WARPGROUP_ROWS, columns.size), jnp.float32) for _ in parts))
+        return mosaic.products(multiply, [(WARPGROUP_ROWS, columns.size)] * len(parts))
 
     def scaled(product, slot, step, part, scales):
         if s.scales_a_step:
@@ -216,6 +217,8 @@ def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
         @pl.when((warpgroup == 0) & (i + ahead < count))
         def _():  # into the slot of the step before, which the others have left by now
             pl.when(i > 0)(lambda: plgpu.barrier_wait(ring.freed.at[lax.rem(i + ahead, jnp.int32(s.stages))]))
+            if s.bits < 16:
+                plgpu.commit_smem()  # what was read by ordinary loads is copied over
             fetch(i + ahead)
 
         plgpu.barrier_wait(ring.filled.at[slot])
@@ -246,3 +249,4 @@ def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
 
     zeros = tuple(mosaic.filled((WARPGROUP_ROWS, columns.size), 0.0, _LAYOUT) for columns in blocks)
     lax.fori_loop(0, count, body, (zeros, block_scales(start)))
+    mosaic.finish_together(ring.done)

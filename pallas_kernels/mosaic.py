@@ -68,6 +68,33 @@ def widen(narrow: Any, wide: Any, row_weights: Any = None, rows: tuple[Any, Any]
         store(wide.at[:, pl.ds(start, width)], part.astype(wide.dtype))
 
 
+def products(multiply: Callable[..., None], shapes: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
+    """What float32 accumulators of `shapes` hold once the products that `multiply` adds to them are there."""
+
+    def complete(*accumulators):
+        multiply(*accumulators)
+        return tuple(acc[...] for acc in accumulators)
+
+    return after_wait(pl.run_scoped(complete, *(plgpu.ACC(shape, jnp.float32) for shape in shapes)))
+
+
+def after_wait(sums: Any) -> Any:
+    """Accumulators that were read, float32 in wgmma's layout, tied to their wait.
+
+    For LLVM the wait does not touch their registers, and arithmetic on them may be moved above it.
+    """
+    return lax.optimization_barrier(sums)
+
+
+def finish_together(done: Any) -> None:
+    """Ends all warpgroups at once, by a barrier that each arrives at.
+
+    Where one exits while another still multiplies, jax-linear-attention 0.1.0 met illegal instructions on H100s.
+    """
+    plgpu.barrier_arrive(done)
+    plgpu.barrier_wait(done)
+
+
 def transposed(ref: Any) -> Any:
     """A view of a two-dimensional reference with its axes exchanged."""
     return ref.T if _NEW else plgpu.transpose_ref(ref, (1, 0))
@@ -75,7 +102,7 @@ def transposed(ref: Any) -> Any:
 
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
     """All of a reference as an array in `layout`."""
-    if jax.__version_info__ >= (0, 12):
+    if jax.__version_info__ >= (0, 11, 2):
         return plgpu.load(ref, layout=layout, optimized=optimized)
     return plgpu.load(ref, (), layout=layout, optimized=optimized)
 

@@ -171,6 +171,7 @@ class _Case:
             "k_s": tiles,
             "v_s": tiles,
             "turn": plgpu.Barrier(num_arrivals=_ATTENDING),
+            "done": plgpu.Barrier(num_arrivals=_ATTENDING + 1),
             "probs_s": probs if self.interpreted else None,
         }
 
@@ -230,7 +231,7 @@ class _Block:
         return jnp.where(seen, scores, mosaic.NEVER)
 
 
-def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q_filled, k_s, v_s, turn, probs_s):
+def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q_filled, k_s, v_s, turn, done, probs_s):
     block = _Block(case, tables, starts, lengths)
     warpgroup = lax.axis_index("warpgroup")
     attending, copying = case.registers
@@ -264,6 +265,8 @@ def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q
         plgpu.copy_smem_to_gmem(mine, out.at[block.row, block.head, pl.ds(first, _ROWS)])
         plgpu.wait_smem_to_gmem(0)
 
+    mosaic.finish_together(done)
+
 
 def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
     """The loop over keys for 64 query rows: unnormalized result, highest score in bits, sum of the exponentials."""
@@ -279,12 +282,12 @@ def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
         pl.when(tile < block.high)(lambda: plgpu.barrier_wait(k_s.filled.at[block.slot(tile)]))
 
     def times_keys(slot):
-        def product(acc):
+        def multiply(acc):
             plgpu.wgmma(acc, q, mosaic.transposed(k_s.ready.at[slot]))
             next_turn()
-            return acc[...]
 
-        return pl.run_scoped(product, plgpu.ACC((_ROWS, case.keys), jnp.float32))
+        (scores,) = mosaic.products(multiply, [(_ROWS, case.keys)])
+        return scores
 
     def plus_values(result, probs, slot, tile):
         values = v_s.ready.at[slot]
@@ -292,19 +295,15 @@ def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
             probs_s[...] = probs
             plgpu.commit_smem()
 
-            def product(acc):
-                plgpu.wgmma(acc, probs_s, values)
-                return acc[...]
-
-            result = result + pl.run_scoped(product, plgpu.ACC(result.shape, jnp.float32))
+            (update,) = mosaic.products(lambda acc: plgpu.wgmma(acc, probs_s, values), [result.shape])
             await_keys(tile + 1)
-            return result
+            return result + update
 
         def accumulate(acc):
             plgpu.wgmma(acc, probs, values)
             await_keys(tile + 1)
 
-        return pl.run_state(accumulate)(plgpu.ACC.init(result))
+        return mosaic.after_wait(pl.run_state(accumulate)(plgpu.ACC.init(result)))
 
     def step(tile, carry):
         result, highest, total = carry

@@ -1,10 +1,12 @@
-"""What every test file shares: where compiled programs are kept, and the models."""
+"""What every test file shares: where compiled programs are kept, the check of shapes, and the models."""
 
+import importlib.util
 import pathlib
 from importlib import metadata
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
 # Compiled programs outlive the run: the second run of the suite takes a fraction of the first.
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
@@ -12,6 +14,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # These run in a process of their own: see test_multi_device.py.
 collect_ignore = ["multi_device"] if jax.device_count() < 8 else []
+
+# Shapes and dtypes of all calls are checked. A machine with a GPU and no network may lack what it takes.
+if importlib.util.find_spec("beartype"):
+    install_import_hook("ridgeline", "beartype.beartype")
 
 import ridgeline as rl  # noqa: E402
 from ridgeline.pallas_kernels.dispatch import current_device  # noqa: E402

@@ -5,6 +5,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -78,6 +79,13 @@ def test_decode_attention(case, T, in_order):
     assert not np.asarray(out, np.float32)[np.asarray(case.lengths) == 0].any()
 
 
+def test_shapes_are_checked_wherever_beartype_is_installed():
+    pytest.importorskip("beartype")
+    case = Case()
+    with pytest.raises(jaxtyping.TypeCheckError, match="lengths"):
+        decode_attention(**case.arrays(0) | {"lengths": jnp.ones(2, jnp.int32)}, **case.options)
+
+
 def test_an_unknown_implementation_is_refused():
     arrays = Case().arrays(0)
     with pytest.raises((ValueError, TypeError), match="mosaik"):
@@ -146,6 +154,23 @@ def test_another_gpu_gets_the_reference_and_one_warning(told):
 def test_a_case_that_the_kernel_refuses_gets_the_reference_and_one_warning(told):
     (message,), kernel = told(dispatch.Device("gpu", "NVIDIA H100 80GB HBM3", 132), Case(H=72))
     assert "head_dim is 72" in message and not kernel  # noqa: PT018
+
+
+@pytest.mark.parametrize("version", [None, 12_060, 12_080, 12_090, 13_000])
+def test_a_cuda_that_miscompiles_the_kernels_is_refused_by_its_version(told, monkeypatch, version):
+    monkeypatch.setattr(dispatch, "cuda_version", lambda: version)
+    messages, kernel = told(dispatch.Device("gpu", "NVIDIA H200", 132), Case())
+    if version not in (12_080, 12_090):
+        assert (messages, kernel) == ([], True)
+        return
+    (message,) = messages
+    assert f"CUDA is 12.{version // 10 % 10}, whose ptxas" in message and not kernel  # noqa: PT018
+    with pytest.raises(NotImplementedError, match="CUDA is 12"):
+        decode_attention(**Case().arrays(0), scale=1.0, implementation="mosaic")
+
+
+def test_the_version_of_cuda_is_that_of_the_plugin(plugin):
+    assert dispatch.cuda_version() >= 12_000
 
 
 def test_a_cpu_is_not_warned(told):
