@@ -83,7 +83,7 @@ def test_shapes_are_checked_wherever_beartype_is_installed():
     pytest.importorskip("beartype")
     case = Case()
     with pytest.raises(jaxtyping.TypeCheckError, match="lengths"):
-        decode_attention(**case.arrays(0) | {"lengths": jnp.ones(2, jnp.int32)}, **case.options)
+        decode_attention(**case.arrays(0) | {"lengths": jnp.ones(2, jnp.int32)})
 
 
 def test_an_unknown_implementation_is_refused():
