@@ -87,7 +87,7 @@ def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
 def float_specs(config: ModelConfig) -> Params:
     """`param_specs` of the model before it is quantized: what checkpoints hold and initialization makes.
 
-    It is made once a configuration: nobody may change it.
+    Made once a configuration and shared: not to be changed.
     """
     V, D = config.vocab_size, config.embed_dim
     specs = {
