@@ -92,7 +92,7 @@ def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
 def float_specs(config: ModelConfig, tensor: int = 1) -> Params:
     """`param_specs` of the model before it is quantized: what checkpoints hold and initialization makes.
 
-    It is made once a configuration: nobody may change it.
+    Made once a configuration and shared: not to be changed.
     """
     V, D, copies = config.vocab_size, config.embed_dim, kv_replicas(config, tensor)
     specs = {

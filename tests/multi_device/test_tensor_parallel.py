@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ridgeline as rl
 from families import write_checkpoint
@@ -73,6 +73,9 @@ def test_forward_takes_split_weights(references):
     one, split = rl.load_model(directory), rl.load_model(directory, mesh=rl.make_mesh(data=2, tensor=4))
     expected, logits = (rl.forward(model.params, model.config, tokens) for model in (one, split))
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+    own = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))  # of a user, on whose axes nothing is split
+    copies = jax.device_put(one.params, NamedSharding(own, PartitionSpec()))
+    np.testing.assert_allclose(rl.forward(copies, one.config, tokens), expected, atol=1e-4)
 
 
 def test_seeded_sampling_on_a_split_vocabulary(references):
