@@ -15,8 +15,10 @@ from .decode.loop import decode_steps
 from .decode.lowering import lower_decode, lower_prefill
 from .decode.prefill import prefill
 from .decode.request import RequestOutput, TokenLogprobs
-from .decode.sampling import SamplingPlan, SamplingState, make_sampling_state, sample
-from .decode.sampling_params import SamplingParams
+from .decode.sampling.draw import sample
+from .decode.sampling.layout import SamplingPlan
+from .decode.sampling.params import SamplingParams
+from .decode.sampling.state import SamplingState, make_sampling_state
 from .decode.score import Comparison, Evaluation, evaluate
 from .decode.step import decode_step
 from .model.checkpoint import CheckpointError

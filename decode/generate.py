@@ -17,8 +17,9 @@ from .cache import init_cache, page_dtype
 from .loop import decode_steps, sample_first
 from .prefill import prefill
 from .request import FinishReason, Request, RequestOutput, TokenLogprobs
-from .sampling import SampleLogprobs, make_sampling_state
-from .sampling_params import SamplingParams
+from .sampling.draw import SampleLogprobs
+from .sampling.params import SamplingParams
+from .sampling.state import make_sampling_state
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 

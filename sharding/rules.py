@@ -76,12 +76,18 @@ def named_sharding(
     return NamedSharding(mesh, partition_spec(name, shape, axes, mesh))
 
 
-def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+def mesh_of(x: jax.Array) -> AbstractMesh | None:
+    """The mesh that an array, traced or not, lies on; None on one device."""
+    mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty else mesh
+
+
+def constrain(x: jax.Array, mesh: Mesh | AbstractMesh | None, *axes: str | None) -> jax.Array:
     """Pin how an intermediate result is split; without a mesh it is left alone."""
     return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(axes)))
 
 
-def shard_map(function: Callable, mesh: Mesh | None, in_axes: Any, out_axes: Any) -> Callable:
+def shard_map(function: Callable, mesh: Mesh | AbstractMesh | None, in_axes: Any, out_axes: Any) -> Callable:
     """`function` on each device's own part of its arguments; without a mesh it is the function itself.
 
     Args:
