@@ -15,8 +15,9 @@ from .decode.generate import StreamChunk, generate, stream
 from .decode.loop import decode_steps
 from .decode.prefill import prefill
 from .decode.request import RequestOutput
-from .decode.sampling import make_sampling_state, sample
-from .decode.sampling_params import SamplingParams
+from .decode.sampling.draw import sample
+from .decode.sampling.params import SamplingParams
+from .decode.sampling.state import make_sampling_state
 from .decode.score import evaluate
 from .decode.step import decode_step
 from .model.checkpoint import CheckpointError

@@ -15,8 +15,8 @@ from ..decode import buckets
 from ..decode.cache import KVCache, init_cache
 from ..decode.loop import decode_steps, sample_first
 from ..decode.prefill import prefill
-from ..decode.sampling import make_sampling_state
-from ..decode.sampling_params import SamplingParams
+from ..decode.sampling.params import SamplingParams
+from ..decode.sampling.state import make_sampling_state
 from ..decode.step import decode_step
 from ..model.loading import Model
 

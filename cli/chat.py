@@ -6,7 +6,7 @@ import sys
 
 from ..decode import buckets
 from ..decode.generate import make_requests
-from ..decode.sampling_params import SamplingParams
+from ..decode.sampling.params import SamplingParams
 from ..model.loading import Model
 from .common import OK, UsageError, add_options, load, usage_errors, warm_up_programs
 from .reply import Reply

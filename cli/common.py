@@ -13,7 +13,7 @@ import jax
 from rich.console import Console
 
 from ..decode.generate import default_sampling, warm_up
-from ..decode.sampling_params import SamplingParams
+from ..decode.sampling.params import SamplingParams
 from ..model.checkpoint.description import is_converted, read_description
 from ..model.checkpoint.files import read_object
 from ..model.config import DTYPES, ModelConfig

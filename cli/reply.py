@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..decode.generate import make_requests, stream
-from ..decode.sampling_params import SamplingParams
+from ..decode.sampling.params import SamplingParams
 from ..model.loading import Model
 from .common import terminal, usage_errors
 

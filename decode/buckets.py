@@ -17,6 +17,11 @@ def prefill_bucket(tokens: int) -> int:
     return min(max(16, 1 << (tokens - 1).bit_length()), PREFILL_CHUNK)
 
 
+def token_list_bucket(tokens: int) -> int:
+    """Entries of a compiled list of `tokens` token ids: 16, 64, 256 and so on."""
+    return next(size for size in (16 * 4**n for n in range(16)) if size >= tokens)
+
+
 def cache_bucket(length: int) -> int:
     """Positions of a compiled cache that holds `length`: the next power of two from 128, past 4,096 the next 4,096."""
     return max(128, 1 << (length - 1).bit_length()) if length <= 4096 else -(-length // 4096) * 4096

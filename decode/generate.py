@@ -16,8 +16,8 @@ from . import buckets
 from .cache import page_dtype
 from .request import FinishReason, Request, RequestOutput, TokenLogprobs
 from .runner import Runner
-from .sampling import SampleLogprobs
-from .sampling_params import SamplingParams
+from .sampling.draw import SampleLogprobs
+from .sampling.params import SamplingParams
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 

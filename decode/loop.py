@@ -11,7 +11,9 @@ from ..model.config import ModelConfig
 from ..model.params import Params
 from ..sharding.rules import constrain
 from .cache import KVCache
-from .sampling import SampleLogprobs, SamplingPlan, SamplingState, sample
+from .sampling.draw import SampleLogprobs, sample
+from .sampling.layout import SamplingPlan
+from .sampling.state import SamplingState
 from .step import decode_step
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ..model.tokenizer import StreamDecoder, Tokenizer
-from .sampling_params import SamplingParams
+from .sampling.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
 

@@ -16,8 +16,9 @@ from .cache import KVCache, init_cache
 from .extend import extend
 from .loop import decode_steps, sample_first
 from .prefill import prefill
-from .sampling import SampleLogprobs, make_sampling_state
-from .sampling_params import SamplingParams
+from .sampling.draw import SampleLogprobs
+from .sampling.params import SamplingParams
+from .sampling.state import make_sampling_state
 
 Texts = Sequence[Sequence[int] | Int[np.ndarray, "_"]]
 """Token ids of each row."""

@@ -82,9 +82,9 @@ def named_sharding(
     return NamedSharding(mesh, partition_spec(name, shape, axes, mesh))
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin how an intermediate result is split over the mesh that it lies on; without one it is left alone."""
-    mesh = mesh_of(x)
+def constrain(x: jax.Array, *axes: str | None, mesh: Mesh | None = None) -> jax.Array:
+    """Pin how an intermediate result is split over `mesh`, or the one that it lies on; without either it is left alone."""
+    mesh = mesh or mesh_of(x)
     return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(axes)))
 
 

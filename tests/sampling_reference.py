@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ridgeline.decode.sampling import (
-    filtered_logits,
-    make_sampling_state,
-    sample,
-)
-from ridgeline.decode.sampling_params import SamplingParams
+from ridgeline.decode.sampling.draw import sample
+from ridgeline.decode.sampling.params import SamplingParams
+from ridgeline.decode.sampling.scores import filtered_logits
+from ridgeline.decode.sampling.state import count, make_sampling_state
 
 INF, NAN = math.inf, math.nan
 
@@ -63,9 +61,8 @@ def one_row(logits, params, *, prompt=(), seed=0, position=None, eos=(), output=
     """The token and log probabilities of one request alone, after `output`."""
     logits = jnp.asarray([logits], jnp.float32)
     state, plan = make_sampling_state([params], [list(prompt)], [seed], logits.shape[1], eos)
-    if plan.penalties:
-        counts = np.bincount(np.array(output, np.int64), minlength=logits.shape[1]).astype(np.int32)
-        state = state.replace(output_counts=jnp.asarray(counts[None]))
+    if output:
+        state = count(state, jnp.array([output]), jnp.array([len(output)]))
     position = len(prompt) + len(output) if position is None else position
     tokens, logprobs, _ = sample(logits, state, jnp.array([position]), plan=plan)
     return int(tokens[0]), jax.tree.map(lambda a: np.asarray(a)[0], logprobs)
@@ -73,9 +70,9 @@ def one_row(logits, params, *, prompt=(), seed=0, position=None, eos=(), output=
 
 def kept(logits, **params):
     """Ids that the filters leave in one row, whose temperature is 1."""
-    logits = jnp.asarray([logits], jnp.float32)
-    state, _ = make_sampling_state([SamplingParams(**params)], [[]], [0], logits.shape[1])
-    return np.flatnonzero(np.asarray(jax.jit(filtered_logits)(logits, state))[0] > -INF).tolist()
+    logits = jnp.asarray([[logits]], jnp.float32)
+    state, _ = make_sampling_state([SamplingParams(**params)], [[]], [0], logits.shape[-1])
+    return np.flatnonzero(np.asarray(jax.jit(filtered_logits)(logits, state.settings))[0, 0] > -INF).tolist()
 
 
 def random_params(rng, vocab_size):

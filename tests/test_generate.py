@@ -9,6 +9,7 @@ import pytest
 import ridgeline as rl
 from ridgeline.decode import buckets
 from ridgeline.decode.generate import warm_up
+from ridgeline.decode.loop import sample_first
 from ridgeline.model.loading import GenerationDefaults
 from tiny import byte_tokenizer, tiny_config, tiny_model
 
@@ -145,6 +146,23 @@ def test_warm_up_leaves_nothing_to_compile():
     counts = rl.prefill._cache_size(), rl.decode_steps._cache_size()
     rl.generate(model, prompts, params)
     assert (rl.prefill._cache_size(), rl.decode_steps._cache_size()) == counts
+
+
+def test_a_changing_mix_of_requests_takes_three_programs():
+    model = tiny_model(tiny_config(vocab_size=300))
+    mix = [{"temperature": t, "top_k": k, "top_p": p} for t in (0, 1) for k in (0, 3) for p in (1, 0.9)] + [
+        {"min_p": 0.1},
+        {"logprobs": 0},
+        {"logprobs": 20, "temperature": 0},
+        {"min_tokens": 2},
+        {"presence_penalty": 1.0},
+        {"repetition_penalty": 1.2, "top_p": 0.5},
+        {"logit_bias": {3: 1.0}, "top_k": 280},
+    ]
+    counts = rl.decode_steps._cache_size(), sample_first._cache_size()
+    for params in mix:
+        rl.generate(model, [[1, 2, 3], [4]], [rl.SamplingParams(seed=1, max_tokens=3, **params), GREEDY])
+    assert rl.decode_steps._cache_size() - counts[0] == sample_first._cache_size() - counts[1] == 3
 
 
 def test_shapes_fall_in_few_buckets():

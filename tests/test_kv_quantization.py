@@ -11,7 +11,7 @@ import pytest
 import ridgeline as rl
 from attention_cases import F32, FP8, INT8, Case, assert_close, dense
 from ridgeline.decode.loop import decode_steps
-from ridgeline.decode.sampling import make_sampling_state
+from ridgeline.decode.sampling.state import make_sampling_state
 from ridgeline.model.quantization import rounded
 from ridgeline.model.transformer import transformer, unembed
 from ridgeline.pallas_kernels.attention import causal_attention

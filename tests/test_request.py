@@ -3,7 +3,7 @@
 import pytest
 
 from ridgeline.decode.request import Request
-from ridgeline.decode.sampling_params import SamplingParams
+from ridgeline.decode.sampling.params import SamplingParams
 from tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ridgeline.decode.sampling import (
-    SamplingPlan,
-    filtered_logits,
-    make_sampling_state,
-    sample,
-)
-from ridgeline.decode.sampling_params import SamplingParams
+from ridgeline.decode.sampling.draw import sample
+from ridgeline.decode.sampling.layout import SamplingPlan
+from ridgeline.decode.sampling.params import SamplingParams
+from ridgeline.decode.sampling.scores import filtered_logits
+from ridgeline.decode.sampling.state import make_sampling_state
 from sampling_reference import INF, NAN, kept, one_row, random_params, reference_noise, reference_scores
 
 # The whole pipeline against the reference
@@ -27,14 +25,14 @@ def test_pipeline_equals_the_reference_over_random_parameters(scale):
     prompts = [rng.integers(0, V, rng.integers(1, 9)).tolist() for _ in range(B)]
     logits = (rng.normal(size=(steps, B, V)) * scale).astype(np.float32)
     state, plan = make_sampling_state(params, prompts, [0] * B, V, eos)
-    assert plan == SamplingPlan(True, True, True, True, True, None)
+    assert plan == SamplingPlan("full", 32)
 
     outputs, close = [[] for _ in range(B)], 0
     lengths = np.array([len(p) for p in prompts])
     for step in range(steps):
         positions = jnp.asarray(lengths + step)
         tokens, logprobs, state = sample(jnp.asarray(logits[step]), state, positions, plan=plan)
-        assert logprobs is None
+        assert not logprobs.top.any()  # nobody asked
         for row, (p, token) in enumerate(zip(params, np.asarray(tokens).tolist(), strict=True)):
             greedy, scores, margin = reference_scores(logits[step, row], p, prompts[row], outputs[row], eos)
             scores = greedy if p.temperature == 0 else scores + reference_noise(p.seed, lengths[row] + step, V)
@@ -58,7 +56,7 @@ def test_filters_keep_what_the_reference_keeps():
     logits = (rng.normal(size=(B, V)) * rng.choice([0.3, 2, 8], (B, 1))).astype(np.float32)
     logits[rng.random((B, V)) < 0.1] = -INF
     state, _ = make_sampling_state(params, None, [0] * B, V)
-    found = np.asarray(jax.jit(filtered_logits)(jnp.asarray(logits), state))
+    found = np.asarray(jax.jit(filtered_logits)(jnp.asarray(logits)[:, None], state.settings))[:, 0]
     close = 0
     for row, p in enumerate(params):
         _, expected, margin = reference_scores(logits[row], p, (), ())
@@ -255,3 +253,18 @@ def test_counts_follow_a_scan():
         _, scores, _ = reference_scores(logits[0], params[0], [1], np.asarray(tokens[:n, 0]).tolist())
         assert int(tokens[n, 0]) == np.argmax(scores + reference_noise(3, 1 + n, V))
     assert len(set(np.asarray(tokens[:, 1]).tolist())) == 1
+
+
+def test_adjust_comes_before_everything_else():
+    def favor_what_stands_there(logits, state, positions):
+        assert (logits.shape, positions.shape) == ((1, 2, 4), (1, 2))
+        return logits.at[..., 3].add(20.0) + 10.0 * state.output_counts
+
+    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[3], logprobs=2)
+    state, plan = make_sampling_state([params], [[1]], [0], 4)
+    logits, positions = jnp.array([[[1.0, 0.0, 3.0, 2.0]] * 2]), jnp.array([[1, 2]])
+    tokens, reported, _ = sample(logits, state, positions, plan, jnp.array([[0, 0]]), favor_what_stands_there)
+    assert tokens.tolist() == [[2, 0]]  # 3 is not allowed yet; the drafted 0 counts at the second position
+    assert reported.top_ids[0, :, 0].tolist() == [2, 2]  # of the model itself
+    tokens, _, _ = sample(logits, state, positions + 2, plan, None, favor_what_stands_there)
+    assert tokens.tolist() == [[3, 3]]

@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ridgeline.decode.sampling import (
-    SampleLogprobs,
-    SamplingPlan,
-    SamplingState,
-    _gumbel,
-    make_sampling_state,
-    sample,
-)
-from ridgeline.decode.sampling_params import SamplingParams
+from ridgeline.decode.sampling import scores
+from ridgeline.decode.sampling.draw import SampleLogprobs, gumbel_noise, sample
+from ridgeline.decode.sampling.layout import SamplingPlan
+from ridgeline.decode.sampling.params import SamplingParams
+from ridgeline.decode.sampling.state import SamplingState, count, make_sampling_state
 from sampling_reference import INF, one_row, reference_noise, reference_scores
 
 # Log probabilities
@@ -47,15 +43,14 @@ def test_logprobs_of_forbidden_tokens_and_widths():
     assert (token, reported.rank, reported.top_ids.tolist()) == (1, 1, [1, 2, 0, 3])
     np.testing.assert_allclose(reported.top, [-np.log(2), -np.log(2), -INF, -INF], rtol=1e-6)
     _, none = one_row([1.0, 2.0], SamplingParams(temperature=0, logprobs=0))
-    assert none.top.shape == none.top_ids.shape == (0,)
     assert none.chosen < 0
 
     def width(*asked, vocab_size=1000):
         params = [SamplingParams(logprobs=n) for n in asked]
         return make_sampling_state(params, [[]] * len(asked), [0] * len(asked), vocab_size)[1].logprobs
 
-    assert [width(n) for n in (None, 0, 1, 8, 9, 33, 1000)] == [None, 0, 8, 8, 32, 128, 1000]
-    assert (width(None, 3, 0), width(3, 20, None), width(3, vocab_size=5)) == (8, 32, 5)
+    assert [width(n) for n in (None, 0, 1, 32, 33, 1000)] == [0, 32, 32, 32, 128, 1000]
+    assert (width(None, 3, 0), width(3, 129, None), width(3, vocab_size=5)) == (32, 512, 5)
 
 
 # The draw
@@ -93,7 +88,7 @@ def test_draws_follow_the_distribution(params):
 def test_noise_is_standard_gumbel_and_fine_where_it_decides():
     V = 2**20
     state, _ = make_sampling_state([SamplingParams(seed=1)], [[]], [0], V)
-    noise = np.asarray(_gumbel(state, jnp.array([0]), V))[0]
+    noise = np.asarray(gumbel_noise(state.settings.seeds, jnp.array([[0]]), V))[0, 0]
     assert noise.dtype == np.float32
     # Below -1 the uniform number is so near 1 that float32 is coarse; such noise decides nothing.
     fine = noise > -1
@@ -116,7 +111,7 @@ def test_seeds_and_positions_draw_apart():
 
 def test_params_seed_comes_before_the_given_seeds():
     given = make_sampling_state([SamplingParams(seed=5), SamplingParams()], [[], []], [1, 6], 4)[0]
-    np.testing.assert_array_equal(given.seeds, [[0, 5], [0, 6]])
+    np.testing.assert_array_equal(given.settings.seeds, [[0, 5], [0, 6]])
 
 
 # Independence of the batch
@@ -172,7 +167,34 @@ def test_a_request_draws_the_same_tokens_alone_and_in_any_batch():
     ]:
         together, plan = generate(names, size)
         assert together == {name: alone[name] for name in names}, plan
-    assert plan == SamplingPlan(True, True, True, True, True, 8)
+    assert plan == SamplingPlan("full", 32)
+
+
+def test_positions_at_once_give_what_one_after_the_other_does():
+    B, T, V = len(REQUESTS), 5, 600
+    logits = jnp.asarray(np.random.default_rng(4).normal(size=(B, T, V)) * 2, jnp.float32)
+    positions = 3 + jnp.arange(T) + jnp.arange(B)[:, None]
+    prompts = [[n + 1] * (n + 3) for n in range(B)]
+    begin, plan = make_sampling_state(list(REQUESTS.values()), prompts, [0] * B, V, (2,))
+    state, calls = begin, []
+    for t in range(T):
+        *call, state = sample(logits[:, t], state, positions[:, t], plan)
+        calls.append(call)
+    expected = jax.tree.map(lambda *x: np.stack(x, axis=1), *calls)
+
+    drafted = expected[0].copy()
+    tokens, logprobs, same = sample(logits, begin, positions, plan, drafted)
+    jax.tree.map(np.testing.assert_array_equal, [tokens, logprobs], expected)
+    jax.tree.map(np.testing.assert_array_equal, same, begin)
+    jax.tree.map(np.testing.assert_array_equal, count(begin, tokens, jnp.full(B, T)), state)
+
+    drafted[:, 2] = (drafted[:, 2] + 1) % V  # a wrong guess spoils what comes after it, and nothing before
+    tokens, _, _ = sample(logits, begin, positions, plan, drafted)
+    np.testing.assert_array_equal(tokens[:, :3], expected[0][:, :3])
+    accepted = jnp.arange(B) % (T + 1)
+    counts = count(begin, tokens, accepted).output_counts
+    for row in range(B):
+        np.testing.assert_array_equal(counts[row], np.bincount(tokens[row, : accepted[row]], minlength=V))
 
 
 def test_noise_belongs_to_the_token_id_not_to_the_vocabulary():
@@ -194,42 +216,48 @@ def test_draws_do_not_depend_on_the_default_generator():
 # What is compiled
 
 
-def primitives(jaxpr):
+def primitives(jaxpr, branches):
+    """Names of what a program does, with or without what stands under a condition."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for value in equation.params.values():
-            if hasattr(value, "jaxpr"):
-                yield from primitives(value.jaxpr)
+        inner = [value for value in equation.params.values() if hasattr(value, "jaxpr")]
+        for value in [*inner, *(equation.params.get("branches", ()) if branches else ())]:
+            yield from primitives(value.jaxpr, branches)
 
 
-def test_a_greedy_batch_compiles_to_an_argmax():
+def test_a_batch_does_not_compute_what_no_row_asks_for():
     V = 32
     params = [SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.1)] * 3
     state, plan = make_sampling_state(params, [[1]] * 3, [0] * 3, V, batch_size=4)
-    assert plan == SamplingPlan()
+    assert plan == SamplingPlan("greedy")
     assert all(leaf.size <= 8 for leaf in jax.tree.leaves(state))
 
-    def names(plan, state):
+    def names(plan, state, branches):
         jaxpr = jax.make_jaxpr(lambda x, s, p: sample(x, s, p, plan))(jnp.zeros((4, V)), state, jnp.zeros(4, jnp.int32))
-        return set(primitives(jaxpr.jaxpr))
+        return set(primitives(jaxpr.jaxpr, branches))
 
-    greedy = names(plan, state)
+    greedy = names(plan, state, branches=True)
     assert "argmax" in greedy
-    assert not greedy & {"sort", "top_k", "exp", "log", "cumsum", "div", "threefry2x32", "random_bits", "iota"}
-    drawn = names(SamplingPlan(random=True), state)
+    assert not greedy & {"sort", "top_k", "exp", "log", "cumsum", "div", "threefry2x32", "random_bits"}
+    random = SamplingPlan("random")
+    drawn = names(random, state, branches=False)
     assert "random_bits" in drawn
     assert not drawn & {"sort", "top_k", "cumsum"}
-    assert "sort" in names(SamplingPlan(random=True, filters=True), state)
+    assert {"top_k", "cumsum"} <= names(random, state, branches=True)
+    full_state, full = make_sampling_state([SamplingParams(logprobs=3)], [[1]], [0], V, batch_size=4)
+    unasked = {"random_bits", "top_k", "cumsum", "reduce_sum"}
+    assert not names(full, full_state, branches=False) & unasked
+    assert unasked <= names(full, full_state, branches=True)
 
 
 def test_padding_rows_are_inert():
     params = SamplingParams(frequency_penalty=1.0, min_tokens=3, logit_bias={1: 2.0}, top_p=0.5, seed=1)
     state, plan = make_sampling_state([params], [[1, 2]], [0], 8, (7,), batch_size=4)
     assert isinstance(state, SamplingState)
-    assert state.temperature.tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert state.settings.temperature.tolist() == [1.0, 0.0, 0.0, 0.0]
     assert not np.asarray(state.bias)[1:].any()
     assert not np.asarray(state.stop_mask)[1:].any()
-    assert state.min_length.tolist() == [5, 0, 0, 0]
+    assert state.settings.min_length.tolist() == [5, 0, 0, 0]
     tokens, _, _ = sample(jnp.zeros((4, 8)).at[1, 6].set(1.0), state, jnp.array([2, 0, 0, 0]), plan=plan)
     assert tokens.tolist()[1:] == [6, 0, 0]
 
@@ -242,7 +270,7 @@ def test_state_refuses_what_does_not_fit():
         make_sampling_state(one * 2, [[1], [2]], [0, 0], 8, batch_size=1)
 
 
-@pytest.mark.parametrize("top_k", [1, 5, 64, 65, 900])
+@pytest.mark.parametrize("top_k", [1, 5, 256, 257, 900])
 def test_few_candidates_draw_what_the_whole_vocabulary_draws(top_k):
     # The same rows with a batch mate that needs the full sort, and without it.
     rng = np.random.default_rng(top_k)
@@ -251,6 +279,13 @@ def test_few_candidates_draw_what_the_whole_vocabulary_draws(top_k):
     drawn = []
     for mate in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.9)):
         state, plan = make_sampling_state([*params, mate], [[]] * 3, [0] * 3, 2000)
-        assert (plan.candidates is None) == (not mate.greedy)
         drawn.append([sample(logits, state, jnp.full(3, n), plan=plan)[0][:2].tolist() for n in range(20)])
     assert drawn[0] == drawn[1]
+
+
+def test_the_best_of_chunks_are_the_best_of_all():
+    logits = jnp.asarray(np.round(np.random.default_rng(0).standard_normal((2, 1, 3 * 4096)), 1), jnp.float32)
+    logits = logits.at[0, 0, 40:].set(-INF)
+    ids = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
+    for whole, merged in zip(jax.lax.top_k(logits, 64), scores._best_of_chunks(logits, ids, 64), strict=True):
+        np.testing.assert_array_equal(whole, merged)

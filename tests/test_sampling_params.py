@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from ridgeline.decode.sampling_params import SamplingParams
+from ridgeline.decode.sampling.params import SamplingParams
 
 INF, NAN = math.inf, math.nan
 

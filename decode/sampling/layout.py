@@ -1,0 +1,132 @@
+"""Requests in small arrays, on the host: which program they need, and what each of them asks for."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from typing import Literal, no_type_check
+
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from .. import buckets
+from .params import SamplingParams
+
+EMPTY = SamplingParams(temperature=0.0)
+"""What a row without a request asks for."""
+
+_LOGPROBS = 32
+_MAX_INT = int(np.iinfo(np.int32).max)  # as a token id, one that no vocabulary has
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingPlan:
+    """Which of three programs samples a batch. Static under jit; a row draws the same under every plan that it fits.
+
+    Attributes:
+      kind: "greedy", the likeliest tokens; "random", which also draws, with temperature and filters; "full", which also
+        has min_tokens, biases, penalties and log probabilities, and needs a state with tables.
+      logprobs: width of the lists of top log probabilities; 0 unless the kind is "full".
+    """
+
+    kind: Literal["greedy", "random", "full"] = "greedy"
+    logprobs: int = 0
+
+
+# Unchecked at run time: JAX also rebuilds a pytree with shardings, shapes or stacked arrays for leaves.
+@no_type_check
+@struct.dataclass
+class Settings:
+    """The numbers that each row of a batch asks for."""
+
+    seeds: UInt32[Array, "B 2"]  # high and low word
+    temperature: Float[Array, "B"]  # 0 where greedy
+    top_k: Int32[Array, "B"]  # the largest int32 where off
+    top_p: Float[Array, "B"]  # 1 where off
+    log_min_p: Float[Array, "B"]  # -inf where off
+    repetition_penalty: Float[Array, "B"]  # 1 where off
+    presence_penalty: Float[Array, "B"]  # 0 where off, as the next
+    frequency_penalty: Float[Array, "B"]
+    min_length: Int32[Array, "B"]  # the position, from the start of the prompt, from which the row may end
+    logprobs: Bool[Array, "B"]  # whether it wants any
+
+
+@no_type_check
+@struct.dataclass
+class RequestArrays:
+    """R requests as `insert` takes them: token ids in lists, padded by an id that no vocabulary has."""
+
+    settings: Settings
+    stop: Int32[Array, "R N"]  # what may not be drawn before min_length
+    bias: Int32[Array, "R N"]
+    bias_values: Float[Array, "R N"]
+    prompt: Int32[Array, "R N"]  # these two where penalties look at them
+    output: Int32[Array, "R N"]
+
+
+def make_plan(params: Collection[SamplingParams], vocab_size: int) -> SamplingPlan:
+    """The coarsest plan that any of the requests needs."""
+    logprobs = [p.logprobs for p in params if p.logprobs is not None]
+    if logprobs or any(p.logit_bias or p.min_tokens or _is_penalized(p) for p in params):
+        width = _LOGPROBS
+        while width < max(logprobs, default=0):
+            width *= 4  # few widths, so that few programs are compiled
+        return SamplingPlan("full", min(width, vocab_size))
+    return SamplingPlan("greedy" if all(p.greedy for p in params) else "random")
+
+
+def request_arrays(
+    params: Sequence[SamplingParams],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    eos_token_ids: Collection[int] = (),
+    outputs: Sequence[Sequence[int]] | None = None,
+) -> RequestArrays:
+    """Lay requests out as arrays.
+
+    Args as in `make_sampling_state`; `outputs` is what requests that are resumed have sampled before.
+    """
+    outputs = [()] * len(params) if outputs is None else outputs
+    lists = {
+        "stop": [(*eos_token_ids, *p.stop_token_ids) if p.min_tokens else () for p in params],
+        "bias": [tuple(p.logit_bias or ()) for p in params],
+        "prompt": [ids if p.repetition_penalty != 1 else () for p, ids in zip(params, prompts, strict=True)],
+        "output": [ids if _is_penalized(p) else () for p, ids in zip(params, outputs, strict=True)],
+    }
+    width = buckets.token_list_bucket(max((len(ids) for rows in lists.values() for ids in rows), default=0))
+    seeds = [seed if p.seed is None else p.seed for p, seed in zip(params, seeds, strict=True)]
+
+    def floats(name):
+        values = np.array([getattr(p, name) for p in params])
+        # Out of the reach of overflow and underflow in float32, where 1e30 and 1e300 ask for the same.
+        return np.where(values > 0, np.clip(values, 1e-30, 1e30), values).astype(np.float32)
+
+    def ints(values):
+        return np.array([min(n, _MAX_INT) for n in values], np.int32)
+
+    settings = Settings(
+        seeds=np.array([divmod(seed, 2**32) for seed in seeds], np.uint32).reshape(-1, 2),
+        temperature=np.where([p.greedy for p in params], np.float32(0), floats("temperature")),
+        top_k=ints(p.top_k if p.top_k > 0 else _MAX_INT for p in params),
+        top_p=floats("top_p"),
+        log_min_p=np.array([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float32),
+        repetition_penalty=floats("repetition_penalty"),
+        presence_penalty=floats("presence_penalty"),
+        frequency_penalty=floats("frequency_penalty"),
+        min_length=ints(len(prompt) + p.min_tokens for p, prompt in zip(params, prompts, strict=True)),
+        logprobs=np.array([p.logprobs is not None for p in params], bool),
+    )
+    values = _padded([(p.logit_bias or {}).values() for p in params], width, 0, np.float32)
+    ids = {name: _padded(rows, width, _MAX_INT, np.int32) for name, rows in lists.items()}
+    return RequestArrays(settings=settings, bias_values=values, **ids)
+
+
+def _is_penalized(params):
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _padded(rows, width, padding, dtype):
+    padded = np.full((len(rows), width), padding, dtype)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = list(values)
+    return padded
