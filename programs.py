@@ -7,8 +7,21 @@ compiled = programs.compile_for_target(lowered)
 print(programs.hlo.collectives(programs.hlo.parse(compiled.as_text())))
 """
 
-from .decode.lowering import abstract_cache, abstract_params, bytes_per_device, lower_decode, lower_prefill
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from .decode.cache import KVCache, init_cache, page_dtype
+from .decode.prefill import prefill
+from .decode.step import decode_step
+from .model.config import ModelConfig
+from .model.kv_specs import kv_specs
+from .model.params import Params, param_shardings, param_specs
 from .sharding import hlo
+from .sharding.rules import named_sharding
 from .sharding.targets import compile_for_target, target_mesh
 
 __all__ = [
@@ -21,3 +34,79 @@ __all__ = [
     "lower_prefill",
     "target_mesh",
 ]
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
+    """A model's parameters as `jax.ShapeDtypeStruct`s that lie on a mesh."""
+    return jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
+        param_specs(config, mesh.shape["tensor"]),
+        param_shardings(config, mesh),
+    )
+
+
+def abstract_cache(
+    config: ModelConfig,
+    mesh: Mesh,
+    batch_size: int,
+    max_length: int,
+    kv_dtype: jax.typing.DTypeLike | None = None,
+) -> KVCache:
+    """What `init_cache` returns for a mesh, as `jax.ShapeDtypeStruct`s."""
+    cache = jax.eval_shape(lambda: init_cache(config, batch_size, max_length, mesh=mesh, kv_dtype=kv_dtype))
+    specs = kv_specs(config, page_dtype(kv_dtype, config, mesh), mesh.shape["tensor"])
+    return KVCache(
+        pages=jax.tree.map(lambda leaf, spec: _abstract(leaf.shape, leaf.dtype, spec.axes, mesh), cache.pages, specs),
+        rows=jax.tree.map(lambda leaf: _abstract(leaf.shape, leaf.dtype, ("batch",), mesh), cache.rows),
+    )
+
+
+def lower_prefill(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    max_length: int,
+    tokens: int,
+    kv_dtype: jax.typing.DTypeLike | None = None,
+) -> jax.stages.Lowered:
+    """`prefill` of `tokens` tokens a row, lowered for a mesh.
+
+    Args:
+      config: the model.
+      mesh: as `make_mesh` or `target_mesh` returns it.
+      batch_size: rows.
+      max_length: positions a row of the cache holds.
+      tokens: new tokens a row.
+      kv_dtype: of the cache, as `init_cache` takes it.
+
+    Raises:
+      ValueError: a size that the mesh does not divide, or an unknown `kv_dtype`.
+    """
+    new = _abstract((batch_size, tokens), jnp.int32, ("batch", None), mesh)
+    lengths = _abstract((batch_size,), jnp.int32, ("batch",), mesh)
+    cache = abstract_cache(config, mesh, batch_size, max_length, kv_dtype)
+    return prefill.lower(abstract_params(config, mesh), config, new, lengths, cache)
+
+
+def lower_decode(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    max_length: int,
+    kv_dtype: jax.typing.DTypeLike | None = None,
+) -> jax.stages.Lowered:
+    """`decode_step` lowered for a mesh; arguments and errors as in `lower_prefill`."""
+    tokens = _abstract((batch_size,), jnp.int32, ("batch",), mesh)
+    cache = abstract_cache(config, mesh, batch_size, max_length, kv_dtype)
+    return decode_step.lower(abstract_params(config, mesh), config, tokens, cache)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What a pytree of placed arrays, abstract or not, takes on each device."""
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding("argument", shape, axes, mesh))

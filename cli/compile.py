@@ -10,8 +10,8 @@ import jax
 from rich.table import Table
 
 from ..decode.buckets import prefill_bucket
-from ..decode.lowering import abstract_cache, abstract_params, bytes_per_device, lower_decode, lower_prefill
 from ..model.presets import PRESETS
+from ..programs import abstract_cache, abstract_params, bytes_per_device, lower_decode, lower_prefill
 from ..sharding.hlo import Collective, collectives, parse
 from ..sharding.targets import CHIPS, Chip, compile_for_target, find_chip, target_mesh
 from .common import OK, add_format_options, model_config, quantized, terminal, usage_errors

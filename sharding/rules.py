@@ -83,7 +83,7 @@ def named_sharding(
 
 
 def constrain(x: jax.Array, *axes: str | None, mesh: Mesh | None = None) -> jax.Array:
-    """Pin how an intermediate result is split over `mesh`, or the one that it lies on; without either it is left alone."""
+    """Pin how an intermediate result is split over `mesh`, or the one it lies on; without either it is left alone."""
     mesh = mesh or mesh_of(x)
     return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(axes)))
 

@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 import ridgeline as rl
-from ridgeline.decode.lowering import abstract_cache, lower_decode, lower_prefill
+from ridgeline.programs import abstract_cache, lower_decode, lower_prefill
 from ridgeline.sharding.hlo import num_elements, parse
 from ridgeline.sharding.targets import compile_for_target, target_mesh
 

@@ -8,7 +8,6 @@ import jax
 import pytest
 
 from ridgeline.decode.cache import init_cache
-from ridgeline.decode.lowering import abstract_cache, abstract_params, bytes_per_device, lower_decode, lower_prefill
 from ridgeline.decode.prefill import prefill
 from ridgeline.decode.step import decode_step
 from ridgeline.model.config import LayerConfig
@@ -16,6 +15,7 @@ from ridgeline.model.hf import FAMILIES as HF_FAMILIES
 from ridgeline.model.hf import config_from_hf
 from ridgeline.model.params import count_parameters, param_specs
 from ridgeline.model.presets import PRESETS, preset
+from ridgeline.programs import abstract_cache, abstract_params, bytes_per_device, lower_decode, lower_prefill
 from ridgeline.roofline import Deployment, count_decode, count_prefill, count_step
 from ridgeline.sharding import targets
 from ridgeline.sharding.hlo import collectives, parse

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ridgeline as rl
-from ridgeline.decode.lowering import abstract_cache, abstract_params, bytes_per_device, lower_decode, lower_prefill
+from ridgeline.programs import abstract_cache, abstract_params, bytes_per_device, lower_decode, lower_prefill
 from ridgeline.sharding.hlo import collectives, num_elements, parse
 from ridgeline.sharding.targets import compile_for_target, target_mesh
 

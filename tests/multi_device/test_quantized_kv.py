@@ -9,7 +9,7 @@ import pytest
 
 import ridgeline as rl
 from families import write_checkpoint
-from ridgeline.decode.lowering import abstract_cache, bytes_per_device, lower_decode
+from ridgeline.programs import abstract_cache, bytes_per_device, lower_decode
 from ridgeline.sharding.hlo import collectives, num_elements, parse
 from ridgeline.sharding.targets import compile_for_target, target_mesh
 

@@ -8,11 +8,11 @@ import pytest
 import ridgeline as rl
 from checkpoints import assert_same
 from families import write_checkpoint
-from ridgeline.decode.lowering import lower_decode
 from ridgeline.model import products
 from ridgeline.model.params import param_shardings
 from ridgeline.model.schemes import SCHEMES, Quantization
 from ridgeline.pallas_kernels.dispatch import current_device
+from ridgeline.programs import lower_decode
 from ridgeline.sharding.hlo import collectives, parse
 from ridgeline.sharding.targets import compile_for_target, target_mesh
 
