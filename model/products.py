@@ -45,11 +45,14 @@ def quantized_product(
       dtype: of the result, and of sums over devices.
     """
     out = w.scales.ndim - 1
-    w = w.replace(values=w.values.reshape(*w.values.shape[:out], -1))
+    if w.order is not None:
+        x = x[:, w.order]
+    w = w.replace(values=w.values.reshape(*w.values.shape[:out], -1), order=None)
     if w.scheme.dynamic and x.shape[0] > FEW_ROWS:
         return _dynamic_product(x, w).astype(dtype)
     whole_groups = x.shape[1] % (w.scheme.group or 1) == 0
-    if x.shape[0] <= FEW_ROWS and current_device(mesh).is_hopper and whole_groups:
+    in_kernel = whole_groups and (w.zeros is None or w.scheme.dtype == "int4")
+    if x.shape[0] <= FEW_ROWS and current_device(mesh).is_hopper and in_kernel:
         return _kernel_product(x, w, axes[: out + 1], mesh, dtype)
     others = functools.partial(_quantized_product, product=functools.partial(_product, dtype=dtype))
     return _on_platforms(_quantized_product_cpu, others, x, w, dtype)
@@ -120,7 +123,7 @@ def _product(
 
 
 def _quantized_product(x: Float[Array, "M I"], w: QuantizedArray, product: Callable = _product) -> Array:
-    if w.scheme.group is not None or w.scheme.dtype == "int4":
+    if w.scheme.group is not None or w.zeros is not None or w.scheme.dtype == "int4":
         return product(x, dequantize(w, x.dtype))
     # Integers and e4m3 numbers are exact in x's dtype; their scales, one an output, follow the product.
     return product(x, w.values.astype(x.dtype)) * w.scales[..., 0]
@@ -155,16 +158,17 @@ def _product_cpu(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Arr
 def _quantized_product_cpu(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
     rows, size = x.shape
     one_device = _cpu_devices() == 1
+    per_output = w.scheme.group is None and w.zeros is None
     if one_device and rows == 1:
         if w.scheme.dtype == "int4":
             group = w.scheme.group or size
             whole = tuple(lanes for lanes in (32, 64, 16) if group // 2 % lanes == 0)  # which do not straddle groups
             if size % group == 0 and (lanes := _lanes(size // 2, whole)):
                 return _int4_product_by_lanes(x, w, lanes)
-        elif w.scheme.group is None and (lanes := _lanes(size)):
+        elif per_output and (lanes := _lanes(size)):
             return _product_by_lanes(x, w.values, lanes) * w.scales[..., 0]
     # Over several devices the largest number of a row would have to be communicated.
-    if one_device and w.scheme.dtype == "int8" and rows * _DIGITS <= FEW_ROWS:
+    if one_device and w.scheme.dtype == "int8" and per_output and rows * _DIGITS <= FEW_ROWS:
         return _int8_product_by_digits(x, w)
     if w.scheme.dtype == "float8_e4m3fn":
         w = w.replace(values=_e4m3(lax.bitcast_convert_type(w.values, jnp.int8)))

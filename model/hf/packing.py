@@ -5,24 +5,85 @@ come out two to a byte, the even input in the low four bits, as `QuantizedArray`
 Sources: `pack_to_int32` of compressed-tensors, `WQLinear_GEMM.from_linear` of AutoAWQ, `QuantLinear.pack` of AutoGPTQ.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-_ONES = np.uint32(0x11111111)
-"""One in each of a word's eight nibbles."""
+_ONES = {8: np.uint32(0x11111111), 4: np.uint32(0x01010101)}
+"""One in each of a word's eight nibbles, and of its four bytes."""
 _LOW = np.uint32(0x0F0F0F0F)
 """The low nibble of each of its bytes."""
 
 
-def row_words(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
-    """Bytes of int32 [O, I / 8], the first input lowest (compressed-tensors' weights): as they lie, nothing moves."""
-    return words[rows].view(np.uint8)[:, cols]
+def row_words(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
+    """Bytes of int32 [O, I / 8], the first input lowest (compressed-tensors' weights): as they lie, nothing moves.
+
+    With `groups`, that of each input, the inputs come sorted by them; so in the three functions after this.
+    """
+    if groups is None:
+        return words[rows].view(np.uint8)[:, cols]
+    return _pairs(_nibbles(words[rows])[:, order(groups)[2 * cols.start : 2 * cols.stop]])
 
 
-def column_words(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
+def row_bytes(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
+    """int8 values of int32 [O, I / 4], stored 128 higher (compressed-tensors' weights of 8 bits)."""
+    stored = words[rows].view(np.uint8)
+    return _signed(stored[:, cols] if groups is None else stored[:, order(groups)[cols]])
+
+
+def column_words(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
     """Bytes of int32 [I / 8, O], the first input lowest (GPTQ's weights)."""
+    if groups is not None:
+        inputs = order(groups)[2 * cols.start : 2 * cols.stop]
+        return _pairs((words[inputs // 8, rows] >> 4 * (inputs % 8)[:, None] & 15).astype(np.uint8).T)
     first = cols.start // 4
     pairs = np.ascontiguousarray(words[first : -(-cols.stop // 4), rows].T).view(np.uint8)
     return pairs[:, cols.start - 4 * first : cols.stop - 4 * first]
+
+
+def column_bytes(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
+    """int8 values of int32 [I / 4, O], stored 128 higher (GPTQ's weights of 8 bits)."""
+    if groups is not None:
+        inputs = order(groups)[cols]
+        return _signed((words[inputs // 4, rows] >> 8 * (inputs % 4)[:, None] & 255).astype(np.uint8).T)
+    first = cols.start // 4
+    stored = np.ascontiguousarray(words[first : -(-cols.stop // 4), rows].T).view(np.uint8)
+    return _signed(stored[:, cols.start - 4 * first : cols.stop - 4 * first])
+
+
+def dense(
+    words: np.ndarray,
+    rows: slice,
+    cols: slice,
+    qzeros: np.ndarray,
+    scales: np.ndarray,
+    groups: np.ndarray,
+    *,
+    values: Callable[..., np.ndarray],
+    zeros: Callable[..., np.ndarray],
+) -> np.ndarray:
+    """The weights that GPTQ's parts stand for, in float32, whatever the group of each input.
+
+    Args:
+      words, rows, cols: as the functions before take them.
+      qzeros, scales, groups: the other tensors of the module.
+      values, zeros: how values and zero points are unpacked.
+    """
+    every, groups = slice(None), groups[cols]
+    if values is column_words:  # two inputs to a byte
+        pairs = values(words, rows, slice(cols.start // 2, -(-cols.stop // 2)))
+        stored = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1)[:, cols.start % 2 :]
+        stored = stored[:, : len(groups)]
+    else:
+        stored = values(words, rows, cols)
+    centered = stored.astype(np.float32) - zeros(qzeros, rows, every)[:, groups]
+    return centered * transposed(scales, rows, every)[:, groups].astype(np.float32)
+
+
+def order(groups: np.ndarray, rows: slice = slice(None), cols: slice | None = None) -> np.ndarray:
+    """Which input each is when they are sorted by their groups; as a column where it is read as a parameter."""
+    inputs = np.argsort(groups, kind="stable")[rows]
+    return inputs if cols is None else inputs[:, None]
 
 
 def awq_words(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
@@ -43,17 +104,19 @@ def row_zeros(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
     return _nibbles(words.T).T[rows, cols]
 
 
-def gptq_zeros(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
-    """Zero points of int32 [N, O / 8], the first output lowest (GPTQ's second format)."""
-    return _nibbles(words).T[rows, cols]
+def row_byte_zeros(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
+    """The same of int32 [O / 4, N], stored 128 higher."""
+    return _signed(np.ascontiguousarray(words.T).view(np.uint8)).T[rows, cols]
 
 
-def gptq_v1_zeros(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
-    """The same, where one was subtracted from each.
+def gptq_zeros(words: np.ndarray, rows: slice, cols: slice, *, a_word: int, one_less: bool) -> np.ndarray:
+    """Zero points of int32 [N, O / 8] or, 128 higher, [N, O / 4], the first output lowest.
 
-    GPTQModel subtracts it from whole words, so that a zero borrows from the next nibble, and undoes it with the carry.
+    In GPTQ's first format one was subtracted from each. GPTQModel subtracts it from whole words, so that a zero borrows
+    from the next number, and undoes it with the carry.
     """
-    return gptq_zeros(words.view(np.uint32) + _ONES, rows, cols)
+    words = words.view(np.uint32) + (_ONES[a_word] if one_less else np.uint32(0))
+    return (_nibbles(words) if a_word == 8 else _signed(words.view(np.uint8))).T[rows, cols]
 
 
 def awq_zeros(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
@@ -82,3 +145,13 @@ def _nibbles(words: np.ndarray) -> np.ndarray:
     """[A, B] words as uint8 [A, 8 B], the lowest four bits first."""
     pairs = np.ascontiguousarray(words).view(np.uint8)
     return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(words), -1)
+
+
+def _pairs(nibbles: np.ndarray) -> np.ndarray:
+    """[A, 2 B] numbers below 16 as bytes [A, B], the even ones in the low four bits."""
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def _signed(stored: np.ndarray) -> np.ndarray:
+    """Bytes that are 128 higher than the numbers they stand for, as int8."""
+    return (stored ^ np.uint8(128)).view(np.int8)
