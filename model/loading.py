@@ -159,13 +159,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], ModelConf
     is_converted(directory)  # refuses half a conversion, whose config.json may be absent as well
     config_file = directory / "config.json"
     if not config_file.exists():
-        inner = kinds.inner(directory)
-        remedy = (
-            f"those inside it, {listing(inner)}, do: give one of them"
-            if inner
-            else ("give the directory that holds a model's config.json and weights")
-        )
-        raise CheckpointError(kinds.other_kind(directory) or f"{directory} has no config.json; {remedy}")
+        raise CheckpointError(kinds.other_kind(directory) or f"{directory} has no config.json; {_instead(directory)}")
     if (directory / "adapter_config.json").exists():
         warnings.warn(f"{directory} also holds {kinds.adapter(directory)}", stacklevel=3)
     raw = read_config(directory)
@@ -175,11 +169,17 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], ModelConf
         raise CheckpointError(f"{config_file}: {error}") from error
 
 
+def _instead(directory: Path) -> str:
+    """What to give instead of a directory without a config.json."""
+    if inner := sorted(file.parent.name for file in directory.glob("*/config.json")):
+        return f"those inside it, {listing(inner)}, do: give one of them"
+    return "give the directory that holds a model's config.json and weights"
+
+
 def _open_weights(
     directory: Path, raw: dict[str, Any], config: ModelConfig, dtype: str | None, mesh: Mesh | None = None
 ) -> tuple[Checkpoint, ModelConfig, TensorMap]:
-    """The safetensors files, checked; the configuration in the dtype asked for, stated, or that of the tensors; where
-    the parameters lie."""
+    """The safetensors files, checked; the configuration in the dtype asked for, stated, or stored; where all lies."""
     checkpoint, multimodal = Checkpoint(directory), is_multimodal(raw)
     if multimodal:
         config = config.replace(tie_embeddings=not has_head(checkpoint))

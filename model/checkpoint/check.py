@@ -4,14 +4,14 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from ..config import ModelConfig
-from ..hf.family import TensorMap
+from ..hf.family import Piece, TensorMap
 from .files import CheckpointError, listing
 from .layout import HEAD, decoder_prefix
-from .safetensors import DTYPES, FLOATS, Checkpoint, check_dtype
+from .safetensors import DTYPES, FLOATS, Checkpoint, TensorInfo, check_dtype
 
 # Buffers of rotary embeddings, which older checkpoints carry and the configuration determines.
 _HARMLESS = re.compile(r"(^|\.)((rotary|rope)\w*\.\w+|\w*(inv_freq|freqs_cis|cos_cached|sin_cached))$")
@@ -75,8 +75,14 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMa
         )
 
 
-def _check_presence(checkpoint, config, expected, infos, extra) -> None:
-    """Every tensor is there and has its shape."""
+def _check_presence(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    expected: Mapping[str, Piece],
+    infos: Mapping[str, TensorInfo],
+    extra: list[str],
+) -> None:
+    """Raise `CheckpointError` unless every tensor that is expected is there and has its shape."""
     missing = [name for name in expected if name not in infos]
     if missing:
         checkpoint.require(missing)

@@ -82,8 +82,3 @@ def snapshot(directory: Path) -> Path:
         f"{'no snapshot' if named is None else repr(named)}; give one of its snapshots: "
         f"{listing(commits) or 'it has none, download it again'}"
     )
-
-
-def inner(directory: Path) -> list[str]:
-    """The directories right inside one that have a config.json."""
-    return sorted(path.parent.name for path in directory.glob("*/config.json"))

@@ -90,7 +90,7 @@ def _gptq_dense(first_format: bool, scheme: Scheme, piece: Piece) -> Piece:
     values, zeros, scales, order = (parts[name] for name in ("values", "zeros", "scales", "order"))
     return dataclasses.replace(
         values,
-        unpack=functools.partial(packing.dense, values=values.unpack, zeros=zeros.unpack),
+        unpack=functools.partial(packing.dense, **zeros.unpack.keywords),
         beside=(zeros.tensor, scales.tensor, order.tensor),
         implied=(_of_shape(zeros), _of_shape(scales), *order.implied),
     )

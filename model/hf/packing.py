@@ -5,8 +5,6 @@ come out two to a byte, the even input in the low four bits, as `QuantizedArray`
 Sources: `pack_to_int32` of compressed-tensors, `WQLinear_GEMM.from_linear` of AutoAWQ, `QuantLinear.pack` of AutoGPTQ.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 _ONES = {8: np.uint32(0x11111111), 4: np.uint32(0x01010101)}
@@ -34,8 +32,7 @@ def row_bytes(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | 
 def column_words(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
     """Bytes of int32 [I / 8, O], the first input lowest (GPTQ's weights)."""
     if groups is not None:
-        inputs = order(groups)[2 * cols.start : 2 * cols.stop]
-        return _pairs((words[inputs // 8, rows] >> 4 * (inputs % 8)[:, None] & 15).astype(np.uint8).T)
+        return _pairs(_columns(words, rows, order(groups)[2 * cols.start : 2 * cols.stop], 8))
     first = cols.start // 4
     pairs = np.ascontiguousarray(words[first : -(-cols.stop // 4), rows].T).view(np.uint8)
     return pairs[:, cols.start - 4 * first : cols.stop - 4 * first]
@@ -43,41 +40,23 @@ def column_words(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray
 
 def column_bytes(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
     """int8 values of int32 [I / 4, O], stored 128 higher (GPTQ's weights of 8 bits)."""
-    if groups is not None:
-        inputs = order(groups)[cols]
-        return _signed((words[inputs // 4, rows] >> 8 * (inputs % 4)[:, None] & 255).astype(np.uint8).T)
-    first = cols.start // 4
-    stored = np.ascontiguousarray(words[first : -(-cols.stop // 4), rows].T).view(np.uint8)
-    return _signed(stored[:, cols.start - 4 * first : cols.stop - 4 * first])
+    inputs = np.arange(cols.start, cols.stop) if groups is None else order(groups)[cols]
+    return _signed(_columns(words, rows, inputs, 4))
 
 
-def dense(
-    words: np.ndarray,
-    rows: slice,
-    cols: slice,
-    qzeros: np.ndarray,
-    scales: np.ndarray,
-    groups: np.ndarray,
-    *,
-    values: Callable[..., np.ndarray],
-    zeros: Callable[..., np.ndarray],
-) -> np.ndarray:
-    """The weights that GPTQ's parts stand for, in float32, whatever the group of each input.
+def dense(words: np.ndarray, rows: slice, cols: slice, *parts: np.ndarray, a_word: int, one_less: bool) -> np.ndarray:
+    """float32 weights of int32 [I / 8, O] or, of 8 bits, [I / 4, O], in the order of their inputs.
 
     Args:
-      words, rows, cols: as the functions before take them.
-      qzeros, scales, groups: the other tensors of the module.
-      values, zeros: how values and zero points are unpacked.
+      words, rows, cols: as in `column_bytes`.
+      parts: the zero points, the scales, and the group of each input (GPTQ).
+      a_word, one_less: as in `gptq_zeros`.
     """
-    every, groups = slice(None), groups[cols]
-    if values is column_words:  # two inputs to a byte
-        pairs = values(words, rows, slice(cols.start // 2, -(-cols.stop // 2)))
-        stored = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1)[:, cols.start % 2 :]
-        stored = stored[:, : len(groups)]
-    else:
-        stored = values(words, rows, cols)
-    centered = stored.astype(np.float32) - zeros(qzeros, rows, every)[:, groups]
-    return centered * transposed(scales, rows, every)[:, groups].astype(np.float32)
+    zeros, scales, groups = parts
+    values, of = _columns(words, rows, np.arange(cols.start, cols.stop), a_word), groups[cols]
+    centered = (values if a_word == 8 else _signed(values)).astype(np.float32)
+    centered -= gptq_zeros(zeros, rows, slice(None), a_word=a_word, one_less=one_less)[:, of]
+    return centered * scales.T[rows][:, of].astype(np.float32)
 
 
 def order(groups: np.ndarray, rows: slice = slice(None), cols: slice | None = None) -> np.ndarray:
@@ -145,6 +124,14 @@ def _nibbles(words: np.ndarray) -> np.ndarray:
     """[A, B] words as uint8 [A, 8 B], the lowest four bits first."""
     pairs = np.ascontiguousarray(words).view(np.uint8)
     return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(words), -1)
+
+
+def _columns(words: np.ndarray, rows: slice, inputs: np.ndarray, a_word: int) -> np.ndarray:
+    """Numbers [O, I] of those inputs, of int32 [I / `a_word`, O], the first input of a word lowest."""
+    bits = 32 // a_word
+    stored = words[:, rows].view(np.uint8).reshape(len(words), -1, 4)
+    numbers = stored[inputs // a_word, :, inputs % a_word * bits // 8]
+    return (numbers >> (inputs * bits % 8).astype(np.uint8)[:, None] & (2**bits - 1)).T
 
 
 def _pairs(nibbles: np.ndarray) -> np.ndarray:

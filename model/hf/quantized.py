@@ -130,7 +130,9 @@ def _is_stored(stored: Stored, name: str, floats: TensorMap) -> bool:
 
 
 def _stored(hf: HFConfig) -> Stored | None:
-    settings = hf.get("quantization_config", hf.get("compression_config"))
+    settings = hf.get("quantization_config")
+    if settings is None:
+        settings = hf.get("compression_config")  # the oldest checkpoints of compressed-tensors
     if settings is None:
         return None
     if not isinstance(settings, dict):
