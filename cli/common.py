@@ -15,7 +15,7 @@ from rich.console import Console
 from ..decode.generate import default_sampling, warm_up
 from ..decode.sampling.params import SamplingParams
 from ..model.checkpoint.description import is_converted, read_description
-from ..model.checkpoint.files import read_object
+from ..model.checkpoint.settings import read_config
 from ..model.config import DTYPES, ModelConfig
 from ..model.hf import config_from_hf
 from ..model.kv_specs import KV_DTYPES
@@ -141,7 +141,7 @@ def model_config(model: str) -> ModelConfig:
     if not file.exists():
         names = ", ".join((*PRESETS, *BUNDLED))
         raise UsageError(f"{model!r} is no directory with a config.json and no preset; presets: {names}")
-    stated = config_from_hf(read_object(file))
+    stated = config_from_hf(read_config(directory))
     return read_description(directory, stated) if converted else stated
 
 

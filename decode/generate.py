@@ -2,6 +2,7 @@
 
 import dataclasses
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Int
 from ..model.loading import Model
 from . import buckets
 from .cache import page_dtype
-from .request import FinishReason, Request, RequestOutput, TokenLogprobs
+from .request import FinishReason, Request, RequestOutput, TokenLogprobs, with_checkpoint_rules
 from .runner import Runner
 from .sampling.draw import SampleLogprobs
 from .sampling.params import SamplingParams
@@ -109,7 +110,7 @@ def warm_up(
 
 def default_sampling(model: Model, **changes: Any) -> SamplingParams:
     """The sampling that the model's generation_config.json asks for, with the named fields changed."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
     stated = {name: getattr(model.generation, name) for name in names}
     return SamplingParams(**{name: value for name, value in stated.items() if value is not None} | changes)
 
@@ -157,9 +158,15 @@ def _request(model: Model, index: int, prompt: str | Sequence[int], params: Samp
     if params.stop and model.tokenizer is None:
         raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
     params.validate(config.vocab_size)
+    if params.max_tokens is not None and params.max_tokens > room:
+        warnings.warn(
+            f"prompt {index} has {len(tokens)} tokens of the {config.max_position} that the model takes: it ends after "
+            f"{room} new ones, not after max_tokens {params.max_tokens}",
+            stacklevel=4,
+        )
     return Request(
         prompt=tokens,
-        params=params,
+        params=with_checkpoint_rules(params, model),
         max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         seed=seed if params.seed is None else params.seed,
         eos_token_ids=model.generation.eos_token_ids,

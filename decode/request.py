@@ -1,10 +1,12 @@
 """One request on the host: its tokens, its text, and when it ends."""
 
+import bisect
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from ..model.loading import Model
 from ..model.tokenizer import StreamDecoder, Tokenizer
 from .sampling.params import SamplingParams
 
@@ -56,6 +58,21 @@ class RequestOutput:
     tpot: float | None
 
 
+def with_checkpoint_rules(params: SamplingParams, model: Model) -> SamplingParams:
+    """The params of a request with what the checkpoint's own files ask of every one.
+
+    Tokens that are never made get a bias of -100, unless the request biases them itself; the checkpoint's stop strings
+    are added, unless the request ignores the ends of texts.
+    """
+    rules = model.generation
+    never = [*rules.suppress_tokens, *(word[0] for word in rules.bad_words if len(word) == 1)]
+    bias = {token: -100.0 for token in never if token < model.config.vocab_size} | (params.logit_bias or {})
+    stop = params.stop
+    if model.tokenizer is not None and not params.ignore_eos:
+        stop = tuple(dict.fromkeys((*stop, *rules.stop_strings)))
+    return dataclasses.replace(params, logit_bias=bias or None, stop=stop)
+
+
 class Request:
     """Collects a request's tokens; decides when it is finished and which text may be shown.
 
@@ -83,11 +100,15 @@ class Request:
         self.seed = seed
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
-        self.text: str | None = None if tokenizer is None else ""
+        self.text: str | None = None if tokenizer is None else ""  # what follows the prompt's text, its space included
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self._stop_tokens = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
-        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, params.skip_special_tokens)
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, params.skip_special_tokens, prompt)
+        special = () if tokenizer is None or not params.skip_special_tokens else tokenizer.special_token_ids
+        self._whole = (
+            _WholeText(tokenizer, prompt) if any(token in stop for stop in params.stop for token in special) else None
+        )
         self._shown = 0
         self._started = time.perf_counter()
         self._first_token: float | None = None
@@ -147,18 +168,43 @@ class Request:
     def _add_text(self, tokens: list[int], last: bool, stops: bool = False) -> None:
         if self._decoder is None:
             return
-        new = self._decoder.feed(tokens) + (self._decoder.flush() if last else "")
         searched = len(self.text)
-        self.text += new
+        self.text += self._decoder.feed(tokens) + (self._decoder.flush() if last else "")
+        text, cut = self.text, lambda end: end
+        if self._whole is not None:
+            searched = self._whole.add(tokens, last, len(self.text))
+            text, cut = self._whole.text, self._whole.shown
         if not stops:
             return
         # The earliest stop string that the new text completes; a longer one may have begun in the old text.
         found = [
-            (at, stop)
-            for stop in self.params.stop
-            if (at := self.text.find(stop, max(0, searched - len(stop) + 1))) >= 0
+            (at, stop) for stop in self.params.stop if (at := text.find(stop, max(0, searched - len(stop) + 1))) >= 0
         ]
         if found:
             at, stop = min(found)
             self.finish_reason, self.stop_reason = "stop", stop
-            self.text = self.text[: at + len(stop)] if self.params.include_stop_str_in_output else self.text[:at]
+            self.text = self.text[: cut(at + len(stop) if self.params.include_stop_str_in_output else at)]
+
+
+class _WholeText:
+    """A request's text with the special tokens that its own leaves out, for stop strings that hold one."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
+        self.text = ""
+        self._decoder = StreamDecoder(tokenizer, skip_special_tokens=False, context=prompt)
+        self._lengths = [(0, 0)]  # of this text and of the request's, after each push
+
+    def add(self, tokens: list[int], last: bool, shown: int) -> int:
+        """Add tokens, with which the request's text has `shown` characters; returns how many were here before."""
+        before = len(self.text)
+        self.text += self._decoder.feed(tokens) + (self._decoder.flush() if last else "")
+        self._lengths.append((len(self.text), shown))
+        return before
+
+    def shown(self, end: int) -> int:
+        """How many characters of the request's text come from the first `end` of this one."""
+        after = bisect.bisect_left(self._lengths, (end,))
+        if after == len(self._lengths):
+            return self._lengths[-1][1]
+        (start, before), (_, total) = self._lengths[max(after - 1, 0)], self._lengths[after]
+        return min(before + end - start, total)

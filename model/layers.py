@@ -42,7 +42,9 @@ def linear(
         raise ValueError(f"linear contracts {inputs} of x with {w.shape[num_out:]} of w; they differ")
     x = x.reshape(math.prod(rows), -1)
     # The axes of outputs are not flattened: one that is split over devices and is not the first would be gathered.
-    w = jax.tree.map(lambda part: part.reshape(*part.shape[:num_out], -1), w)
+    values = w.values if isinstance(w, QuantizedArray) else w
+    values = values.reshape(*values.shape[:num_out], -1)
+    w = w.replace(values=values) if isinstance(w, QuantizedArray) else values
     # Of several input axes it is the first that may be split: it names them all.
     y = product(x, w, spec.axes[: num_out + 1]).reshape(rows + outputs)
     if bias is not None:

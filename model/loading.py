@@ -1,9 +1,9 @@
 """`load_model`: a directory -> configuration, parameters, tokenizer, generation defaults."""
 
 import dataclasses
-import math
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..sharding.mesh import AXES
-from .checkpoint.check import checkpoint_dtype, with_stored_scales
+from .checkpoint import kinds
+from .checkpoint.check import check_tensors, checkpoint_dtype, with_stored_scales
 from .checkpoint.description import is_converted, read_description
-from .checkpoint.files import CheckpointError, listing, read_object, read_optional
+from .checkpoint.files import CheckpointError, listing
+from .checkpoint.layout import as_stored, has_head
 from .checkpoint.load import load_params
 from .checkpoint.orbax import convert, restore
 from .checkpoint.safetensors import Checkpoint
+from .checkpoint.settings import read_config
 from .config import DTYPES, ModelConfig
-from .hf import config_from_hf, tensors_of
+from .generation import GenerationDefaults, generation_defaults
+from .hf import TensorMap, config_from_hf, in_other_orders, is_multimodal, tensors_of, text_part
 from .params import Params, kv_replicas, param_shardings
 from .schemes import Quantization, quantization
 from .tokenizer import Tokenizer, load_tokenizer
@@ -27,27 +31,6 @@ from .tokenizer import Tokenizer, load_tokenizer
 _BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED = {"bundled": _BUNDLED / "story", "bundled-draft": _BUNDLED / "draft"}
 """The models that come with the package, by the names that `load_model` takes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationDefaults:
-    """What a checkpoint's generation_config.json says; None where it says nothing.
-
-    Attributes:
-      eos_token_ids: the tokens that end a text; from config.json where generation_config.json names none.
-      bos_token_id, pad_token_id: from the same two files.
-      temperature: 0.0 (greedy) where `do_sample` is stated to be false.
-      top_p, top_k, min_p, repetition_penalty: as stated.
-    """
-
-    eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +41,7 @@ class Model:
       config: its static configuration.
       params: its parameters, a pytree of arrays as `param_specs(config)`.
       tokenizer: text <-> ids; None where the directory has no tokenizer.json.
-      generation: the checkpoint's own stop ids and sampling defaults.
+      generation: the checkpoint's own ends of text, tokens never made, and sampling defaults.
       directory: where it was loaded from.
       mesh: where the parameters lie; None is one device.
     """
@@ -114,8 +97,8 @@ def load_model(
     if mesh is not None:
         _check_mesh(stated, mesh)
     # Read before the weights, so that a damaged small file is told before minutes of loading.
-    generation = generation_defaults(directory)
     tokenizer = load_tokenizer(directory)
+    generation = generation_defaults(directory, tokenizer)
 
     if converted:
         stored = read_description(directory, stated)
@@ -127,9 +110,8 @@ def load_model(
         config = stored.replace(dtype=chosen or stored.dtype)
         params = restore(directory, stored, config, mesh)
     else:
-        checkpoint, config = _open_weights(directory, raw, stated, chosen)
-        copies = 1 if mesh is None else kv_replicas(config, mesh.shape["tensor"])
-        params = load_params(checkpoint, config, tensors_of(config, raw, copies), mesh)
+        checkpoint, config, tensors = _open_weights(directory, raw, stated, chosen, mesh)
+        params = load_params(checkpoint, config, tensors, mesh)
     return Model(config, params, tokenizer, generation, directory, mesh)
 
 
@@ -165,10 +147,9 @@ def convert_model(
     if is_converted(directory):
         raise CheckpointError(f"{directory} is a converted checkpoint already; give the original to convert it anew")
     stated = _quantized(directory, stated, asked)
-    generation_defaults(directory)
-    load_tokenizer(directory)
-    checkpoint, config = _open_weights(directory, raw, stated, chosen)
-    convert(checkpoint, config, tensors_of(config, raw), out := Path(out).expanduser().absolute())
+    generation_defaults(directory, load_tokenizer(directory))
+    checkpoint, config, tensors = _open_weights(directory, raw, stated, chosen)
+    convert(checkpoint, config, tensors, out := Path(out).expanduser().absolute())
     return out
 
 
@@ -178,25 +159,47 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], ModelConf
     is_converted(directory)  # refuses half a conversion, whose config.json may be absent as well
     config_file = directory / "config.json"
     if not config_file.exists():
-        raise CheckpointError(
-            f"{directory} has no config.json; give the directory that holds a model's config.json and weights"
-        )
-    raw = read_object(config_file)
+        raise CheckpointError(kinds.other_kind(directory) or f"{directory} has no config.json; {_instead(directory)}")
+    if (directory / "adapter_config.json").exists():
+        warnings.warn(f"{directory} also holds {kinds.adapter(directory)}", stacklevel=3)
+    raw = read_config(directory)
     try:
         return directory, raw, config_from_hf(raw)
     except ValueError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
 
 
+def _instead(directory: Path) -> str:
+    """What to give instead of a directory without a config.json."""
+    if inner := sorted(file.parent.name for file in directory.glob("*/config.json")):
+        return f"those inside it, {listing(inner)}, do: give one of them"
+    return "give the directory that holds a model's config.json and weights"
+
+
 def _open_weights(
-    directory: Path, raw: dict[str, Any], config: ModelConfig, dtype: str | None
-) -> tuple[Checkpoint, ModelConfig]:
-    """The safetensors files, and the configuration in the dtype asked for, stated, or that of the tensors."""
-    checkpoint, tensors = Checkpoint(directory), tensors_of(config, raw)
+    directory: Path, raw: dict[str, Any], config: ModelConfig, dtype: str | None, mesh: Mesh | None = None
+) -> tuple[Checkpoint, ModelConfig, TensorMap]:
+    """The safetensors files, checked; the configuration in the dtype asked for, stated, or stored; where all lies."""
+    checkpoint, multimodal = Checkpoint(directory), is_multimodal(raw)
+    if multimodal:
+        config = config.replace(tie_embeddings=not has_head(checkpoint))
+    tensors = as_stored(checkpoint, tensors_of(config, raw))
+    if floats := in_other_orders(text_part(raw), tensors, checkpoint.get):
+        warnings.warn(
+            f"{directory}: {listing([*floats])} are kept in {dtype or config.dtype}, not in 4 or 8 bits: the matrices "
+            "that each is made of have their inputs in different orders (desc_act)",
+            stacklevel=3,
+        )
+        skip = (*config.quantization.skip, *floats)
+        config = config.replace(quantization=dataclasses.replace(config.quantization, skip=skip))
     if dtype is None and raw.get("dtype") is None and raw.get("torch_dtype") is None:
         dtype = checkpoint_dtype(checkpoint, tensors)
     config = with_stored_scales(checkpoint, config, tensors)
-    return checkpoint, config if dtype is None else config.replace(dtype=dtype)
+    config = config if dtype is None else config.replace(dtype=dtype)
+    copies = 1 if mesh is None else kv_replicas(config, mesh.shape["tensor"])
+    tensors = as_stored(checkpoint, tensors_of(config, raw, copies))
+    check_tensors(checkpoint, config, tensors, multimodal)
+    return checkpoint, config, tensors
 
 
 def _quantized(directory: Path, stated: ModelConfig, asked: Quantization | None) -> ModelConfig:
@@ -219,47 +222,6 @@ def _check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     param_shardings(config, mesh)
 
 
-def generation_defaults(directory: Path) -> GenerationDefaults:
-    """Stop ids and sampling defaults of generation_config.json, which may be absent, and of config.json.
-
-    Raises:
-      CheckpointError: a value of the wrong type or out of range, naming the file.
-    """
-    generation_file, config_file = directory / "generation_config.json", directory / "config.json"
-    stated, fallback = read_optional(generation_file), read_object(config_file)
-
-    def ids(name: str) -> tuple[int, ...]:
-        file, value = generation_file, stated.get(name)
-        if value is None:
-            file, value = config_file, fallback.get(name)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(v) is int and v >= 0 for v in values):
-            raise CheckpointError(f"{file}: {name} is {value!r}, expected a token id or a list of them")
-        return tuple(values)
-
-    def number(name: str, low: float, high: float, *, integer: bool = False) -> Any:
-        value = stated.get(name)
-        if value is None:
-            return None
-        kinds = (int,) if integer else (int, float)
-        if type(value) not in kinds or not low <= value <= high:
-            kind = "an integer" if integer else "a number"
-            raise CheckpointError(f"{generation_file}: {name} is {value!r}, expected {kind} from {low:g} to {high:g}")
-        return value if integer else float(value)
-
-    temperature = number("temperature", 0.0, math.inf)
-    return GenerationDefaults(
-        eos_token_ids=ids("eos_token_id"),
-        bos_token_id=next(iter(ids("bos_token_id")), None),
-        pad_token_id=next(iter(ids("pad_token_id")), None),
-        temperature=0.0 if stated.get("do_sample") is False else temperature,
-        top_p=number("top_p", 0.0, 1.0),
-        top_k=number("top_k", -1.0, math.inf, integer=True),
-        min_p=number("min_p", 0.0, 1.0),
-        repetition_penalty=number("repetition_penalty", 0.0, math.inf),
-    )
-
-
 def _dtype_name(dtype: jax.typing.DTypeLike) -> str:
     try:
         name = jnp.dtype(dtype).name
@@ -272,9 +234,11 @@ def _dtype_name(dtype: jax.typing.DTypeLike) -> str:
 
 def _directory(path: Path) -> Path:
     if path.is_dir():
-        return path
+        return kinds.snapshot(path)
     if path.exists():
-        raise CheckpointError(f"{path} is a file; give the directory that holds it and config.json")
+        whose = kinds.foreign_file(path)
+        remedy = "give the directory that holds it and config.json" if whose is None else f"in {kinds.foreign(whose)}"
+        raise CheckpointError(f"{path} is a file{';' if whose is None else ''} {remedy}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
         raise CheckpointError(
             f"{path} is no directory here. If it is a name on the Hugging Face Hub, download it first, since Ridgeline "

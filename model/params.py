@@ -83,8 +83,9 @@ def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
     return QuantizedArray(
         values=ParamSpec(values, "uint8" if scheme.dtype == "int4" else scheme.dtype, spec.axes),
         scales=ParamSpec(scales, scheme.scale_dtype, axes),
-        zeros=ParamSpec(scales, "uint8", axes) if scheme.zero_points else None,
+        zeros=ParamSpec(scales, "uint8" if scheme.dtype == "int4" else "int8", axes) if scheme.zero_points else None,
         scheme=scheme,
+        order=ParamSpec((math.prod(spec.shape[-spec.in_axes :]),), "int32", (None,)) if scheme.sorted_inputs else None,
     )
 
 

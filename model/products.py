@@ -36,9 +36,11 @@ def weight_product(
     mesh = mesh_of(jax.tree.leaves(w)[0])
     dtype = x.dtype if is_split(axes[-1], mesh) else jnp.float32
     few, quantized = x.shape[0] <= FEW_ROWS, isinstance(w, QuantizedArray)
+    if quantized and w.order is not None:
+        x, w = x[:, w.order], w.replace(order=None)
     if quantized and w.scheme.dynamic and not few:
         return _in_8_bits(x, w).astype(dtype)
-    if quantized and few and current_device(mesh).is_hopper and x.shape[1] % (w.scheme.group or 1) == 0:
+    if quantized and few and current_device(mesh).is_hopper and _kernel_takes(x, w):
         return _by_kernel(x, w, axes, mesh, dtype)
     return lax.platform_dependent(
         x,
@@ -46,6 +48,10 @@ def weight_product(
         cpu=lambda x, w: product_cpu(x, w).astype(dtype),  # sums over its devices, linked by memory, stay in float32
         default=lambda x, w: _by_xla(x, w, dtype).astype(dtype),
     )
+
+
+def _kernel_takes(x: Float[Array, "M I"], w: QuantizedArray) -> bool:
+    return x.shape[1] % (w.scheme.group or 1) == 0 and (w.zeros is None or w.scheme.dtype == "int4")
 
 
 def _by_xla(

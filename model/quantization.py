@@ -31,14 +31,16 @@ class QuantizedArray:
         points.
       scales: [*out[:-1], out[-1] / R, N], R outputs (`Scheme.block_rows`) and a group of the inputs, all their axes
         taken as one, sharing each.
-      zeros: uint8, like the scales; None without zero points.
+      zeros: like the scales, uint8 for int4 and int8 for int8; None without zero points.
       scheme: how they are stored (static).
+      order: int32 [I], which input each stored one is; None where they are in order.
     """
 
     values: Any
     scales: Any
     zeros: Any
     scheme: Scheme = struct.field(pytree_node=False)
+    order: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -131,9 +133,14 @@ def dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike = jnp.float32) -> 
     values = unpack_int4(w.values) if w.scheme.dtype == "int4" else w.values
     values = values.astype(jnp.float32).reshape(*out, -1)
     expand = functools.partial(_expand, outputs=out[-1], inputs=values.shape[-1], scheme=w.scheme)
-    if w.scheme.dtype == "int4":
-        values = values - (ZERO_NIBBLE if w.zeros is None else expand(w.zeros.astype(jnp.float32)))
-    return (values * expand(w.scales.astype(jnp.float32))).astype(dtype).reshape(w.shape)
+    if w.zeros is not None:
+        values = values - expand(w.zeros.astype(jnp.float32))
+    elif w.scheme.dtype == "int4":
+        values = values - ZERO_NIBBLE
+    values = values * expand(w.scales.astype(jnp.float32))
+    if w.order is not None:
+        values = jnp.zeros_like(values).at[..., w.order].set(values)
+    return values.astype(dtype).reshape(w.shape)
 
 
 def pack_int4(values: UInt8[Array, "*lead I"]) -> UInt8[Array, "*lead I/2"]:

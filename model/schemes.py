@@ -14,8 +14,9 @@ class Scheme:
       group: consecutive inputs that share a scale, the last group may be shorter; None is all of them.
       rows: consecutive outputs that share it. A last output axis that `rows` does not divide has blocks of their
         greatest common divisor.
-      zero_points: whether a group has a zero point (int4 alone); without one the values are symmetric about zero.
+      zero_points: whether a group has a zero point (integers alone); without one the values are symmetric about zero.
       scale_dtype: of the scales.
+      sorted_inputs: whether the inputs are stored in another order, sorted so that each group lies together.
       dynamic: whether products with many rows (prefill) round activations to `dtype` too, a scale a row, so that they
         run at the rate of 8-bit products.
     """
@@ -26,11 +27,12 @@ class Scheme:
     zero_points: bool = False
     scale_dtype: str = "float32"
     dynamic: bool = False
+    sorted_inputs: bool = False
 
     @property
     def scales_outputs(self) -> bool:
         """Whether a product may take the values as they are, and multiply its outputs by the scales afterwards."""
-        return self.group is None and self.dtype != "int4"
+        return self.group is None and self.dtype != "int4" and not self.zero_points
 
     def block_rows(self, outputs: int) -> int:
         """Outputs that share a scale where the last output axis has so many."""

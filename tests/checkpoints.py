@@ -36,10 +36,10 @@ LLAMA = {
     "eos_token_id": 2,
 }
 PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False}
+EMBEDDING, DOWN = "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "float64": "F64", "uint8": "U8"}
 NAMES |= {"int32": "I32", "int64": "I64", "float8_e4m3fn": "F8_E4M3"}
 FIXTURES = Path(__file__).parent / "fixtures" / "parity"
-EMBEDDING, DOWN = "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"
 
 
 def random_tensors(hf: dict, dtype="float32", seed: int = 0) -> dict[str, np.ndarray]:
@@ -47,6 +47,17 @@ def random_tensors(hf: dict, dtype="float32", seed: int = 0) -> dict[str, np.nda
     config, rng = config_from_hf(hf), np.random.default_rng(seed)
     shapes = {p.tensor: p.shape for pieces in family_of(config).tensors(config).values() for p in pieces}
     return {name: (rng.integers(-40, 40, shape) / 8).astype(jnp.dtype(dtype)) for name, shape in shapes.items()}
+
+
+def save_chain(directory: Path, chain: dict[int, int], hf: dict = LLAMA, size: int = 32) -> None:
+    """A model that makes `chain[token]` after each token, by some 40 over every other."""
+    hf = hf | {"vocab_size": size, "hidden_size": size, "attention_bias": False}
+    tensors = {name: np.zeros_like(tensor) for name, tensor in random_tensors(hf).items()}
+    tensors |= {name: np.ones_like(tensor) for name, tensor in tensors.items() if name.endswith("norm.weight")}
+    tensors[EMBEDDING] = np.eye(size, dtype="float32")
+    for token, after in chain.items():
+        tensors["lm_head.weight"][after, token] = 7.0
+    save(directory, hf, tensors)
 
 
 def write(file: Path, tensors: dict[str, np.ndarray], edit=None, cut: int = 0, tail: bytes = b"") -> None:

@@ -24,55 +24,81 @@ Matrix = Callable[[np.random.Generator, int, int], tuple[dict[str, np.ndarray], 
 """(random numbers, outputs, inputs) -> the stored tensors by the last part of their names, the matrix."""
 
 
-def words(values: np.ndarray, axis: int, order: Iterable[int] = range(8)) -> np.ndarray:
-    """Numbers below 16, eight to an int32 along an axis: number `order[i]` of the eight in bits 4 i to 4 i + 3."""
+def words(values: np.ndarray, axis: int, order: Iterable[int] = range(8), bits: int = 4) -> np.ndarray:
+    """Numbers of some bits in int32 words along an axis: number `order[i]` of a word in bits i * `bits` and after."""
+    order = list(order)[: 32 // bits]
     values = np.moveaxis(values, axis, -1)
-    values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % 8)]).astype(np.uint32)
-    packed = np.zeros((*values.shape[:-1], values.shape[-1] // 8), np.uint32)
+    values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % len(order))]).astype(np.uint32)
+    packed = np.zeros((*values.shape[:-1], values.shape[-1] // len(order)), np.uint32)
     for word in range(packed.shape[-1]):
         for i, number in enumerate(order):
-            packed[..., word] |= values[..., 8 * word + number] << np.uint32(4 * i)
+            packed[..., word] |= values[..., len(order) * word + number] << np.uint32(bits * i)
     return np.ascontiguousarray(np.moveaxis(packed.view(np.int32), -1, axis))
 
 
-def _int4(rng, outputs: int, inputs: int, group: int, scale_dtype: str, zeros: np.ndarray | None = None):
-    """Values [O, I], scales and zeros [O, N], and the matrix."""
-    of = np.arange(inputs) // group
-    values = rng.integers(0, 16, (outputs, inputs))
-    scales = rng.uniform(0.01, 0.1, (outputs, of[-1] + 1)).astype(jnp.dtype(scale_dtype))
-    zeros = rng.integers(0, 16, scales.shape) if zeros is None else np.broadcast_to(zeros, scales.shape)
+def _integers(rng, outputs: int, of: np.ndarray, scale_dtype: str, zeros: np.ndarray | None = None, bits: int = 4):
+    """Values [O, I], scales and zeros [O, N], and the matrix, whose inputs are in the groups `of`."""
+    values = rng.integers(0, 2**bits, (outputs, len(of)))
+    scales = rng.uniform(0.01, 0.1, (outputs, of.max() + 1)).astype(jnp.dtype(scale_dtype))
+    zeros = rng.integers(0, 2**bits, scales.shape) if zeros is None else np.broadcast_to(zeros, scales.shape)
     return values, scales, zeros, ((values - zeros[:, of]) * scales.astype(np.float32)[:, of]).astype(np.float32)
 
 
-def packed(symmetric: bool, group: int, scale_dtype: str) -> Matrix:
+def packed(symmetric: bool, group: int, scale_dtype: str, bits: int = 4, act_order: bool = False) -> Matrix:
     """compressed-tensors, pack-quantized."""
 
     def matrix(rng, outputs, inputs):
-        values, scales, zeros, dense = _int4(rng, outputs, inputs, group, scale_dtype, 8 if symmetric else None)
-        tensors = {"weight_packed": words(values, 1), "weight_scale": scales}
+        of = _groups(inputs, group, "shared" if act_order else None, rng)
+        values, scales, zeros, dense = _integers(
+            rng, outputs, of, scale_dtype, 2 ** (bits - 1) if symmetric else None, bits
+        )
+        tensors = {"weight_packed": words(values, 1, bits=bits), "weight_scale": scales}
         if not symmetric:
-            tensors["weight_zero_point"] = words(zeros, 0)
+            tensors["weight_zero_point"] = words(zeros, 0, bits=bits)
+        if act_order:
+            tensors["weight_g_idx"] = of.astype(np.int32)
         return tensors | {"weight_shape": np.array([outputs, inputs])}, dense
 
     return matrix
 
 
+def _groups(inputs: int, group: int, act_order: str | None, rng) -> np.ndarray:
+    """The group of each input: of all matrices with the same inputs alike ("shared"), or of each its own ("own")."""
+    of = np.arange(inputs) // group
+    return (
+        of if act_order is None else (np.random.default_rng(inputs) if act_order == "shared" else rng).permutation(of)
+    )
+
+
 def _awq(rng, outputs, inputs):
-    values, scales, zeros, dense = _int4(rng, outputs, inputs, 8, "float16")
+    values, scales, zeros, dense = _integers(rng, outputs, np.arange(inputs) // 8, "float16")
     order = [0, 2, 4, 6, 1, 3, 5, 7]
     return {"qweight": words(values.T, 1, order), "qzeros": words(zeros.T, 1, order), "scales": scales.T.copy()}, dense
 
 
-def gptq(group: int | None, v1: bool = True) -> Matrix:
+def gptq(group: int | None, v1: bool = True, bits: int = 4, act_order: str | None = None) -> Matrix:
     def matrix(rng, outputs, inputs):
-        values, scales, zeros, dense = _int4(rng, outputs, inputs, group or inputs, "float16")
-        tensors = {"qweight": words(values.T, 0), "qzeros": words(zeros.T, 1), "scales": scales.T.copy()}
+        of = _groups(inputs, group or inputs, act_order, rng)
+        values, scales, zeros, dense = _integers(rng, outputs, of, "float16", bits=bits)
+        tensors = {"qweight": words(values.T, 0, bits=bits), "qzeros": words(zeros.T, 1, bits=bits)}
         if v1:  # as `convert_gptq_v2_to_v1_format_module` of GPTQModel does; AutoGPTQ wrote a bias of zeros besides
-            tensors["qzeros"] = (tensors["qzeros"].view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
+            one = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+            tensors["qzeros"] = (tensors["qzeros"].view(np.uint32) - one).view(np.int32)
             tensors["bias"] = np.zeros(outputs, np.float16)
-        return tensors | {"g_idx": (np.arange(inputs) // (group or inputs)).astype(np.int32)}, dense
+        return tensors | {"scales": scales.T.copy(), "g_idx": of.astype(np.int32)}, dense
 
     return matrix
+
+
+def with_input_scale(matrix: Matrix, flat: bool) -> Matrix:
+    """The same with a scale of activations; with `flat` no scale has an axis."""
+
+    def scaled(rng, outputs, inputs):
+        tensors, dense = matrix(rng, outputs, inputs)
+        tensors["input_scale"] = np.ones(1, "float32")
+        return {name: t.reshape(()) if flat and t.size == 1 else t for name, t in tensors.items()}, dense
+
+    return scaled
 
 
 def plain(dtype: str, rows: int | None, columns: int | None, scale: str, scale_dtype: str) -> Matrix:
@@ -145,6 +171,40 @@ CHECKPOINTS: dict[str, tuple[dict, dict, Matrix]] = {
         HF,
         GPTQ | {"checkpoint_format": "gptq_v2", "group_size": -1},
         gptq(None, v1=False),
+    ),
+    "gptq of 8 bits": (FUSED, GPTQ | {"bits": 8}, gptq(8, bits=8)),
+    "gptq of 8 bits and one group": (HF, GPTQ | {"bits": 8, "group_size": -1}, gptq(None, bits=8)),
+    "gptq in act order": (HF, GPTQ | {"desc_act": True}, gptq(8, act_order="shared")),
+    "gptq of 8 bits in act order": (FUSED, GPTQ | {"bits": 8, "desc_act": True}, gptq(8, bits=8, act_order="shared")),
+    "int4 in act order": (
+        HF,
+        compressed("pack-quantized", INT4 | {"actorder": "group"}),
+        packed(True, 8, "bfloat16", act_order=True),
+    ),
+    "int8, packed, with zero points": (
+        FUSED,
+        compressed("pack-quantized", INT4 | {"num_bits": 8, "symmetric": False}),
+        packed(False, 8, "bfloat16", bits=8),
+    ),
+    "int8, packed, in act order": (
+        FUSED,
+        compressed("pack-quantized", INT4 | {"num_bits": 8, "actorder": "group"}),
+        packed(True, 8, "float32", bits=8, act_order=True),
+    ),
+    "fp8 with one scale, flat": (
+        FUSED,
+        compressed("float-quantized", FP8 | {"strategy": "tensor"}),
+        with_input_scale(plain("float8_e4m3fn", None, None, "weight_scale", "float32"), flat=True),
+    ),
+    "fp8 of AutoFP8": (
+        HF,
+        {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},
+        with_input_scale(plain("float8_e4m3fn", None, None, "weight_scale", "float32"), flat=True),
+    ),
+    "fp8 of ModelOpt": (
+        HF,
+        {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+        with_input_scale(plain("float8_e4m3fn", None, None, "weight_scale", "float32"), flat=False),
     ),
     "fp8 in blocks": (HF, BLOCK_FP8, plain("float8_e4m3fn", 16, 8, "weight_scale_inv", "bfloat16")),
     "fp8 in blocks that are cut off": (

@@ -74,6 +74,7 @@ def test_the_bundled_model_with_its_tokenizer(tmp_path):
 
 def test_every_file_that_loading_reads_is_taken_over(hf):
     texts = dict.fromkeys(orbax.COPIED[:-1], "{}") | {"config.json": (hf / "config.json").read_text()}
+    texts |= {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}', "merges.txt": "#version: 0.2"}
     texts.pop("tokenizer.json")
     for name, text in texts.items():
         (hf / name).write_text(text)
@@ -105,7 +106,7 @@ def test_command(hf, capsys):
     assert model.config.dtype == "float32"
     assert_same(model.params, load_model(hf, dtype="float32").params)
     description = json.loads((out / "ridgeline.json").read_text())
-    assert (description["format"], description["config"]["vocab_size"]) == (2, 29)
+    assert (description["format"], description["config"]["vocab_size"]) == (3, 29)
     assert re.match(r"\d+\.\d+\.\d+", description["ridgeline"])
     assert main(["convert", str(hf), str(out)]) == 1
     assert "out exists already; give another directory, or remove it first" in capsys.readouterr().err
@@ -144,8 +145,8 @@ def test_an_unknown_dtype_is_told_first(hf):
 
 def test_newer_and_broken_formats(converted):
     file = converted / "ridgeline.json"
-    edit(file, format=3, ridgeline="9.1.0")
-    refused(converted, r"ridgeline\.json is of format 3, written by Ridgeline 9\.1\.0; this is .* up to 2: upgrade it")
+    edit(file, format=4, ridgeline="9.1.0")
+    refused(converted, r"ridgeline\.json is of format 4, written by Ridgeline 9\.1\.0; this is .* up to 3: upgrade it")
     edit(file, format="one")
     refused(converted, r"ridgeline\.json states format 'one' and a config of type dict, expected .* damaged, convert")
     file.write_text("{")

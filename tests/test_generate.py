@@ -10,7 +10,7 @@ import ridgeline as rl
 from ridgeline.decode import buckets
 from ridgeline.decode.generate import warm_up
 from ridgeline.decode.loop import sample_first
-from ridgeline.model.loading import GenerationDefaults
+from ridgeline.model.generation import GenerationDefaults
 from tiny import byte_tokenizer, tiny_config, tiny_model
 
 rng = np.random.default_rng(3)

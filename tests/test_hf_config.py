@@ -104,6 +104,36 @@ def test_qwen_yarn():
     assert rope.attention_factor == pytest.approx(1.1386294361)
 
 
+@pytest.mark.parametrize(
+    ("name", "stated", "scaling", "expected"),
+    [
+        ("qwen2.5-7b", 32, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ("qwen3-8b", 40, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ("qwen3-8b", 200, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 200),
+        ("llama-3.1-8b", 32, {"type": "yarn", "factor": 4.0}, 128),
+        ("llama-3.1-8b", 32, {"type": "linear", "factor": 4.0}, 128),
+        ("llama-3.1-8b", 32, {"type": "dynamic", "factor": 2.5}, 80),
+        ("llama-3.1-8b", 32, PRESETS["llama-3.1-8b"]["rope_scaling"], 32),
+        ("phi-3-mini-128k", 64, PRESETS["phi-4-mini"]["rope_scaling"], 64),
+        ("gemma-3-1b", 32, {"rope_type": "linear", "factor": 8.0}, 32),
+    ],
+)
+def test_scaling_stretches_the_context(name, stated, scaling, expected):
+    assert config_from_hf(_hf(name, max_position_embeddings=stated, rope_scaling=scaling)).max_position == expected
+
+
+def test_bare_decoders_and_text_parts():
+    for name in PUBLISHED:
+        head = PUBLISHED[name]["architectures"][0]
+        bare = "Gemma3TextModel" if "Gemma3" in head else head.replace("ForCausalLM", "Model")
+        assert config_from_hf(_hf(name, architectures=[bare])) == config_from_hf(_hf(name))
+    text = _hf("gemma-3-1b", architectures=..., torch_dtype=..., vocab_size=..., num_attention_heads=...)
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "torch_dtype": "float16", "vision_config": {}}
+    config = config_from_hf(whole | {"model_type": "gemma3", "text_config": text | {"torch_dtype": "bfloat16"}})
+    expected = config_from_hf(_hf("gemma-3-1b", vocab_size=262_208, num_attention_heads=8, torch_dtype="float16"))
+    assert config == expected
+
+
 def test_gemma_2():
     config = config_from_hf(_hf("gemma-2-9b"))
     assert [layer.window for layer in config.layers] == [4096, None] * 21
@@ -255,8 +285,9 @@ def test_bad_config_is_refused(changes, message):
         (
             "gemma-3-1b",
             {"architectures": ["Gemma3ForConditionalGeneration"]},
-            "Gemma3ForConditionalGeneration is not",
+            "text_config in config.json is None; Gemma3ForConditionalGeneration needs it",
         ),
+        ("llama-3.1-8b", {"rope_scaling": {"type": "yarn", "factor": float("inf")}}, "positive number; found inf"),
         ("phi-4-mini", {"partial_rotary_factor": 0.5}, "longrope short_factor has 48 entries; rotary_dim 64 needs 32"),
     ],
 )

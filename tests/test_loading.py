@@ -15,7 +15,7 @@ from checkpoints import DOWN, EMBEDDING, FIXTURES, LLAMA, PHI3, assert_same, ran
 from ridgeline.model.checkpoint import Checkpoint, load, read_parameter
 from ridgeline.model.hf import config_from_hf, family_of
 from ridgeline.model.hf.family import Piece
-from ridgeline.model.loading import BUNDLED, GenerationDefaults, generation_defaults, load_model
+from ridgeline.model.loading import BUNDLED, load_model
 from ridgeline.model.params import ParamSpec
 
 # --- what is loaded ---
@@ -218,46 +218,6 @@ def test_progress_shows_gigabytes_and_their_rate(monkeypatch):
     assert terminal.getvalue().strip("\r") == ""  # not drawn within its first second
     monkeypatch.setattr("sys.stderr", io.StringIO())
     assert load.progress("loading llama", 100).disable
-
-
-# --- generation defaults ---
-
-
-@pytest.mark.parametrize(
-    ("stated", "expected"),
-    [
-        (None, GenerationDefaults((2,), 1)),
-        ({"eos_token_id": [5, 7], "pad_token_id": 3}, GenerationDefaults((5, 7), 1, 3)),
-        ({"eos_token_id": 9, "bos_token_id": 8}, GenerationDefaults((9,), 8)),
-        (
-            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0, "repetition_penalty": 1.1},
-            GenerationDefaults((2,), 1, None, 0.6, 0.9, 20, 0.0, 1.1),
-        ),
-        ({"do_sample": False, "temperature": 0.6, "top_k": None}, GenerationDefaults((2,), 1, temperature=0.0)),
-    ],
-)
-def test_generation_defaults(tmp_path, stated, expected):
-    save(tmp_path)
-    if stated is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(stated))
-    assert load_model(tmp_path).generation == expected == generation_defaults(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("stated", "pattern"),
-    [
-        ({"eos_token_id": "</s>"}, r"generation_config\.json: eos_token_id is '</s>', expected a token id or a list"),
-        ({"eos_token_id": [1, True]}, r"eos_token_id is \[1, True\]"),
-        ({"top_p": 1.5}, r"generation_config\.json: top_p is 1\.5, expected a number from 0 to 1"),
-        ({"temperature": -1}, r"temperature is -1, expected a number from 0 to inf"),
-        ({"top_k": 2.5}, r"top_k is 2\.5, expected an integer"),
-        ([], r"generation_config\.json holds a JSON list, expected an object"),
-    ],
-)
-def test_bad_generation_defaults(tmp_path, stated, pattern):
-    save(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps(stated))
-    refused(tmp_path, pattern)
 
 
 # --- real checkpoints ---

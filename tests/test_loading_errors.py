@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from checkpoints import DOWN, EMBEDDING, LLAMA, random_tensors, refused, save, save_shards, write
+from checkpoints import DOWN, EMBEDDING, LLAMA, assert_same, random_tensors, refused, save, save_shards, write
 from ridgeline.model.checkpoint import CheckpointError
 from ridgeline.model.loading import load_model
 
@@ -81,9 +81,9 @@ def test_tensor_that_its_shard_lacks(tmp_path):
     index["weight_map"]["model.norm.weight"] = other
     file.write_text(json.dumps(index))
     refused(tmp_path, rf"index\.json says that tensor 'model\.norm\.weight' is in {other}, which lacks it")
-    index["weight_map"] |= {"model.norm.weight": shard, "ghost": shard}
+    index["weight_map"] |= {"model.norm.weight": shard, "ghost": shard, "model.visual": "gone.safetensors"}
     file.write_text(json.dumps(index))
-    refused(tmp_path, rf"says that tensor 'ghost' is in {shard}, which lacks it")
+    assert load_model(tmp_path).config.num_layers == 2  # nothing needs them
 
 
 def test_tensor_in_two_shards(tmp_path):
@@ -91,8 +91,11 @@ def test_tensor_in_two_shards(tmp_path):
     index = save_shards(tmp_path, tensors=t)
     shard = next(name for name in sorted(index["weight_map"].values()) if name != index["weight_map"][EMBEDDING])
     kept = {name: t[name] for name, file in index["weight_map"].items() if file == shard}
-    write(tmp_path / shard, kept | {EMBEDDING: t[EMBEDDING]})
-    refused(tmp_path, rf"'{EMBEDDING}' is in both .*00001.* and .*{shard}; .*remove it")
+    write(tmp_path / shard, kept | {EMBEDDING: t[EMBEDDING] + 1})
+    assert_same(load_model(tmp_path).params["embedding"], t[EMBEDDING])  # the index says which counts
+    del index["weight_map"][EMBEDDING]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, rf"'{EMBEDDING}' is in both .*00001.* and .*{shard}, and the index does not say .*remove it")
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'])
@@ -118,8 +121,8 @@ def test_missing_tensors(tmp_path):
     refused(tmp_path, rf"model\.safetensors lacks 1 of the 29 tensors .*\(2 layers of family 'llama'\): {DOWN}; ")
     save(tmp_path, tensors={name: v for name, v in t.items() if ".layers.1." not in name})
     refused(tmp_path, r"lacks 13 of the 29 tensors", r"and 8 more; the checkpoint is incomplete or config\.json")
-    save(tmp_path, tensors={"transformer." + name: v for name, v in t.items()})
-    refused(tmp_path, r"it holds transformer\.model\.embed_tokens\.weight, .* instead")
+    save(tmp_path, tensors={name.replace(".layers", ".h"): v for name, v in t.items()})
+    refused(tmp_path, r"it holds model\.h\.0\.self_attn\.o_proj\.weight, .* instead")
     save(tmp_path, tensors={name: v for name, v in t.items() if name != "lm_head.weight"})
     refused(tmp_path, r"lacks 1 of .*: lm_head\.weight; .*if embeddings are tied, set tie_word_embeddings to true")
 
@@ -158,7 +161,7 @@ def test_config_with_another_vocabulary(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "pattern"),
     [
-        ("int8", r"has dtype I8, expected one of F32, BF16, F16; config\.json, whose quantization_config"),
+        ("int8", r"has dtype I8, expected one of F32, BF16, F16; weights are quantized, and config\.json has no"),
         ("float64", r"has dtype F64, expected one of F32, BF16, F16; save the model again in float32"),
     ],
 )

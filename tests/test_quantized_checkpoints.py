@@ -20,6 +20,7 @@ from quantized_checkpoints import (
     INT8,
     assert_stands_for,
     compressed,
+    gptq,
     write_pair,
 )
 from ridgeline.model.checkpoint import Checkpoint, read_parameter
@@ -36,6 +37,16 @@ SCHEMES = {
     "awq": Scheme("int4", group=8, zero_points=True, scale_dtype="float16"),
     "gptq": Scheme("int4", group=8, zero_points=True, scale_dtype="float16"),
     "gptq of one group": Scheme("int4", zero_points=True, scale_dtype="float16"),
+    "gptq of 8 bits": Scheme("int8", group=8, zero_points=True, scale_dtype="float16"),
+    "gptq of 8 bits and one group": Scheme("int8", zero_points=True, scale_dtype="float16"),
+    "gptq in act order": Scheme("int4", group=8, zero_points=True, scale_dtype="float16", sorted_inputs=True),
+    "gptq of 8 bits in act order": Scheme("int8", group=8, zero_points=True, scale_dtype="float16", sorted_inputs=True),
+    "int4 in act order": Scheme("int4", group=8, scale_dtype="bfloat16", sorted_inputs=True),
+    "int8, packed, with zero points": Scheme("int8", group=8, zero_points=True, scale_dtype="bfloat16"),
+    "int8, packed, in act order": Scheme("int8", group=8, sorted_inputs=True),
+    "fp8 with one scale, flat": Scheme("float8_e4m3fn"),
+    "fp8 of AutoFP8": Scheme("float8_e4m3fn"),
+    "fp8 of ModelOpt": Scheme("float8_e4m3fn"),
     "fp8 in blocks": Scheme("float8_e4m3fn", group=8, rows=16, scale_dtype="bfloat16"),
     "fp8 in blocks that are cut off": Scheme("float8_e4m3fn", group=16, rows=16),
 }
@@ -58,14 +69,37 @@ def test_parameters_are_the_matrices_that_are_stored(tmp_path, name):
     assert_stands_for(quantized.params, dense.params)
 
 
-@pytest.mark.parametrize("name", ["awq", "int8 of eight-bit products"])
-def test_logits_are_those_of_the_matrices(tmp_path, name):
-    tokens = jnp.arange(12).reshape(2, 6)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "awq",
+        "int8 of eight-bit products",
+        "gptq of 8 bits",
+        "gptq of 8 bits and one group",
+        "gptq in act order",
+        "int8, packed, in act order",
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 12])
+def test_logits_are_those_of_the_matrices(tmp_path, name, rows):
+    tokens = jnp.arange(rows).reshape(-1, min(rows, 6))
     quantized, dense = (rl.forward(m.params, m.config, tokens) for m in map(load_model, write_pair(tmp_path, name)))
     np.testing.assert_allclose(quantized, dense, rtol=0, atol=1e-5 * float(jnp.abs(dense).max()))
 
 
-@pytest.mark.parametrize("name", ["int4 with zero points, output too", "awq", "gptq", "fp8 in blocks"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4 with zero points, output too",
+        "awq",
+        "gptq",
+        "gptq of 8 bits",
+        "gptq of 8 bits in act order",
+        "int4 in act order",
+        "int8, packed, in act order",
+        "fp8 in blocks",
+    ],
+)
 def test_any_slice_of_any_part(tmp_path, name):
     directory, _ = write_pair(tmp_path, name)
     model, checkpoint, rng = load_model(directory), Checkpoint(directory), np.random.default_rng(2)
@@ -107,22 +141,16 @@ def mixed() -> dict:
     return stated
 
 
-def static() -> dict:
-    stated = compressed("float-quantized", FP8 | {"strategy": "tensor"}, dynamic=True)
-    stated["config_groups"]["group_0"]["input_activations"]["dynamic"] = False
-    return stated
-
-
 @pytest.mark.parametrize(
     ("stated", "pattern"),
     [
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            "quant_method 'bitsandbytes', which is not supported; supported: compressed-tensors, awq, gptq, fp8; load "
-            "the checkpoint that it was quantized from, with quantize=",
+            "quant_method in config.json is 'bitsandbytes', which is not supported; supported: compressed-tensors, "
+            "awq, gptq, fp8, modelopt; load the checkpoint that it was quantized from, with quantize=",
         ),
         ("awq", "quantization_config in config.json is 'awq'; it must be an object"),
-        (GPTQ | {"bits": 3}, r"quantization_config\.bits in config.json is 3, which is not supported: 4 is; load"),
+        (GPTQ | {"bits": 3}, r"quantization_config\.bits in config.json is 3, which is not supported: 4 or 8 is; load"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format .* 'marlin', .*: 'gptq' or 'gptq_v2' is"),
         (GPTQ | {"group_size": None}, "group_size .* is None; it must be positive or -1"),
         (GPTQ | {"dynamic": {"-:.*down.*": {}}}, "dynamic .* not supported"),
@@ -134,17 +162,24 @@ def static() -> dict:
         (AWQ | {"version": "gemv"}, "version .* 'gemv', .*: 'gemm' is"),
         (AWQ | {"zero_point": False}, "zero_point .* False"),
         (AWQ | {"backend": "llm-awq"}, "backend .* 'llm-awq'"),
-        (BLOCK_FP8 | {"weight_block_size": None}, r"weight_block_size .* is None; two positive .* \[128, 128\]"),
-        (BLOCK_FP8 | {"activation_scheme": "static"}, "activation_scheme .* 'static', .*: 'dynamic' is"),
+        (BLOCK_FP8 | {"weight_block_size": [128]}, r"weight_block_size .* is \[128\]; two positive .* \[128, 128\]"),
+        (BLOCK_FP8 | {"activation_scheme": "token"}, "activation_scheme .* 'token', .*: 'dynamic' or 'static' is"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo .* 'NVFP4', .*: 'FP8' is"),
+        ({"group_size": 64, "bits": 4}, "quant_method in config.json is 'mlx', which is not supported"),
+        (
+            {"bits": 3, "sym": True, "file": "quantize_config.json"},
+            r"bits in quantize_config\.json is 3, .*: 4 or 8 is",
+        ),
         (compressed("nvfp4-pack-quantized", INT4), "format .* 'nvfp4-pack-quantized', .* 'pack-quantized' or"),
-        (compressed("pack-quantized", INT4 | {"num_bits": 8}), "num_bits .* 8, .*: 4 is"),
-        (compressed("pack-quantized", INT4 | {"actorder": "group"}), "actorder .* 'group'"),
+        (compressed("pack-quantized", INT4 | {"num_bits": 2}), "num_bits .* 2, .*: 4 or 8 is"),
+        (compressed("pack-quantized", INT4 | {"actorder": "other"}), "actorder .* 'other'"),
         (compressed("int-quantized", INT8 | {"symmetric": False}), "symmetric .* False"),
         (compressed("int-quantized", INT8 | {"strategy": "group"}), "strategy .* 'group', .*: 'channel' or 'tensor'"),
-        (static(), r"input_activations\.dynamic .* False, .*: True is"),
         (mixed(), "config_groups group_0, group_1 .* differ, and one scheme for all layers is supported: load"),
-        (compressed("pack-quantized", INT4) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme .*: null is"),
-        (compressed("pack-quantized", INT4) | {"config_groups": {}}, "config_groups {}; it must name one or more"),
+        (
+            compressed("pack-quantized", INT4) | {"config_groups": {}},
+            "config_groups in config.json is {}; it must name",
+        ),
     ],
 )
 def test_what_is_not_read_is_refused(stated, pattern):
@@ -162,7 +197,7 @@ DOWN = "model.layers.1.mlp.down_proj."
     [
         (
             {"g_idx": np.arange(64, dtype=np.int32)[::-1] // 8},
-            rf"by tensor '{DOWN}g_idx', its inputs were regrouped by activation \(desc_act\), which is not .*: load",
+            rf"by tensor '{DOWN}g_idx', its inputs were regrouped by activation, and desc_act .* says that they were",
         ),
         ({"qzeros": None}, rf"lacks 1 of the \d+ tensors .*: {DOWN}qzeros"),
         ({"qweight": np.zeros((8, 16), np.int32)}, rf"'{DOWN}qweight' has shape \[8, 16\], expected \[8, 32\]"),
@@ -181,7 +216,88 @@ def test_tensors_that_do_not_go_with_config_json(tmp_path, change, pattern):
     refused(tmp_path, pattern)
 
 
-def test_weights_that_config_json_does_not_call_quantized(tmp_path):
+def test_weights_that_no_file_calls_quantized(tmp_path):
     directory, _ = write_pair(tmp_path, "fp8 in blocks")
     (directory / "config.json").write_text(json.dumps(HF))
-    refused(directory, r"o_proj\.weight' has dtype F8_E4M3, expected one of F32, BF16, F16; config\.json, whose quant")
+    refused(
+        directory,
+        r"o_proj\.weight' has dtype F8_E4M3, expected one of F32, BF16, F16; weights are quantized, and config\.json "
+        r"has no quantization_config that says how, nor is there quantize_config\.json or quant_config\.json or hf",
+    )
+
+
+# --- settings in older files and keys ---
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "settings"),
+    [
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": 8, "desc_act": False, "sym": False, "damp": 0.1}),
+        ("awq", "quant_config.json", {"zero_point": True, "q_group_size": 8, "w_bit": 4, "version": "GEMM"}),
+        ("awq", "quantize_config.json", {"zero_point": True, "q_group_size": 8, "w_bit": 4}),
+        (
+            "fp8 of ModelOpt",
+            "hf_quant_config.json",
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+        ),
+    ],
+)
+def test_settings_in_older_files(tmp_path, name, file, settings):
+    directory, dense = write_pair(tmp_path, name)
+    if name == "awq":
+        settings |= {"modules_to_not_convert": ["layers.1.mlp"]}
+    (directory / "config.json").write_text(json.dumps(CHECKPOINTS[name][0]))
+    (directory / file).write_text(json.dumps(settings))
+    assert_stands_for(load_model(directory).params, load_model(dense).params)
+    again = load_model(convert_model(directory, tmp_path / "out"))
+    assert_stands_for(again.params, load_model(dense).params)
+
+
+def test_the_oldest_key_of_compressed_tensors(tmp_path):
+    directory, dense = write_pair(tmp_path, "int8 of eight-bit products")
+    hf = json.loads((directory / "config.json").read_text())
+    hf["compression_config"] = {k: v for k, v in hf.pop("quantization_config").items() if k != "quant_method"}
+    (directory / "config.json").write_text(json.dumps(hf))
+    assert_stands_for(load_model(directory).params, load_model(dense).params)
+
+
+# --- what is not used, and what is kept otherwise ---
+
+
+def test_scales_of_activations_and_caches_are_said(tmp_path):
+    quantization = compressed("float-quantized", FP8 | {"strategy": "tensor"}, dynamic=True)
+    quantization["config_groups"]["group_0"]["input_activations"] |= {"dynamic": False, "strategy": "tensor"}
+    quantization["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    directory, dense = write_pair(tmp_path, "fp8 with one scale, flat")
+    hf = json.loads((directory / "config.json").read_text()) | {"quantization_config": quantization}
+    checkpoint = Checkpoint(directory)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    for name in ("self_attn.k_scale", "self_attn.v_scale", "self_attn.k_proj.output_scale"):
+        tensors[f"model.layers.0.{name}"] = np.ones(1, "float32")
+    save(directory, hf, tensors)
+    said = r"\d+ scales of activations or of the KV cache are not used \(input_scale, k_scale, output_scale, v_scale\)"
+    with pytest.warns(UserWarning, match=said):
+        model = load_model(directory)
+    assert not model.config.quantization.layers.dynamic
+    assert_stands_for(model.params, load_model(dense).params)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matrices_that_are_sorted_in_different_orders(tmp_path, monkeypatch, bits):
+    """They are one parameter here, which has one order: kept as floats, the others as they are."""
+    settings = GPTQ | {"bits": bits, "desc_act": True}
+    monkeypatch.setitem(CHECKPOINTS, "own orders", (HF, settings, gptq(8, bits=bits, act_order="own")))
+    directory, dense = write_pair(tmp_path, "own orders")
+    with pytest.warns(UserWarning, match=r"layers\.0\.gate_up, .* are kept in float32, not in 4 or 8 bits: .*desc_act"):
+        model = load_model(directory)
+    assert set(model.config.quantization.skip) == {f"layers.{n}.{name}" for n in (0, 1) for name in ("qkv", "gate_up")}
+    assert_stands_for(model.params, load_model(dense).params)
+
+
+def test_names_of_multimodal_checkpoints_in_the_settings(tmp_path):
+    """Modules to be left are named as the whole model names them."""
+    ignore = ["lm_head", "model.language_model.layers.1.mlp.down_proj", "re:vision_tower.*"]
+    hf = HF | {"quantization_config": compressed("pack-quantized", INT4, ignore=ignore)}
+    assert config_from_hf(hf).quantization.skip == ("layers.1.down",)
+    awq = AWQ | {"modules_to_not_convert": ["language_model.model.layers.0.self_attn"]}
+    assert config_from_hf(HF | {"quantization_config": awq}).quantization.skip == ("layers.0.out", "layers.0.qkv")

@@ -1,9 +1,14 @@
 """When a request ends, and which of its text may be shown: no model, no device."""
 
+import dataclasses
+
 import pytest
 
-from ridgeline.decode.request import Request
+import ridgeline as rl
+from backends import llama2_like
+from ridgeline.decode.request import Request, with_checkpoint_rules
 from ridgeline.decode.sampling.params import SamplingParams
+from ridgeline.model.generation import GenerationDefaults
 from tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -44,6 +49,63 @@ def test_a_stop_string_is_found_inside_a_block_of_text_and_kept_on_request():
     request, shown = run("ab<end>cd", stop="<end>", include_stop_str_in_output=True)
     assert request.text == "".join(shown) == "ab<end>"
     assert len(request.tokens) == len("ab<end>")
+
+
+CHAT = byte_tokenizer()
+CHAT.backend.add_special_tokens(["<|im_end|>", "<|im_start|>"])
+
+
+@pytest.mark.parametrize(
+    ("stop", "included", "text", "reason"),
+    [
+        ("<|im_end|>", False, "hi", "<|im_end|>"),
+        (["nope", "<|im_end|>"], True, "hi", "<|im_end|>"),  # special tokens stay out of the text
+        ("i<|im_end|>", False, "h", "i<|im_end|>"),
+        ("<|im_end|>\n", False, "hi", "<|im_end|>\n"),
+        ("<|im_end|>\n<|im_start|>u", True, "hi\nu", "<|im_end|>\n<|im_start|>u"),
+        ("<|im_start|>", False, "hi\n", "<|im_start|>"),
+        (["us", "<|im_start|>x"], False, "hi\n", "us"),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_stop_strings_that_hold_special_tokens(stop, included, text, reason, block):
+    params = SamplingParams(max_tokens=None, stop=stop, include_stop_str_in_output=included)
+    request, shown = Request([1], params, 1000, 0, [], CHAT), ""
+    for at, token in enumerate(CHAT.encode("hi<|im_end|>\n<|im_start|>user")):
+        request.push(token)
+        shown += request.take_text() if at % block == block - 1 or request.finished else ""
+    assert (request.text, request.finish_reason, request.stop_reason) == (text, "stop", reason)
+    assert shown == text
+
+
+def test_shown_special_tokens_are_searched_as_text():
+    params = SamplingParams(max_tokens=None, stop="|>x", skip_special_tokens=False)
+    request = Request([1], params, 99, 0, [], CHAT)
+    for token in CHAT.encode("hi<|im_end|>x"):
+        request.push(token)
+    assert (request.text, request.stop_reason) == ("hi<|im_end", "|>x")
+
+
+def test_text_follows_the_prompts():
+    """The first space of a completion is the tokenizer's to drop only where nothing comes before."""
+    tokenizer = rl.Tokenizer(llama2_like())
+    the, fox = tokenizer.encode("the fox")
+    for prompt, stop, expected in (([the], None, " fox the"), ([], None, "fox the"), ([1, the], " the", " fox")):
+        request, shown = Request(prompt, SamplingParams(stop=stop), 2, 0, [], tokenizer), ""
+        for token in (fox, the):
+            request.push(token)
+            shown += request.take_text()
+        assert request.text == shown == expected
+
+
+def test_what_the_checkpoint_asks_of_every_request(model):
+    rules = GenerationDefaults(suppress_tokens=(3, 900), bad_words=((4,), (5, 6)), stop_strings=("END", "x"))
+    asking = dataclasses.replace(model, tokenizer=TOKENIZER, generation=rules)
+    params = with_checkpoint_rules(SamplingParams(stop="x", logit_bias={4: 1.0}), asking)
+    assert (params.stop, params.logit_bias) == (("x", "END"), {3: -100.0, 4: 1.0})
+    assert with_checkpoint_rules(SamplingParams(ignore_eos=True), asking).stop == ()
+    assert with_checkpoint_rules(SamplingParams(), dataclasses.replace(asking, tokenizer=None)).stop == ()
+    assert with_checkpoint_rules(SamplingParams(), model) == SamplingParams()
 
 
 def test_text_that_may_become_a_stop_string_is_held_back():

@@ -6,7 +6,7 @@ import jax
 import tokenizers
 
 import ridgeline as rl
-from ridgeline.model.loading import GenerationDefaults
+from ridgeline.model.generation import GenerationDefaults
 from ridgeline.model.params import ParamSpec
 
 

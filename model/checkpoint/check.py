@@ -1,24 +1,34 @@
 """What a checkpoint holds against what its configuration calls for."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Container
+import warnings
+from collections.abc import Container, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from ..config import ModelConfig
-from ..hf.family import TensorMap
+from ..hf.family import Piece, TensorMap
 from .files import CheckpointError, listing
-from .safetensors import DTYPES, FLOATS, Checkpoint, check_dtype
+from .layout import HEAD, decoder_prefix
+from .safetensors import DTYPES, FLOATS, Checkpoint, TensorInfo, check_dtype
 
-# Buffers that older checkpoints carry and that the configuration determines.
-_HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-_UNEMBEDDING = "lm_head.weight"
+# Buffers of rotary embeddings, which older checkpoints carry and the configuration determines.
+_HARMLESS = re.compile(r"(^|\.)((rotary|rope)\w*\.\w+|\w*(inv_freq|freqs_cis|cos_cached|sin_cached))$")
+# Of activations and of the KV cache, beside quantized weights.
+_SCALES = re.compile(r"\.(input|output|activation|act|[qkv]|attn|prob)_(scale|zero_point)(_inv)?$")
+_ADAPTER = re.compile(r"\.(lora_\w+|base_layer)\.")
+_UNEMBEDDING = re.compile(r"(^|\.)lm_head\.weight$")
 
 
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap) -> None:
-    """Compare what a checkpoint holds with what its configuration calls for.
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, multimodal: bool = False) -> None:
+    """Compare what a checkpoint holds with what its configuration calls for, and say once what is left out.
+
+    Args:
+      checkpoint: the open checkpoint.
+      config: the model.
+      tensors: where its parameters lie, by the names that they have in this checkpoint (`as_stored`).
+      multimodal: whether the model is the text part of a larger one, whose other tensors are left out.
 
     Raises:
       CheckpointError: a tensor of a dtype that is not read, missing, of another shape, used by no parameter, of another
@@ -26,52 +36,98 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMa
     """
     expected = {piece.tensor: piece for pieces in tensors.values() for piece in pieces}
     implied = {tensor.tensor: tensor for piece in expected.values() for tensor in piece.implied}
-    found = {name: info for name, info in checkpoint.tensors.items() if not _HARMLESS.search(name)}
-    for name, info in found.items():
-        if name in implied:
-            wanted = list(DTYPES)
-        elif name in expected and expected[name].dtype is not None:
-            wanted = [header for header, dtype in DTYPES.items() if dtype.name == expected[name].dtype]
-        else:
-            wanted = list(FLOATS)
-        check_dtype(name, info, wanted)
+    infos = {name: info for name, info in checkpoint.tensors.items() if not _HARMLESS.search(name)}
+    extra = [name for name in infos if name not in expected and name not in implied]
+    others = [name for name in extra if multimodal and not _is_of_decoder(name, tensors)]
+    scales = [name for name in extra if config.quantization is not None and _SCALES.search(name)]
+    extra = [name for name in extra if name not in {*others, *scales}]
 
-    model = f"{config.num_layers} layers of family {config.family!r}"
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and name not in implied]
-    if missing:
-        unused = f"; it holds {listing(extra)} instead" if extra else ""
-        tied = "; if embeddings are tied, set tie_word_embeddings to true" if missing == [_UNEMBEDDING] else ""
-        raise CheckpointError(
-            f"{_where(checkpoint)} lacks {len(missing)} of the {len(expected)} tensors that config.json calls for "
-            f"({model}): {listing(missing)}{unused}; the checkpoint is incomplete or config.json belongs to "
-            f"another{tied}"
-        )
-    for name, piece in expected.items():
-        if found[name].shape != piece.shape:
-            raise CheckpointError(
-                f"{found[name].file}: tensor {name!r} has shape {list(found[name].shape)}, expected "
-                f"{list(piece.shape)} by config.json ({_sizes(config)}); config.json belongs to another checkpoint"
-            )
+    quantized = config.quantization is not None
+    for name in (*expected, *implied, *extra):
+        if name in infos:
+            dtype = expected[name].dtype if name in expected else None
+            wanted = DTYPES if name in implied else [h for h, d in DTYPES.items() if d.name == dtype] or FLOATS
+            check_dtype(name, infos[name], wanted, quantized)
+    _check_presence(checkpoint, config, expected, infos, extra)
     for name, tensor in implied.items():
-        if name in found and not np.array_equal(checkpoint.read(name), tensor.contents()):
-            raise CheckpointError(f"{found[name].file}: by tensor {name!r}, {tensor.otherwise}")
+        beside = tensor.beside and checkpoint.read(tensor.beside)
+        if name in infos and not tensor.holds(checkpoint.read(name), beside):
+            raise CheckpointError(f"{infos[name].file}: by tensor {name!r}, {tensor.otherwise}")
     # AutoGPTQ used to write a bias beside every matrix.
     extra = [name for name in extra if not (_beside_packed(name, expected) and not checkpoint.read(name).any())]
-    if config.tie_embeddings and _UNEMBEDDING in extra:
-        embedding = tensors["embedding"][0].tensor
-        if not checkpoint.same_bytes(_UNEMBEDDING, embedding):
-            raise CheckpointError(
-                f"{found[_UNEMBEDDING].file}: config.json ties the embeddings, but tensor {_UNEMBEDDING!r} differs "
-                f"from {embedding!r}; set tie_word_embeddings to false in config.json to use it"
-            )
-        extra.remove(_UNEMBEDDING)
+    if config.tie_embeddings:
+        extra = [name for name in extra if not _is_tied(checkpoint, name, tensors["embedding"][0].tensor)]
     if extra:
-        files = sorted({str(found[name].file) for name in extra})
+        remedy = "check num_hidden_layers, the bias settings and architectures in config.json"
         raise CheckpointError(
-            f"{listing(files)}: {len(extra)} tensors that nothing in config.json calls for ({model}): "
-            f"{listing(extra)}; check num_hidden_layers, the bias settings and architectures in config.json"
+            f"{listing(sorted({str(infos[name].file) for name in extra}))}: {len(extra)} tensors that nothing in "
+            f"config.json calls for ({_model(config)}): {listing(extra)}; {_merge(extra) or remedy}"
         )
+    if others:
+        parts = sorted({".".join(name.split(".")[: 1 + name.startswith("model.")]) for name in others})
+        _say(checkpoint, f"the text part alone is loaded, without the {len(others)} tensors of {listing(parts)}")
+    if scales:
+        kinds = sorted({name.rpartition(".")[2] for name in scales})
+        _say(
+            checkpoint,
+            f"{len(scales)} scales of activations or of the KV cache are not used ({listing(kinds)}): activations stay "
+            f"in {config.dtype}, and kv_dtype= stores the cache in fewer bits",
+        )
+
+
+def _check_presence(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    expected: Mapping[str, Piece],
+    infos: Mapping[str, TensorInfo],
+    extra: list[str],
+) -> None:
+    """Raise `CheckpointError` unless every tensor that is expected is there and has its shape."""
+    missing = [name for name in expected if name not in infos]
+    if missing:
+        checkpoint.require(missing)
+        instead = f"; it holds {listing(extra)} instead" if extra else ""
+        remedy = "the checkpoint is incomplete or config.json belongs to another"
+        if all(_UNEMBEDDING.search(name) for name in missing):
+            remedy += "; if embeddings are tied, set tie_word_embeddings to true"
+        raise CheckpointError(
+            f"{_where(checkpoint)} lacks {len(missing)} of the {len(expected)} tensors that config.json calls for "
+            f"({_model(config)}): {listing(missing)}{instead}; {_merge(extra) or remedy}"
+        )
+    for name, piece in expected.items():
+        shape = infos[name].shape
+        if shape != piece.shape and not math.prod(shape) == math.prod(piece.shape) == 1:  # a scale may have no axis
+            raise CheckpointError(
+                f"{infos[name].file}: tensor {name!r} has shape {list(shape)}, expected {list(piece.shape)} by "
+                f"config.json ({_sizes(config)}); config.json belongs to another checkpoint"
+            )
+
+
+def _is_of_decoder(name: str, tensors: TensorMap) -> bool:
+    return name.startswith(decoder_prefix(tensors)) or f".{HEAD}" in f".{name}"
+
+
+def _is_tied(checkpoint: Checkpoint, name: str, embedding: str) -> bool:
+    """Whether a tensor is the output projection, stored though it is tied to the embedding."""
+    if not _UNEMBEDDING.search(name):
+        return False
+    if not checkpoint.same_bytes(name, embedding):
+        raise CheckpointError(
+            f"{checkpoint.tensors[name].file}: config.json ties the embeddings, but tensor {name!r} differs from "
+            f"{embedding!r}; set tie_word_embeddings to false in config.json to use it"
+        )
+    return True
+
+
+def _merge(extra: list[str]) -> str | None:
+    """The remedy where some of the tensors are an adapter's."""
+    if not any(_ADAPTER.search(name) for name in extra):
+        return None
+    return "it holds adapters (LoRA) beside the weights; merge them with peft, merge_and_unload(), and load the result"
+
+
+def _say(checkpoint: Checkpoint, message: str) -> None:
+    warnings.warn(f"{_where(checkpoint)}: {message}", stacklevel=4)
 
 
 def _beside_packed(name: str, expected: Container[str]) -> bool:
@@ -95,6 +151,10 @@ def with_stored_scales(checkpoint: Checkpoint, config: ModelConfig, tensors: Ten
             schemes[part] = dataclasses.replace(scheme, scale_dtype=FLOATS[info.dtype].name)
     found = {part: scheme for part, scheme in schemes.items() if scheme is not None}
     return config.replace(quantization=dataclasses.replace(config.quantization, **found)) if found else config
+
+
+def _model(config: ModelConfig) -> str:
+    return f"{config.num_layers} layers of family {config.family!r}"
 
 
 def _where(checkpoint: Checkpoint) -> Path:

@@ -15,7 +15,7 @@ ARRAYS = "params"
 """The folder that holds the parameters, in orbax's layout."""
 INCOMPLETE = ".incomplete"
 """What a conversion adds to the name of the directory until it is whole."""
-FORMAT = 2
+FORMAT = 3
 """Raised when older versions could no longer read, or would misread, what is written."""
 
 _AGAIN = "convert the checkpoint again (ridgeline convert)"
@@ -50,7 +50,8 @@ def read_description(directory: Path, stated: ModelConfig) -> ModelConfig:
 
     Args:
       directory: of the converted checkpoint.
-      stated: what its config.json says, which must agree but for the dtype and the quantization.
+      stated: what its config.json says, which must agree but for what the tensors tell: the dtype, the quantization,
+        and whether embeddings are tied.
 
     Raises:
       CheckpointError: a newer format, a file that is damaged, or one of the two configurations edited.
@@ -74,7 +75,8 @@ def read_description(directory: Path, stated: ModelConfig) -> ModelConfig:
         raise CheckpointError(
             f"{file}, written by {written}, holds a config that is not valid here ({error}); {_AGAIN}"
         ) from error
-    stated = stated.replace(dtype=config.dtype, quantization=config.quantization)
+    told = {name: getattr(config, name) for name in ("dtype", "quantization", "tie_embeddings")}
+    stated = stated.replace(**told)
     if config != stated:
         names = [f.name for f in dataclasses.fields(ModelConfig) if getattr(config, f.name) != getattr(stated, f.name)]
         first = names[0]

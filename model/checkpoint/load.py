@@ -28,7 +28,6 @@ from ..params import (
 )
 from ..quantization import QuantizedArray, quantize
 from ..schemes import Scheme
-from .check import check_tensors
 from .files import CheckpointError
 from .safetensors import Checkpoint
 
@@ -51,13 +50,13 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
     is there. A progress bar is drawn on a terminal's stderr once loading has taken a second.
 
     Args:
-      checkpoint: the open checkpoint.
+      checkpoint: the open checkpoint, checked (`check_tensors`).
       config: the model; `config.dtype` may differ from the checkpoint's.
       tensors: where the family keeps each parameter.
       mesh: as `make_mesh` returns it, or None for the default device.
 
     Raises:
-      CheckpointError: as `check_tensors`, or a value that float16 cannot hold.
+      CheckpointError: a value that float16 cannot hold.
       ValueError: a parameter that the mesh does not divide; nothing has been read then.
     """
     tree = specs_read(config, tensors, 1 if mesh is None else mesh.shape["tensor"])
@@ -65,7 +64,6 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
     names, specs = [param_name(path) for path, _ in paths], [spec for _, spec in paths]
     shardings = [None] * len(specs) if mesh is None else jax.tree.leaves(spec_shardings(tree, mesh))
     final = [None] * len(specs) if mesh is None else treedef.flatten_up_to(param_shardings(config, mesh))
-    check_tensors(checkpoint, config, tensors)
     default = jax.config.jax_default_device  # a thread's own setting, which the workers would not see
 
     def load(shard: _Shard) -> list[jax.Array]:
@@ -192,7 +190,7 @@ def _fill(out: np.ndarray, checkpoint: Checkpoint, spec: ParamSpec, pieces: tupl
             continue
         tensor, sizes = checkpoint.read(piece.tensor), [stop - start for start, stop in region]
         if piece.unpack is not None:
-            part = _unpacked(tensor, piece, sizes, _within(shared, region))
+            part = _unpacked(checkpoint, piece, sizes, _within(shared, region))
         elif piece.rows is not None:
             part = tensor[slice(*piece.rows)].reshape(sizes)[_within(shared, region)]
         else:
@@ -218,12 +216,13 @@ def _fill(out: np.ndarray, checkpoint: Checkpoint, spec: ParamSpec, pieces: tupl
         )
 
 
-def _unpacked(tensor: np.ndarray, piece: Piece, sizes: list[int], wanted: tuple[slice, ...]) -> np.ndarray:
+def _unpacked(checkpoint: Checkpoint, piece: Piece, sizes: list[int], wanted: tuple[slice, ...]) -> np.ndarray:
     """A slice of the array of those sizes that the rows of a packed tensor are; no more is unpacked."""
-    first, last = piece.rows
+    tensor, *beside = (checkpoint.read(name) for name in (piece.tensor, *piece.beside))
+    tensor, (first, last) = tensor.reshape(piece.shape), piece.rows
     out = next(axes for axes in range(len(sizes) + 1) if math.prod(sizes[:axes]) == last - first)
     rows, cols = _runs(sizes[:out], wanted[:out], first), _runs(sizes[out:], wanted[out:])
-    part = np.block([[piece.unpack(tensor, r, c) for c in cols] for r in rows])
+    part = np.block([[piece.unpack(tensor, r, c, *beside) for c in cols] for r in rows])
     return part.reshape([index.stop - index.start for index in wanted])
 
 

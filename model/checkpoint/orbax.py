@@ -15,7 +15,6 @@ from ...sharding.rules import RULES, named_sharding
 from ..config import ModelConfig
 from ..hf.family import TensorMap
 from ..params import Params, ParamSpec, kv_replicas, param_name, param_shardings, param_specs, store
-from .check import check_tensors
 from .description import ARRAYS, DESCRIPTION, INCOMPLETE, write_description
 from .files import CheckpointError, listing
 from .load import progress, read_parameter, specs_read
@@ -27,7 +26,11 @@ COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "additional_chat_templates",
 )
 """What a converted checkpoint takes over as it is, where it is there."""
@@ -43,17 +46,16 @@ def convert(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, out
     all. Parameters are read and written in batches that do not exceed the largest parameter.
 
     Args:
-      checkpoint: the open checkpoint.
+      checkpoint: the open checkpoint, checked (`check_tensors`).
       config: the model, whose dtype is that of the parameters written.
       tensors: where the family keeps each parameter.
       out: the directory to make.
 
     Raises:
-      CheckpointError: `out` exists, or `<out>.incomplete` does; or as `check_tensors`.
+      CheckpointError: `out` exists, or `<out>.incomplete` does.
     """
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists already; give another directory, or remove it first")
-    check_tensors(checkpoint, config, tensors)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + INCOMPLETE)
     try:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .files import CheckpointError, listing, parse_object, read_object
+from .kinds import other_kind
+from .settings import QUANTIZATION
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,6 +31,7 @@ DTYPES = FLOATS | {
 }
 """The element types that are read: those of quantized weights too."""
 
+_FETCH = "fetch the checkpoint again"
 _REFETCH = "the file is damaged, fetch it again"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -59,16 +62,18 @@ class Checkpoint:
     Attributes:
       directory: where it lies.
       files: the safetensors files that make it up.
-      tensors: every tensor of every file, by name.
+      tensors: every tensor of every file, by name; of one in two shards, that of the shard which the index names.
+      absent: the shard of every tensor that the index names and that is not there; it may be one that nothing needs.
 
     Raises:
-      CheckpointError: no weights, only pickled weights, a shard or a tensor that the index names and that is absent,
-        one tensor in two shards, or a file that is not valid safetensors.
+      CheckpointError: no weights, only pickled weights, no shard, one tensor in two shards neither of which the index
+        names for it, or a file that is not valid safetensors.
     """
 
     directory: Path
     files: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
+    absent: dict[str, str]
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -77,31 +82,39 @@ class Checkpoint:
             self.files, weight_map = (single,), {}
         elif index.exists():
             weight_map = _weight_map(index)
-            self.files = tuple(directory / shard for shard in sorted(set(weight_map.values())))
+            shards = sorted(set(weight_map.values()))
+            self.files = tuple(directory / shard for shard in shards if (directory / shard).is_file())
+            if not self.files:
+                raise CheckpointError(f"{index} names shards that are not there: {listing(shards)}; {_FETCH}")
         else:
             raise CheckpointError(_no_weights(directory))
-        for file in self.files:
-            if not file.is_file():
-                shards = sorted(shard for shard in set(weight_map.values()) if not (directory / shard).is_file())
-                raise CheckpointError(
-                    f"{index} names shards that are not there: {listing(shards)}; fetch the checkpoint again"
-                )
 
         self.tensors, self._maps = {}, {}
         for file in self.files:
             self._maps[file], found = _open(file)
             for name, info in found.items():
+                if weight_map.get(name, file.name) != file.name:
+                    continue
                 if name in self.tensors:
                     raise CheckpointError(
-                        f"tensor {name!r} is in both {self.tensors[name].file} and {file}; "
-                        "one of them belongs to another checkpoint, remove it"
+                        f"tensor {name!r} is in both {self.tensors[name].file} and {file}, and the index does not say "
+                        "which counts; one of them belongs to another checkpoint, remove it"
                     )
                 self.tensors[name] = info
-        for name, shard in weight_map.items():
-            if name not in self.tensors or self.tensors[name].file.name != shard:
-                raise CheckpointError(
-                    f"{index} says that tensor {name!r} is in {shard}, which lacks it; fetch both files again"
-                )
+        self.absent = {name: shard for name, shard in weight_map.items() if name not in self.tensors}
+
+    def require(self, names: Collection[str]) -> None:
+        """Raise `CheckpointError` if the index names one of these tensors and it is not there."""
+        index, missing = self.directory / INDEX, [name for name in names if name in self.absent]
+        shards = sorted({self.absent[name] for name in missing})
+        gone = [shard for shard in shards if not (self.directory / shard).is_file()]
+        if gone:
+            raise CheckpointError(f"{index} names shards that are not there: {listing(gone)}; {_FETCH}")
+        if missing:
+            raise CheckpointError(
+                f"{index} says that tensor {missing[0]!r} is in {self.absent[missing[0]]}, which lacks it; fetch both "
+                "files again"
+            )
 
     def read(self, name: str) -> np.ndarray:
         """A read-only view of the tensor in the mapped file: nothing is copied, bytes are read when touched.
@@ -113,6 +126,10 @@ class Checkpoint:
         check_dtype(name, info, DTYPES)
         return self._maps[info.file][info.start : info.stop].view(DTYPES[info.dtype]).reshape(info.shape)
 
+    def get(self, name: str) -> np.ndarray | None:
+        """The same, or None where the tensor is not there."""
+        return self.read(name) if name in self.tensors else None
+
     def same_bytes(self, a: str, b: str) -> bool:
         """Whether two tensors agree in dtype, shape and every bit."""
         x, y = self.tensors[a], self.tensors[b]
@@ -122,16 +139,27 @@ class Checkpoint:
         return memoryview(self._maps[x.file])[x.start : x.stop] == memoryview(self._maps[y.file])[y.start : y.stop]
 
 
-def check_dtype(name: str, info: TensorInfo, wanted: Collection[str]) -> None:
-    """Raise `CheckpointError` if a tensor is of none of the element types, by their names in the header."""
+def check_dtype(name: str, info: TensorInfo, wanted: Collection[str], quantized: bool = True) -> None:
+    """Raise `CheckpointError` if a tensor is of none of the element types, by their names in the header.
+
+    Args:
+      name, info: of the tensor.
+      wanted: the element types.
+      quantized: whether the checkpoint's files say that its weights are quantized.
+    """
     if info.dtype in wanted:
         return
     if info.dtype == "F64":
         remedy = "save the model again in float32 or bfloat16"
-    else:
+    elif quantized:
         remedy = (
             "config.json, whose quantization_config says how weights are quantized, belongs to another checkpoint: "
             "take all files from one place, or load the unquantized checkpoint"
+        )
+    else:
+        remedy = (
+            "weights are quantized, and config.json has no quantization_config that says how, nor is there "
+            f"{' or '.join(QUANTIZATION)}: fetch what is missing, or load the unquantized checkpoint"
         )
     raise CheckpointError(
         f"{info.file}: tensor {name!r} has dtype {info.dtype}, expected one of {', '.join(wanted)}; {remedy}"
@@ -152,6 +180,8 @@ def _no_weights(directory: Path) -> str:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     pickles = [name for name in names if name.endswith(_PICKLES)]
     others = [name for name in names if name.endswith(".safetensors")]
+    if kind := other_kind(directory):
+        return kind
     if others:
         return (
             f"{directory} has neither {SINGLE} nor {INDEX}, only {listing(others)}; "

@@ -3,7 +3,9 @@
 from ..config import ModelConfig
 from . import gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3
 from .family import Family, HFConfig, Piece, TensorMap
-from .quantized import stored_quantization, stored_tensors
+from .multimodal import ARCHITECTURES as MULTIMODAL
+from .multimodal import is_multimodal, text_part
+from .quantized import in_other_orders, stored_quantization, stored_tensors
 from .tensors import with_copied_heads
 
 FAMILIES: dict[str, Family] = {
@@ -13,7 +15,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def config_from_hf(hf_config: HFConfig) -> ModelConfig:
-    """The model that a checkpoint's config.json describes.
+    """The model that a checkpoint's config.json describes, of a multimodal one the text decoder.
 
     Args:
       hf_config: its contents, as `json.load` returns them.
@@ -25,6 +27,7 @@ def config_from_hf(hf_config: HFConfig) -> ModelConfig:
     Raises:
       ValueError: the architecture, or something that the config asks of it, is not supported, or a key is missing.
     """
+    hf_config = text_part(hf_config)
     family = _family_for(hf_config)
     for key in ("rope_scaling", "rope_parameters"):
         if hf_config.get(key) is not None and not isinstance(hf_config[key], dict):
@@ -36,13 +39,16 @@ def config_from_hf(hf_config: HFConfig) -> ModelConfig:
 def tensors_of(config: ModelConfig, hf_config: HFConfig, kv_replicas: int = 1) -> TensorMap:
     """Where the checkpoint of that config.json keeps each parameter, or each part of those that it holds quantized.
 
+    The names are those of a text model with a head, "model.layers.0..." and "lm_head.weight"; a checkpoint may put them
+    under other prefixes (`checkpoint.layout`).
+
     Args:
       config: the model.
       hf_config: as `config_from_hf` takes it.
       kv_replicas: copies of each KV head that the parameters have; see `params.kv_replicas`.
     """
     tensors = with_copied_heads(config, family_of(config).tensors(config), kv_replicas)
-    return stored_tensors(hf_config, config, tensors)
+    return stored_tensors(text_part(hf_config), config, tensors)
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -56,8 +62,11 @@ def _family_for(hf: HFConfig) -> Family:
     families = FAMILIES.values()
     stated = hf.get("architectures") or []
     if stated:
-        found = [f for f in families if set(stated) & set(f.architectures)]
+        # A bare decoder, such as "LlamaModel", is saved without its head and under other names, which are looked for.
+        heads = [name.removesuffix("Model") + "ForCausalLM" for name in stated if name.endswith("Model")]
+        found = [f for f in families if {*stated, *heads} & set(f.architectures)]
         what, supported = f"architecture {', '.join(stated)}", [name for f in families for name in f.architectures]
+        supported += [name for name in MULTIMODAL if name.endswith("Generation")]
     else:
         found = [f for f in families if hf.get("model_type") in f.model_types]
         what = f"config.json names no architecture, and its model_type {hf.get('model_type')!r}"
@@ -67,4 +76,16 @@ def _family_for(hf: HFConfig) -> Family:
     return found[0]
 
 
-__all__ = ["FAMILIES", "Family", "HFConfig", "Piece", "TensorMap", "config_from_hf", "family_of", "tensors_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "HFConfig",
+    "Piece",
+    "TensorMap",
+    "config_from_hf",
+    "family_of",
+    "in_other_orders",
+    "is_multimodal",
+    "tensors_of",
+    "text_part",
+]

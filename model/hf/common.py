@@ -69,10 +69,19 @@ def decoder_config(
 
 
 def _max_position(hf: HFConfig, ropes: Sequence[RopeConfig]) -> int:
-    # Dynamic scaling is for going past max_position_embeddings, by its factor; the other kinds' configs state the
-    # stretched length themselves.
-    stretch = max(rope.factor if rope.kind == "dynamic" else 1.0 for rope in ropes)
-    return int(count(hf, "max_position_embeddings") * stretch)
+    """What is stated, or what scaling stretches the context to where that is more.
+
+    Configs of llama3, longrope and Gemma 3 state the stretched length themselves; those of the other kinds may or may
+    not. Source: `_get_and_verify_max_len` of `vllm/config/model.py`.
+    """
+    stated = count(hf, "max_position_embeddings")
+    stretched = [stated]
+    for rope in ropes:
+        if rope.kind in ("linear", "dynamic"):
+            stretched.append(int(stated * rope.factor))
+        elif rope.kind == "yarn":
+            stretched.append(int(rope.original_max_position * rope.factor))
+    return max(stretched)
 
 
 def required(hf: HFConfig, key: str) -> Any:
@@ -143,10 +152,10 @@ def layer_windows(hf: HFConfig, types: Sequence[str]) -> list[int | None]:
     return [count(hf, "sliding_window") if kind == SLIDING else None for kind in types]
 
 
-def refuse(hf: HFConfig, key: str, harmless: Sequence[Any], reason: str) -> None:
-    """Raise ValueError unless `key` is absent, null, or one of the values that change nothing."""
+def refuse(hf: HFConfig, key: str, harmless: Sequence[Any], reason: str, what: str | None = None) -> None:
+    """Raise ValueError unless `key` is absent, null, or one of the values that change nothing; `what` names it."""
     if hf.get(key) is not None and hf[key] not in harmless:
-        raise ValueError(f"{key} in config.json is {hf[key]!r}, which is not supported: {reason}")
+        raise ValueError(f"{what or f'{key} in config.json'} is {hf[key]!r}, which is not supported: {reason}")
 
 
 def _activation(hf: HFConfig, key: str) -> str:

@@ -18,13 +18,15 @@ class Implied:
 
     Attributes:
       tensor: its name in the checkpoint.
-      contents: makes what it must hold, integers.
+      holds: (its contents, those of `beside`) -> whether the layout is the one that is read.
       otherwise: what other contents would mean, and the remedy.
+      beside: another tensor that it is held against, or None.
     """
 
     tensor: str
-    contents: Callable[[], np.ndarray]
+    holds: Callable[[np.ndarray, np.ndarray | None], bool]
     otherwise: str
+    beside: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Piece:
       index: where it goes in the parameter; () is all of it.
       rows: which rows of the tensor, or of what it unpacks to, it is; None, which packed ones never have, is all.
       dtype: that the tensor must have, by its JAX name; None is any float.
-      unpack: (tensor, rows, columns) -> those of the matrix that a packed tensor stands for.
+      unpack: (tensor, rows, columns, *those of `beside`) -> those of the matrix that a packed tensor stands for.
+      beside: further tensors that unpacking takes.
       implied: tensors that may lie beside it.
     """
 
@@ -48,8 +51,18 @@ class Piece:
     index: tuple[slice | int, ...] = ()
     rows: tuple[int, int] | None = None
     dtype: str | None = None
-    unpack: Callable[[np.ndarray, slice, slice], np.ndarray] | None = None
+    unpack: Callable[..., np.ndarray] | None = None
+    beside: tuple[str, ...] = ()
     implied: tuple[Implied, ...] = ()
+
+    def renamed(self, name: Callable[[str], str]) -> "Piece":
+        """The same where the checkpoint has other names."""
+        implied = [
+            dataclasses.replace(other, tensor=name(other.tensor), beside=other.beside and name(other.beside))
+            for other in self.implied
+        ]
+        beside = tuple(map(name, self.beside))
+        return dataclasses.replace(self, tensor=name(self.tensor), beside=beside, implied=tuple(implied))
 
 
 TensorMap = dict[str, tuple[Piece, ...]]

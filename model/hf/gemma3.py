@@ -40,8 +40,9 @@ def config(hf: HFConfig) -> ModelConfig:
         windows=layer_windows(hf, types),
         ropes=[ropes[kind] for kind in types],
         qk_norm="head",
+        max_position=count(hf, "max_position_embeddings"),  # stated with its scaling
         **gemma_fields(hf),
     )
 
 
-FAMILY = Family("gemma3", ("Gemma3ForCausalLM",), ("gemma3_text",), config, decoder_tensors)
+FAMILY = Family("gemma3", ("Gemma3ForCausalLM", "Gemma3TextModel"), ("gemma3_text",), config, decoder_tensors)

@@ -7,22 +7,62 @@ Sources: `pack_to_int32` of compressed-tensors, `WQLinear_GEMM.from_linear` of A
 
 import numpy as np
 
-_ONES = np.uint32(0x11111111)
-"""One in each of a word's eight nibbles."""
+_ONES = {8: np.uint32(0x11111111), 4: np.uint32(0x01010101)}
+"""One in each of a word's eight nibbles, and of its four bytes."""
 _LOW = np.uint32(0x0F0F0F0F)
 """The low nibble of each of its bytes."""
 
 
-def row_words(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
-    """Bytes of int32 [O, I / 8], the first input lowest (compressed-tensors' weights): as they lie, nothing moves."""
-    return words[rows].view(np.uint8)[:, cols]
+def row_words(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
+    """Bytes of int32 [O, I / 8], the first input lowest (compressed-tensors' weights): as they lie, nothing moves.
+
+    With `groups`, that of each input, the inputs come sorted by them; so in the three functions after this.
+    """
+    if groups is None:
+        return words[rows].view(np.uint8)[:, cols]
+    return _pairs(_nibbles(words[rows])[:, order(groups)[2 * cols.start : 2 * cols.stop]])
 
 
-def column_words(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
+def row_bytes(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
+    """int8 values of int32 [O, I / 4], stored 128 higher (compressed-tensors' weights of 8 bits)."""
+    stored = words[rows].view(np.uint8)
+    return _signed(stored[:, cols] if groups is None else stored[:, order(groups)[cols]])
+
+
+def column_words(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
     """Bytes of int32 [I / 8, O], the first input lowest (GPTQ's weights)."""
+    if groups is not None:
+        return _pairs(_columns(words, rows, order(groups)[2 * cols.start : 2 * cols.stop], 8))
     first = cols.start // 4
     pairs = np.ascontiguousarray(words[first : -(-cols.stop // 4), rows].T).view(np.uint8)
     return pairs[:, cols.start - 4 * first : cols.stop - 4 * first]
+
+
+def column_bytes(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
+    """int8 values of int32 [I / 4, O], stored 128 higher (GPTQ's weights of 8 bits)."""
+    inputs = np.arange(cols.start, cols.stop) if groups is None else order(groups)[cols]
+    return _signed(_columns(words, rows, inputs, 4))
+
+
+def dense(words: np.ndarray, rows: slice, cols: slice, *parts: np.ndarray, a_word: int, one_less: bool) -> np.ndarray:
+    """float32 weights of int32 [I / 8, O] or, of 8 bits, [I / 4, O], in the order of their inputs.
+
+    Args:
+      words, rows, cols: as in `column_bytes`.
+      parts: the zero points, the scales, and the group of each input (GPTQ).
+      a_word, one_less: as in `gptq_zeros`.
+    """
+    zeros, scales, groups = parts
+    values, of = _columns(words, rows, np.arange(cols.start, cols.stop), a_word), groups[cols]
+    centered = (values if a_word == 8 else _signed(values)).astype(np.float32)
+    centered -= gptq_zeros(zeros, rows, slice(None), a_word=a_word, one_less=one_less)[:, of]
+    return centered * scales.T[rows][:, of].astype(np.float32)
+
+
+def order(groups: np.ndarray, rows: slice = slice(None), cols: slice | None = None) -> np.ndarray:
+    """Which input each is when they are sorted by their groups; as a column where it is read as a parameter."""
+    inputs = np.argsort(groups, kind="stable")[rows]
+    return inputs if cols is None else inputs[:, None]
 
 
 def awq_words(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
@@ -43,17 +83,19 @@ def row_zeros(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
     return _nibbles(words.T).T[rows, cols]
 
 
-def gptq_zeros(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
-    """Zero points of int32 [N, O / 8], the first output lowest (GPTQ's second format)."""
-    return _nibbles(words).T[rows, cols]
+def row_byte_zeros(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
+    """The same of int32 [O / 4, N], stored 128 higher."""
+    return _signed(np.ascontiguousarray(words.T).view(np.uint8)).T[rows, cols]
 
 
-def gptq_v1_zeros(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
-    """The same, where one was subtracted from each.
+def gptq_zeros(words: np.ndarray, rows: slice, cols: slice, *, a_word: int, one_less: bool) -> np.ndarray:
+    """Zero points of int32 [N, O / 8] or, 128 higher, [N, O / 4], the first output lowest.
 
-    GPTQModel subtracts it from whole words, so that a zero borrows from the next nibble, and undoes it with the carry.
+    In GPTQ's first format one was subtracted from each. GPTQModel subtracts it from whole words, so that a zero borrows
+    from the next number, and undoes it with the carry.
     """
-    return gptq_zeros(words.view(np.uint32) + _ONES, rows, cols)
+    words = words.view(np.uint32) + (_ONES[a_word] if one_less else np.uint32(0))
+    return (_nibbles(words) if a_word == 8 else _signed(words.view(np.uint8))).T[rows, cols]
 
 
 def awq_zeros(words: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
@@ -82,3 +124,21 @@ def _nibbles(words: np.ndarray) -> np.ndarray:
     """[A, B] words as uint8 [A, 8 B], the lowest four bits first."""
     pairs = np.ascontiguousarray(words).view(np.uint8)
     return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(words), -1)
+
+
+def _columns(words: np.ndarray, rows: slice, inputs: np.ndarray, a_word: int) -> np.ndarray:
+    """Numbers [O, I] of those inputs, of int32 [I / `a_word`, O], the first input of a word lowest."""
+    bits = 32 // a_word
+    stored = words[:, rows].view(np.uint8).reshape(len(words), -1, 4)
+    numbers = stored[inputs // a_word, :, inputs % a_word * bits // 8]
+    return (numbers >> (inputs * bits % 8).astype(np.uint8)[:, None] & (2**bits - 1)).T
+
+
+def _pairs(nibbles: np.ndarray) -> np.ndarray:
+    """[A, 2 B] numbers below 16 as bytes [A, B], the even ones in the low four bits."""
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def _signed(stored: np.ndarray) -> np.ndarray:
+    """Bytes that are 128 higher than the numbers they stand for, as int8."""
+    return (stored ^ np.uint8(128)).view(np.int8)

@@ -106,6 +106,6 @@ def _numbers(given: HFConfig, kind: str, *keys: str) -> dict[str, Any]:
 
 def _number(given: HFConfig, kind: str, key: str) -> float:
     value = given.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"RoPE kind {kind!r} needs {key}, a positive number; found {value!r} in config.json")
     return float(value)

@@ -1,6 +1,8 @@
 """Checkpoints that arrive quantized, on meshes: every device reads its own shards of the stored integers and scales."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import ridgeline as rl
@@ -17,7 +19,14 @@ def assert_placed(model: rl.Model) -> None:
 
 @pytest.mark.parametrize(
     ("name", "tensor"),  # of two KV heads
-    [("int4 that leaves a matrix as it is", 4), ("awq", 2), ("awq", 4), ("gptq", 4), ("fp8 in blocks", 4)],
+    [
+        ("int4 that leaves a matrix as it is", 4),
+        ("awq", 2),
+        ("awq", 4),
+        ("gptq", 4),
+        ("gptq in act order", 4),
+        ("fp8 in blocks", 4),
+    ],
 )
 def test_parameters_are_the_matrices_that_are_stored(tmp_path, name, tensor):
     mesh = rl.make_mesh(tensor=tensor)
@@ -25,6 +34,15 @@ def test_parameters_are_the_matrices_that_are_stored(tmp_path, name, tensor):
     assert quantized.params["layers"][0]["qkv"].shape[0] == tensor  # of two KV heads
     assert_placed(quantized)
     assert_stands_for(quantized.params, dense.params)
+
+
+def test_inputs_in_act_order(tmp_path):
+    """Activations are put in order before they are split."""
+    directory, _ = write_pair(tmp_path, "gptq in act order", vocab_size=32)
+    one, four = rl.load_model(directory), rl.load_model(directory, mesh=rl.make_mesh(tensor=4))
+    tokens = jnp.arange(12).reshape(2, 6)
+    expected = rl.forward(one.params, one.config, tokens)
+    np.testing.assert_allclose(rl.forward(four.params, four.config, tokens), expected, atol=1e-4 * abs(expected).max())
 
 
 def test_conversions_with_copied_kv_heads(tmp_path):

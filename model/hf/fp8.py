@@ -1,0 +1,36 @@
+"""Quantized matrices in fp8: in blocks as of DeepSeek-V3 and Qwen3, with one scale as AutoFP8 and ModelOpt store them.
+
+Sources: integrations/finegrained_fp8.py of transformers; auto_fp8/quantize.py of neuralmagic/AutoFP8;
+vllm/model_executor/layers/quantization/modelopt.py.
+"""
+
+import functools
+
+from ..schemes import Scheme
+from .compressed import plain_parts
+from .family import HFConfig
+from .stored import Stored, all_layers_but, block, only
+
+
+def fp8(settings: HFConfig) -> Stored:
+    """How matrices are stored; activations are not rounded, whatever the scheme for them."""
+    only(settings, "fmt", "e4m3")
+    only(settings, "activation_scheme", "dynamic", "static")
+    skipped = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or ()
+    if settings.get("weight_block_size") is None:
+        return _with_one_scale(skipped)
+    rows, columns = block(settings, "weight_block_size")
+    parts = functools.partial(plain_parts, "weight_scale_inv", False)
+    return Stored(Scheme("float8_e4m3fn", group=columns, rows=rows), all_layers_but(skipped), parts)
+
+
+def modelopt(settings: HFConfig) -> Stored:
+    """How matrices are stored by settings of ModelOpt, which its own file keeps under "quantization"."""
+    inner = {**settings, **(settings.get("quantization") or {})}
+    only({**inner, "quant_algo": inner.get("quant_algo") or "none"}, "quant_algo", "FP8")
+    return _with_one_scale(inner.get("exclude_modules") or inner.get("ignore") or ())
+
+
+def _with_one_scale(skipped: list[str]) -> Stored:
+    parts = functools.partial(plain_parts, "weight_scale", True)
+    return Stored(Scheme("float8_e4m3fn"), all_layers_but(skipped), parts)

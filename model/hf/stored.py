@@ -1,0 +1,87 @@
+"""What a way of storing quantized matrices states, and the settings and errors that all ways share."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..schemes import Scheme
+from .common import refuse
+from .family import HFConfig, Piece
+
+REMEDY = "load the checkpoint that it was quantized from, with quantize= where it is to be quantized while it is loaded"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How a checkpoint stores its quantized matrices.
+
+    Attributes:
+      scheme: that holds them as they are, but for `scale_dtype`, which only the tensors tell.
+      quantizes: whether it is how the linear module of that name is stored.
+      parts: (scheme, piece of the matrix, rows of it that share a scale in the parameter) -> pieces of its parts.
+      dense: (scheme, piece of the matrix) -> piece of the float matrix that it stands for; None where none is needed.
+    """
+
+    scheme: Scheme
+    quantizes: Callable[[str], bool]
+    parts: Callable[[Scheme, Piece, int], dict[str, Piece]]
+    dense: Callable[[Scheme, Piece], Piece] | None = None
+
+
+def only(settings: HFConfig, key: str, *supported: Any) -> None:
+    """Raise ValueError unless a setting is one of those supported, absent, or null."""
+    reason = f"{' or '.join(map(repr, supported)) or 'null'} is; {REMEDY}"
+    refuse(settings, key, supported, reason, where(settings, key))
+
+
+def where(settings: HFConfig, key: str) -> str:
+    """A setting by its name and file."""
+    return f"{key} in {settings['file']}" if "file" in settings else f"quantization_config.{key} in config.json"
+
+
+def group_size(settings: HFConfig, key: str = "group_size") -> int | None:
+    """Inputs that share a scale; None is all."""
+    size = settings.get(key)
+    if type(size) is not int or (size <= 0 and size != -1):
+        raise ValueError(f"{where(settings, key)} is {size!r}; it must be positive or -1")
+    return None if size == -1 else size
+
+
+def block(settings: HFConfig, key: str) -> tuple[int, int]:
+    """Outputs and inputs that share a scale."""
+    match settings.get(key):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+    raise ValueError(
+        f"{where(settings, key)} is {settings.get(key)!r}; two positive numbers are supported, such as [128, 128]: "
+        f"{REMEDY}"
+    )
+
+
+def all_layers_but(names: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a linear module is of a layer, and not within one of those."""
+    return lambda module: module != "lm_head" and not is_within(module, names)
+
+
+def is_within(module: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is some of the dotted parts of the module's, under any prefix."""
+    return any(f".{name}." in f".{alias}." for name in names for alias in aliases(module))
+
+
+def aliases(module: str) -> tuple[str, ...]:
+    """What a module of the decoder, "model.layers..." or "lm_head", is called in text, multimodal and bare models."""
+    bare = module.removeprefix("model.")
+    return module, f"language_model.{module}", f"model.language_model.{bare}", bare
+
+
+def beside(piece: Piece, name: str) -> str:
+    """The tensor of that name in a weight's module."""
+    return piece.tensor.removesuffix("weight") + name
+
+
+def part(
+    piece: Piece, name: str, shape: tuple[int, ...], dtype: str, unpack: Callable | None = None, step: int = 1
+) -> Piece:
+    """The piece of one part of a matrix, each of its rows standing for `step` of the matrix."""
+    first, last = piece.rows or (0, piece.shape[0])
+    return Piece(beside(piece, name), shape, piece.index, (first // step, last // step), dtype, unpack)

@@ -1,0 +1,198 @@
+"""A checkpoint's tokenizer from all of its files, with transformers' ids."""
+
+import json
+import warnings
+
+import pytest
+
+from backends import TEXTS, byte_level, llama2_like, save
+from ridgeline.model.checkpoint import CheckpointError
+from ridgeline.model.tokenizer import load_tokenizer
+
+BYTES, PIECES = byte_level().get_vocab_size(), llama2_like().get_vocab_size()
+
+
+def token(content: str, **flags: bool) -> dict:
+    return {"content": content, "lstrip": False, "rstrip": False, "single_word": False, "special": True} | flags
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
+    backend = byte_level()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64, pad_token="<s>", pad_id=0)
+    tokenizer = load_tokenizer(save(tmp_path, backend))
+    ids = tokenizer.encode(TEXTS[0])
+    assert tokenizer.decode(ids) == TEXTS[0]
+    assert ids.count(0) == 1
+
+
+def test_no_tokenizer_is_none(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_damaged_tokenizer_names_the_file(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer .*fetch it again"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "special_map", "expected"),
+    [
+        ({"bos_token": "<s>", "eos_token": None, "add_bos_token": True}, None, {"bos_token": "<s>"}),
+        ({"eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False}}, None, {"eos_token": "</s>"}),
+        ({}, {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}, {"bos_token": "<s>", "eos_token": "</s>"}),
+        ({"bos_token": "<s>", "added_tokens_decoder": {}}, {"bos_token": "</s>"}, {"bos_token": "<s>"}),
+        (None, None, {}),
+    ],
+)
+def test_special_tokens_come_from_either_file(tmp_path, config, special_map, expected):
+    files = {} if special_map is None else {"special_tokens_map": special_map}
+    assert load_tokenizer(save(tmp_path, byte_level(), config, **files)).special_tokens == expected
+
+
+# --- tokens that tokenizer.json lacks ---
+
+
+def test_tokens_of_added_tokens_decoder(tmp_path):
+    n = PIECES
+    listed = {"1": token("<s>", normalized=False), str(n): token("<|im_start|>"), str(n + 1): token("<|im_end|>")}
+    config = {"added_tokens_decoder": listed, "eos_token": "<|im_end|>"}
+    tokenizer = load_tokenizer(save(tmp_path, llama2_like(), config))
+    the = tokenizer.backend.token_to_id("▁the")
+    assert tokenizer.encode("<|im_start|>the<|im_end|>") == [n, the, n + 1]
+    assert tokenizer.eos_token_id == n + 1
+    assert tokenizer.decode([n, the, n + 1]) == "the"
+    assert tokenizer.decode([n, the, n + 1], skip_special_tokens=False) == "<|im_start|> the<|im_end|>"
+
+
+def test_special_token_of_the_plain_vocabulary(tmp_path):
+    """As in byte-level tokenizers whose training had the token as a word."""
+    backend = json.loads(byte_level().to_str())
+    backend["model"]["vocab"]["<|im_end|>"] = BYTES
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("fox<|im_end|>")
+    assert ids == [*tokenizer.encode("fox"), BYTES]
+    assert tokenizer.eos_token_id == BYTES
+    assert tokenizer.decode(ids) == "fox"
+
+
+def test_tokens_become_special_where_the_config_says_so(tmp_path):
+    backend = byte_level()
+    backend.add_tokens(["<tool>"])
+    tokenizer = load_tokenizer(save(tmp_path, backend, {"added_tokens_decoder": {str(BYTES): token("<tool>")}}))
+    assert tokenizer.decode(tokenizer.encode("fox<tool>")) == "fox"
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "special"),
+    [
+        ({"extra_special_tokens": ["<new>"]}, {}, True),
+        ({"additional_special_tokens": [token("<new>", special=False)]}, {}, True),
+        ({"extra_special_tokens": {"image_token": "<new>"}}, {}, True),
+        ({"image_token": "<new>"}, {}, True),
+        ({"pad_token": token("<new>", special=False)}, {}, True),
+        ({}, {"added_tokens": {"<new>": BYTES}}, False),
+        ({}, {"added_tokens": {"<new>": BYTES}, "special_tokens_map": {"eos_token": "<new>"}}, True),
+        ({"added_tokens_decoder": {str(BYTES): token("<new>", special=False)}}, {}, False),
+    ],
+)
+def test_every_way_of_adding_a_token(tmp_path, config, files, special):
+    tokenizer = load_tokenizer(save(tmp_path, byte_level(), config, **files))
+    ids = tokenizer.encode("fox<new>")
+    assert ids == [*tokenizer.encode("fox"), BYTES]
+    assert tokenizer.decode(ids) == ("fox" if special else "fox<new>")
+    assert tokenizer.special_tokens.get("image_token") == ("<new>" if "image" in str(config) else None)
+
+
+def test_what_the_files_contradict_each_other_in_is_said(tmp_path):
+    config = {"added_tokens_decoder": {str(BYTES + 5): token("<new>")}}
+    with pytest.warns(UserWarning, match=r"tokenizer_config\.json gives <new> other ids than tokenizer\.json leads to"):
+        assert load_tokenizer(save(tmp_path, byte_level(), config)).encode("<new>")[1:] == [BYTES]
+    config = {"bos_token": "<s>", "add_bos_token": False}
+    with pytest.warns(UserWarning, match=r"has add_bos_token False, and tokenizer\.json does otherwise"):
+        assert load_tokenizer(save(tmp_path, byte_level(), config)).encode("fox")[0] == 0
+
+
+def test_special_tokens_are_spelled_out_where_the_config_says_so(tmp_path):
+    tokenizer = load_tokenizer(save(tmp_path, byte_level(), {"split_special_tokens": True}))
+    assert tokenizer.encode("<s>", add_special_tokens=False) != [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "pattern"),
+    [
+        (
+            "tokenizer_config",
+            {"added_tokens_decoder": ["<new>"]},
+            r"_config\.json: added_tokens_decoder is \['<new>'\]",
+        ),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": token("<new>")}}, "expected an object of ids and tokens"),
+        ("tokenizer_config", {"added_tokens_decoder": {"9": 3}}, r"_config\.json: 3 is no token, expected a text, or"),
+        ("tokenizer_config", {"additional_special_tokens": [{"content": 3}]}, "is no token"),
+        ("tokenizer_config", {"eos_token": token("x", lstrip="no")}, "token 'x' has flags .*'no'.*, expected true or"),
+        ("added_tokens", {"<new>": "9"}, r"added_tokens\.json holds {'<new>': '9'}, expected an object of tokens and"),
+    ],
+)
+def test_tokens_that_are_none(tmp_path, name, value, pattern):
+    with pytest.raises(CheckpointError, match=pattern):
+        load_tokenizer(save(tmp_path, byte_level(), **{name: value}))
+
+
+@pytest.mark.parametrize("make", [byte_level, llama2_like])
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({"added_tokens_decoder": {"N": token("<tool>", lstrip=True, rstrip=True)}}, {}),
+        ({"added_tokens_decoder": {"N": token("<tool>", normalized=True, special=False)}}, {}),
+        ({"added_tokens_decoder": {"1": token("<s>", special=False)}, "bos_token": "<s>"}, {}),
+        ({"extra_special_tokens": ["<new>", "<tool>"], "pad_token": "[PAD]"}, {}),
+        ({"eos_token": "</s>", "add_bos_token": True, "add_eos_token": True, "bos_token": "<s>"}, {}),
+        ({}, {"added_tokens": {"<tool>": "N", "<new>": "N+1"}}),
+        ({"eos_token": "</s>"}, {"special_tokens_map": {"eos_token": token("<new>"), "pad_token": "[PAD]"}}),
+    ],
+)
+def test_ids_are_those_of_transformers(tmp_path, make, config, files):
+    transformers, n = pytest.importorskip("transformers"), make().get_vocab_size()
+    config, files = json.loads(json.dumps([config, files]).replace('"N+1"', str(n + 1)).replace('"N": ', f'"{n}": '))
+    files = {name: {k: n if v == "N" else v for k, v in value.items()} for name, value in files.items()}
+    save(tmp_path, make(), {"tokenizer_class": "PreTrainedTokenizerFast"} | config, **files)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, reference = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("fox <tool> the<new> fox", "[PAD]the</s>", "<tool>"):
+        ids = reference(text)["input_ids"]
+        assert ours.encode(text) == ids
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip)
+    assert (ours.eos_token_id, ours.special_tokens) == (reference.eos_token_id, reference.special_tokens_map)
+
+
+# --- tokenizers in other files ---
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2TokenizerFast"])
+def test_vocabulary_and_merges(tmp_path, kind):
+    byte_level().model.save(str(tmp_path))
+    listed = {str(BYTES): token("<|im_end|>")}
+    config = {"tokenizer_class": kind, "eos_token": "<|im_end|>", "added_tokens_decoder": listed}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<s>", "add_bos_token": True}))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == (text.replace("e\u0301", "é") if "Q" in kind else text)
+    ids = tokenizer.encode("fox<|im_end|>")
+    assert (ids[0], ids[-1]) == (0, BYTES)
+    reference = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*TEXTS, "THERE'S 1234 of\n\n them<|im_end|>"):
+        assert tokenizer.encode(text) == reference(text)["input_ids"]
+
+
+@pytest.mark.parametrize("names", [["tokenizer.model"], ["tekken.json"], ["vocab.json", "merges.txt"], ["vocab.txt"]])
+def test_other_files_are_named_with_the_command_that_converts_them(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    expected = rf"its tokenizer in {', '.join(names)} and no tokenizer\.json, .*from_pretrained.*save_pretrained"
+    with pytest.raises(CheckpointError, match=expected):
+        load_tokenizer(tmp_path)
