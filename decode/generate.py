@@ -202,7 +202,8 @@ def _stream(model: Model, batches: list[list[Request]], kv_dtype: jnp.dtype) -> 
                 )
             if all(request.finished for request in requests):
                 break
-            made = _to_host(requests, *runner.decode())
+            texts = [[] if request.finished else request.prompt + request.tokens for request in requests]
+            made = _to_host(requests, *runner.decode(texts))
         first += len(requests)
 
 
@@ -211,7 +212,7 @@ def _start(model: Model, requests: Sequence[Request], kv_dtype: jax.typing.DType
     totals = [len(r.prompt) + r.max_tokens for r in requests]
     rows, length = buckets.batch_bucket(len(requests)), buckets.cache_bucket(max(totals))
     runner = Runner(model, rows, length, kv_dtype=kv_dtype)
-    runner.begin(totals)
+    runner.begin([r.prompt for r in requests], totals)
     runner.sample_with([r.params for r in requests], [r.prompt for r in requests], [r.seed for r in requests])
     return runner
 

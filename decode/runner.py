@@ -43,19 +43,20 @@ class Runner:
     def __init__(self, model: Model, rows: int, max_length: int, *, kv_dtype: jax.typing.DTypeLike | None = None):
         data = 1 if model.mesh is None else model.mesh.shape["data"]
         self.model = model
+        longrope = {layer.rope for layer in model.config.layers if layer.rope.kind == "longrope"}
+        self._borders = {rope.original_max_position for rope in longrope}
         self.cache = init_cache(model.config, -(-rows // data) * data, max_length, mesh=model.mesh, kv_dtype=kv_dtype)
 
-    def begin(self, max_lengths: Sequence[int], contexts: Sequence[int] | None = None) -> None:
-        """Empty the cache for rows of so much room each; rows past those have none, so that nothing is written there.
+    def begin(self, texts: Texts, max_lengths: Sequence[int]) -> None:
+        """Empty the cache for rows that will begin with these texts.
 
         Args:
-          max_lengths: positions at which each row is full.
-          contexts: what length-dependent RoPE kinds take its length for; `max_lengths` by default.
+          texts: what `prefill` or `all_logits` will run; their lengths are those that length-dependent RoPE kinds see
+            until the rows are longer, so that chunks agree.
+          max_lengths: positions at which each row is full; rows past those given have no room at all.
         """
         self.cache = self.cache.replace(
-            lengths=self._rows([]),
-            max_lengths=self._rows(max_lengths),
-            contexts=self._rows(max_lengths if contexts is None else contexts),
+            lengths=self._rows([]), max_lengths=self._rows(max_lengths), contexts=self._rows(list(map(len, texts)))
         )
 
     def sample_with(self, params: Sequence[SamplingParams], prompts: Texts, seeds: Sequence[int]) -> None:
@@ -89,12 +90,33 @@ class Runner:
         made, logprobs, self.tokens, self.state = sample_first(logits, self.state, self.cache.lengths, self.plan)
         return made, logprobs
 
-    def decode(self, steps: int = buckets.DECODE_STEPS) -> Sampled:
-        """Make the next tokens of every row, in one dispatch."""
+    def decode(self, texts: Texts = (), steps: int = buckets.DECODE_STEPS) -> Sampled:
+        """Make the next tokens of every row, in one dispatch.
+
+        Args:
+          texts: of the rows that go on, with the tokens made so far. LongRoPE changes all frequencies where a row
+            outgrows the pre-training context: the row is read again there, as `transformers` does (`Phi3ForCausalLM`),
+            and steps are single ones just before. Without texts rows that outgrow it keep their keys.
+          steps: to make.
+        """
+        cached = [len(text) - 1 for text in texts]  # the last token is not, yet
+        if any(border in cached for border in self._borders):
+            self._read_again([text[:-1] if n in self._borders else [] for n, text in zip(cached, texts, strict=True)])
+        elif any(0 <= n < border < n + steps for border in self._borders for n in cached):
+            steps = 1
         made, logprobs, self.tokens, self.cache, self.state = decode_steps(
             self.model.params, self.model.config, self.tokens, self.cache, self.state, self.plan, steps=steps
         )
         return made, logprobs
+
+    def _read_again(self, texts: Texts) -> None:
+        """Run rows anew as if they were a token longer; those of no text stay as they are."""
+        again = np.array([len(text) for text in texts] + [0] * (self.cache.batch_size - len(texts)), np.int32)
+        self.cache = self.cache.replace(
+            lengths=jnp.where(again > 0, 0, self.cache.lengths),
+            contexts=jnp.where(again > 0, again + 1, self.cache.contexts),
+        )
+        self.prefill(texts)
 
     def _rows(self, values: Sequence[int]) -> Int[Array, "B"]:
         """One value a row, 0 past those given, placed as the cache's rows are."""

@@ -232,9 +232,9 @@ def _score(runners: Sequence[Runner], windows: Sequence[_Window], chunk: int) ->
     for row, (window, length) in enumerate(zip(windows, lengths, strict=True)):
         targets[row, :length] = window.targets
         scored[row, window.first - window.begin : length] = True
-    for runner in runners:
-        runner.begin(lengths)
     texts = [window.tokens for window in windows]
+    for runner in runners:
+        runner.begin(texts, lengths)
     sums = []
     for parts in zip(*(runner.all_logits(texts, chunk) for runner in runners), strict=True):
         part = np.s_[:, parts[0][0] : parts[0][0] + chunk]

@@ -22,7 +22,8 @@ def product_cpu(x: Float[Array, "M I"], w: Num[Array, "*out I"] | QuantizedArray
     one_device = _cpu_devices() == 1  # over several, an axis that may be split is neither merged nor cut
     if one_device and rows == 1 and (lanes := _lanes(x, w)):
         return _by_lanes(x, w, lanes)
-    if one_device and quantized and w.scheme.dtype == "int8" and rows * _DIGITS <= FEW_ROWS:
+    plain_int8 = quantized and w.scheme.dtype == "int8" and w.scheme.scales_outputs
+    if one_device and plain_int8 and rows * _DIGITS <= FEW_ROWS:
         return _int8_by_digits(x, w)
     if quantized:
         return _widened(x, w)

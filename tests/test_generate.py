@@ -200,3 +200,25 @@ def test_batches_of_nothing_are_refused(model, call):
 
 def test_no_prompts_no_outputs(model):
     assert rl.generate(model, [], GREEDY) == []
+
+
+LONGROPE = rl.RopeConfig(
+    20,
+    kind="longrope",
+    original_max_position=24,
+    short_factor=tuple(1 + i / 10 for i in range(10)),
+    long_factor=tuple(4.0 + i for i in range(10)),
+)
+
+
+@pytest.mark.parametrize("lengths", [(5, 23), (24, 30)], ids=str)
+def test_longrope_takes_the_factors_of_the_length_that_a_row_has(lengths):
+    """Reading the whole text again at each step, as `forward` does, is what transformers does where a row crosses."""
+    model = tiny_model(tiny_config(layers=(rl.LayerConfig(LONGROPE),) * 2))
+    prompts = [rng.integers(0, 509, n).tolist() for n in lengths]
+    for max_tokens in (12, 40):
+        outputs = rl.generate(model, prompts, rl.SamplingParams(max_tokens=max_tokens, temperature=0.0))
+        for prompt, output in zip(prompts, outputs, strict=True):
+            for n, token in enumerate(output.tokens):
+                text = jnp.array([prompt + output.tokens[:n]])
+                assert token == rl.forward(model.params, model.config, text)[0, -1].argmax()
