@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -39,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit:  # argparse has printed what was wrong, or the help
         return exit.code if isinstance(exit.code, int) else USAGE
     try:
-        return args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"ridgeline: {message}", file=sys.stderr)
+            return args.run(args)
     except UsageError as error:
         return _fail(error, USAGE)
     except BrokenPipeError:  # whoever read the output has closed it, as `head` does

@@ -1,6 +1,7 @@
 """Text in, text out: prompts to batches, batches through prefill and the decode loop, tokens to requests."""
 
 import dataclasses
+import functools
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -159,10 +160,9 @@ def _request(model: Model, index: int, prompt: str | Sequence[int], params: Samp
         raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
     params.validate(config.vocab_size)
     if params.max_tokens is not None and params.max_tokens > room:
-        warnings.warn(
+        _say_once(
             f"prompt {index} has {len(tokens)} tokens of the {config.max_position} that the model takes: it ends after "
-            f"{room} new ones, not after max_tokens {params.max_tokens}",
-            stacklevel=4,
+            f"{room} new ones, not after max_tokens {params.max_tokens}"
         )
     return Request(
         prompt=tokens,
@@ -172,6 +172,11 @@ def _request(model: Model, index: int, prompt: str | Sequence[int], params: Samp
         eos_token_ids=model.generation.eos_token_ids,
         tokenizer=model.tokenizer,
     )
+
+
+@functools.lru_cache(256)
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
 
 
 def _batches(requests: list[Request], max_batch_size: int) -> list[list[Request]]:

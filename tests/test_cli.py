@@ -139,3 +139,10 @@ def test_a_conversation_that_grows_too_long_goes_on_after_a_reset(monkeypatch, c
     assert "shorten the prompt; /reset starts over" in err
     assert "8 new tokens" in err
     assert out.strip()
+
+
+def test_warnings_are_lines_on_standard_error(capsys):
+    assert main(["generate", "Once", "--max-tokens", "99999", "--seed", "1", "--stop", "."]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "max_tokens 99999" in line]
+    assert len(told) == 1
+    assert told[0].startswith("ridgeline: prompt 0 has ")

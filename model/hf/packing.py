@@ -18,30 +18,30 @@ def row_words(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | 
 
     With `groups`, that of each input, the inputs come sorted by them; so in the three functions after this.
     """
-    if groups is None:
-        return words[rows].view(np.uint8)[:, cols]
-    return _pairs(_nibbles(words[rows])[:, order(groups)[2 * cols.start : 2 * cols.stop]])
+    stored = words[rows].view(np.uint8)
+    return stored[:, cols] if groups is None else _pairs(stored, order(groups)[2 * cols.start : 2 * cols.stop])
 
 
 def row_bytes(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
     """int8 values of int32 [O, I / 4], stored 128 higher (compressed-tensors' weights of 8 bits)."""
-    stored = words[rows].view(np.uint8)
-    return _signed(stored[:, cols] if groups is None else stored[:, order(groups)[cols]])
+    return _signed(words[rows].view(np.uint8)[:, cols if groups is None else order(groups)[cols]])
 
 
 def column_words(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
     """Bytes of int32 [I / 8, O], the first input lowest (GPTQ's weights)."""
     if groups is not None:
-        return _pairs(_columns(words, rows, order(groups)[2 * cols.start : 2 * cols.stop], 8))
+        return _pairs(_row_bytes(words[:, rows]), order(groups)[2 * cols.start : 2 * cols.stop])
     first = cols.start // 4
-    pairs = np.ascontiguousarray(words[first : -(-cols.stop // 4), rows].T).view(np.uint8)
-    return pairs[:, cols.start - 4 * first : cols.stop - 4 * first]
+    return _row_bytes(words[first : -(-cols.stop // 4), rows])[:, cols.start - 4 * first : cols.stop - 4 * first]
 
 
 def column_bytes(words: np.ndarray, rows: slice, cols: slice, groups: np.ndarray | None = None) -> np.ndarray:
     """int8 values of int32 [I / 4, O], stored 128 higher (GPTQ's weights of 8 bits)."""
-    inputs = np.arange(cols.start, cols.stop) if groups is None else order(groups)[cols]
-    return _signed(_columns(words, rows, inputs, 4))
+    if groups is not None:
+        return _signed(_row_bytes(words[:, rows])[:, order(groups)[cols]])
+    first = cols.start // 4
+    stored = _row_bytes(words[first : -(-cols.stop // 4), rows])
+    return _signed(stored[:, cols.start - 4 * first : cols.stop - 4 * first])
 
 
 def dense(words: np.ndarray, rows: slice, cols: slice, *parts: np.ndarray, a_word: int, one_less: bool) -> np.ndarray:
@@ -53,9 +53,9 @@ def dense(words: np.ndarray, rows: slice, cols: slice, *parts: np.ndarray, a_wor
       a_word, one_less: as in `gptq_zeros`.
     """
     zeros, scales, groups = parts
-    values, of = _columns(words, rows, np.arange(cols.start, cols.stop), a_word), groups[cols]
-    centered = (values if a_word == 8 else _signed(values)).astype(np.float32)
-    centered -= gptq_zeros(zeros, rows, slice(None), a_word=a_word, one_less=one_less)[:, of]
+    stored, of = _row_bytes(words[:, rows]), groups[cols]
+    values = _numbers(stored, np.arange(cols.start, cols.stop)) if a_word == 8 else _signed(stored[:, cols])
+    centered = values - gptq_zeros(zeros, rows, slice(None), a_word=a_word, one_less=one_less)[:, of].astype(np.float32)
     return centered * scales.T[rows][:, of].astype(np.float32)
 
 
@@ -126,17 +126,19 @@ def _nibbles(words: np.ndarray) -> np.ndarray:
     return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(words), -1)
 
 
-def _columns(words: np.ndarray, rows: slice, inputs: np.ndarray, a_word: int) -> np.ndarray:
-    """Numbers [O, I] of those inputs, of int32 [I / `a_word`, O], the first input of a word lowest."""
-    bits = 32 // a_word
-    stored = words[:, rows].view(np.uint8).reshape(len(words), -1, 4)
-    numbers = stored[inputs // a_word, :, inputs % a_word * bits // 8]
-    return (numbers >> (inputs * bits % 8).astype(np.uint8)[:, None] & (2**bits - 1)).T
+def _row_bytes(words: np.ndarray) -> np.ndarray:
+    """[I / n, O] words as the bytes of their outputs, [O, 4 I / n], the lowest first."""
+    return np.ascontiguousarray(words.T).view(np.uint8)
 
 
-def _pairs(nibbles: np.ndarray) -> np.ndarray:
-    """[A, 2 B] numbers below 16 as bytes [A, B], the even ones in the low four bits."""
-    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+def _numbers(stored: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """Those inputs of bytes [O, I / 2], each of two numbers, the even one in the low four bits."""
+    return np.take(stored, inputs // 2, axis=1) >> (4 * (inputs % 2)).astype(np.uint8) & 15
+
+
+def _pairs(stored: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """The same, two to a byte."""
+    return _numbers(stored, inputs[::2]) | _numbers(stored, inputs[1::2]) << 4
 
 
 def _signed(stored: np.ndarray) -> np.ndarray:
