@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from . import mosaic
+from . import layouts
 from .dispatch import current_device
 
 _COLUMNS = (8, 16, 32, 64)  # to which rows of activations are padded: few kernels, all of whose registers are known
@@ -161,5 +161,5 @@ def make_schedule(
         blocks=-(-bands * steps // share),
         scales_a_step=entries[0],
         zeros_a_step=entries[1],
-        stages=min(_MOST_STAGES, (mosaic.SHARED_BYTES - mosaic.RESERVED_BYTES - _PADDING_BYTES) // stage),
+        stages=min(_MOST_STAGES, (layouts.SHARED_BYTES - layouts.RESERVED_BYTES - _PADDING_BYTES) // stage),
     )

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import mosaic
+from . import layouts, mosaic
 
 STAGES = 2  # tiles of K, and of V, in shared memory
 ROWS = 64  # that are widened at a time, of as many columns
@@ -75,7 +75,7 @@ def copy_and_widen(block, pages, scales, both):
                 value = plgpu.layout_cast(raw.astype(exact), _LAYOUT).astype(jnp.float32)
                 value = value * lax.broadcast_in_dim(factors, value.shape, [0])
                 if real is not None:
-                    value = jnp.where(mosaic.between(value.shape, *(row - first for row in real)), value, 0.0)
+                    value = jnp.where(layouts.between(value.shape, *(row - first for row in real)), value, 0.0)
                 tiles.ready.at[block.slot(tile), rows, columns][...] = value.astype(case.dtype)
         plgpu.commit_smem()
 
