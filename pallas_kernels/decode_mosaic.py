@@ -25,14 +25,12 @@ from jaxtyping import Array, Float, Int
 
 from . import layouts, mosaic
 from .decode_combine import combine_partials
-from .decode_copy import TILE, Block, Place, Ring
-from .decode_schedule import make_schedule
+from .decode_schedule import Place, first_place, make_schedule
 from .dispatch import current_device
 from .pages import AttentionOptions, Pages
 
-_PADDING_BYTES = 2048  # of shared memory, that barriers take and that buffers lose to alignment
+_TILE = 64  # positions: the rows of one wgmma
 _REDUCTION_BYTES = 1024  # of shared memory, for maxima and sums across warps
-_MULTIPROCESSORS = 132  # of an H100 or H200 SXM, where JAX does not say
 _LAYOUT = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
 
@@ -61,26 +59,22 @@ def decode_attention_mosaic(
       interpret: parameters of Mosaic's interpreter, None to compile.
     """
     B, K, R, H = q.shape
-    P, _, S, _ = pages.k.shape
-    columns, stages, blocks_per_sm = _tiling(H, R, quantized=pages.k_scales is not None)
+    quantized = pages.k_scales is not None
+    columns, stages, blocks_per_sm = _tiling(H, R, quantized=quantized)
     if blocks is None:
-        blocks = blocks_per_sm * (current_device().multiprocessors or _MULTIPROCESSORS)
-    splits = -(-R // columns)
-    case = _Case(B, K, R, H, P, S, queries, columns, splits, stages, q.dtype, pages.k.dtype, options)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, splits * columns - R), (0, 0))).reshape(B, case.heads, columns, H)
-    if case.quantized and not case.paged_scales:
-        k_scales, v_scales = (layouts.scales_in_order(x, block_tables, TILE) for x in (pages.k_scales, pages.v_scales))
-        pages = pages._replace(k_scales=k_scales, v_scales=v_scales)
-    schedule = make_schedule(
-        lengths, queries=queries, window=options.window, tile=TILE, heads=case.heads, blocks=blocks
+        blocks = blocks_per_sm * (current_device().multiprocessors or layouts.MULTIPROCESSORS)
+    splits = -(-R // columns)  # of the queries of a head, where they are more than one wgmma takes
+    heads, S = K * splits, pages.k.shape[2]
+    case = _Case(
+        queries, R // queries, heads, splits, H, S, columns, stages, q.dtype, pages.k.dtype, quantized, options
     )
-    slots = blocks + B * case.heads
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, splits * columns - R), (0, 0))).reshape(B, heads, columns, H)
+    pages = layouts.with_copyable_scales(pages, block_tables, _TILE)
+    schedule = make_schedule(lengths, queries=queries, window=options.window, tile=_TILE, heads=heads, blocks=blocks)
+    shapes = (blocks + B * heads, H, columns), (blocks + B * heads, 2, columns)
     sums, stats = mosaic.kernel(
         functools.partial(_body, case),
-        out_type=(
-            jax.ShapeDtypeStruct((slots, H, columns), jnp.float32),
-            jax.ShapeDtypeStruct((slots, 2, columns), jnp.float32),
-        ),
+        out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
         grid=(blocks,),
         grid_names=("block",),
         scratch_types={"ring": case.ring()},
@@ -91,7 +85,7 @@ def decode_attention_mosaic(
 
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32) * layouts.LOG2E, (1, queries))
-        sinks = jnp.pad(sinks, ((0, 0), (0, splits * columns - R))).reshape(case.heads, columns)
+        sinks = jnp.pad(sinks, ((0, 0), (0, splits * columns - R))).reshape(heads, columns)
     rows = R if splits == 1 else columns
     out = combine_partials(sums, stats, schedule.pieces, sinks, rows=rows, dtype=q.dtype, interpret=interpret)
     return out.reshape(B, K, splits * rows, H)[:, :, :R]
@@ -105,9 +99,9 @@ def _tiling(head_dim: int, queries: int, *, quantized: bool) -> tuple[int, int, 
     take one block with all the memory.
     """
     columns = min(-(-queries // 8) * 8, (32 if quantized else 48) if head_dim <= 128 else 24)
-    stage = 2 * TILE * (head_dim + 4 if quantized else 2 * head_dim) + columns * head_dim * 2
-    wide_tile = 2 * TILE * head_dim if quantized else 0
-    fixed = columns * (head_dim + TILE) * 2 + wide_tile + _REDUCTION_BYTES + _PADDING_BYTES
+    stage = 2 * _TILE * (head_dim + 4 if quantized else 2 * head_dim) + columns * head_dim * 2
+    wide_tile = 2 * _TILE * head_dim if quantized else 0
+    fixed = columns * (head_dim + _TILE) * 2 + wide_tile + _REDUCTION_BYTES + layouts.PADDING_BYTES
     wanted_blocks, wanted_stages = (3, 2) if quantized else (2, 3)
     for blocks in range(wanted_blocks, 0, -1):
         stages = min(6, (layouts.SHARED_BYTES // blocks - layouts.RESERVED_BYTES - fixed) // stage)
@@ -118,166 +112,177 @@ def _tiling(head_dim: int, queries: int, *, quantized: bool) -> tuple[int, int, 
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """What the kernel is compiled for.
+    """What the kernel is compiled for: T new tokens, G queries of each a KV head, H head dims, S positions a page.
 
-    Attributes:
-      B, K, R, H, P, S: rows, KV heads, queries of each, head dims, pages, positions a page.
-      queries: new tokens a row.
-      columns: queries a wgmma, a multiple of 8.
-      splits: blocks of so many that the queries of a KV head take: each is a head of its own here.
-      stages: tiles of K and V in flight, the one being read included.
-      dtype, kv_dtype: of queries and of pages.
-      options: what the layer asks of attention.
+    The queries of a KV head are `splits` blocks of `columns`, which are a multiple of 8: one is a head of its own here.
+    `stages` tiles of K and V are in flight, the one being read included.
     """
 
-    B: int
-    K: int
-    R: int
-    H: int
-    P: int
-    S: int
-    queries: int
-    columns: int
+    T: int
+    G: int
+    heads: int
     splits: int
+    H: int
+    S: int
+    columns: int
     stages: int
     dtype: Any
     kv_dtype: Any
+    quantized: bool
     options: AttentionOptions
 
-    @property
-    def heads(self) -> int:
-        return self.K * self.splits
-
-    @property
-    def quantized(self) -> bool:
-        return self.kv_dtype != self.dtype
-
-    @property
-    def paged_scales(self) -> bool:
-        """Whether scales are copied from their pages: copies of under 128 bytes are refused."""
-        return self.S * 4 >= 128
-
-    @property
-    def pages(self) -> int:
-        """Pages a tile, or one where a tile is a part of it."""
-        return max(1, TILE // self.S)
-
-    @property
-    def offsets(self) -> list[int]:
-        """Where the blocks of head dims start that are multiplied at once."""
-        return layouts.row_blocks(self.H)
-
-    @property
-    def wide(self) -> tuple[Any, ...]:
-        """Transforms of every matrix that wgmma reads."""
-        return layouts.tiled(self.H, 2)
-
-    def ring(self) -> Ring:
-        """Shared memory and barriers of a thread block."""
-        tiles = plgpu.SMEM(
-            (self.stages, TILE, self.H), self.kv_dtype, transforms=layouts.tiled(self.H, self.kv_dtype.itemsize)
-        )
-        copies = self.pages + (self.pages if self.paged_scales else 1) * self.quantized  # of K or V, a tile
+    def ring(self) -> "_Ring":
+        narrow, for_wgmma = layouts.tiled(self.H, self.kv_dtype.itemsize), layouts.tiled(self.H, 2)
+        tiles = plgpu.SMEM((self.stages, _TILE, self.H), self.kv_dtype, transforms=narrow)
+        pages = max(1, _TILE // self.S)
+        copies = pages + (pages if layouts.copies_scales(self.S) else 1) * self.quantized  # of K or V, a tile
         ready = plgpu.Barrier(num_arrivals=copies, num_barriers=self.stages)
-        ring = Ring(
-            plgpu.SMEM((self.stages + 1, self.columns, self.H), self.dtype, transforms=self.wide),
+        wide = plgpu.SMEM((_TILE, self.H), self.dtype, transforms=for_wgmma)
+        scales = plgpu.SMEM((self.stages, _TILE), jnp.float32)
+        return _Ring(
+            plgpu.SMEM((self.stages + 1, self.columns, self.H), self.dtype, transforms=for_wgmma),
             tiles,
             tiles,
-            plgpu.SMEM((self.columns, TILE), self.dtype, transforms=self.wide),
+            plgpu.SMEM((self.columns, _TILE), self.dtype, transforms=for_wgmma),
             plgpu.Barrier(num_barriers=self.stages + 1),
             ready,
             ready,
+            *((wide, scales, scales) if self.quantized else ()),
         )
-        if not self.quantized:
-            return ring
-        scales = plgpu.SMEM((self.stages, TILE), jnp.float32)
-        wide = plgpu.SMEM((TILE, self.H), self.dtype, transforms=self.wide)
-        return ring._replace(wide=wide, k_scales=scales, v_scales=scales)
 
 
-class _Softmax(NamedTuple):
-    """Of a unit so far: unnormalized values by blocks of head dims, the highest score in bits, sum of exponentials."""
+class _Ring(NamedTuple):
+    """Shared memory and barriers: queries, tiles of K and V and, if those are quantized, one in 16 bits, and scales."""
+
+    q: Any
+    k: Any
+    v: Any
+    weights: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    wide: Any = None
+    k_scales: Any = None
+    v_scales: Any = None
+
+
+class _Carry(NamedTuple):
+    """A unit's unnormalized values, highest score and sum of exponentials so far; the tile due and the one to fetch.
+
+    That one's pages are looked up a step before, so that nothing waits for them.
+    """
 
     sums: tuple[Any, ...]
     highest: Any
     total: Any
-
-
-class _Carry(NamedTuple):
-    """What a step hands to the next: the tile that is due and its row's length, the one to fetch and its pages."""
-
-    softmax: _Softmax
     here: Place
     length: Any
     ahead: Place
     page_ids: tuple[Any, ...]
 
 
+class _Block:
+    """A thread block: its share of the line of tiles, and where that comes from."""
+
+    def __init__(self, case: _Case, q: Any, pages: Pages, tables: Any, work: Any, rows: Any, ring: _Ring):
+        self.case, self.q, self.pages, self.tables, self.rows, self.ring = case, q, pages, tables, rows, ring
+        self.index = lax.axis_index("block")
+        self.count = work[self.index, 3]
+
+    def slot(self, i: Any) -> Any:
+        return lax.rem(i, jnp.int32(self.case.stages))
+
+    def query_slot(self, place: Place) -> Any:
+        return lax.rem(place.unit, jnp.int32(self.case.stages + 1))
+
+    def page_ids(self, place: Place) -> tuple[Any, ...]:
+        return layouts.page_ids(self.pages.k, self.tables, place.row, place.tile, _TILE)
+
+    def fetch(self, i: Any, place: Place, page_ids: tuple[Any, ...]) -> None:
+        """Starts the copies of the block's tile i, and of a unit's queries with its first."""
+        pages, ring = self.pages, self.ring
+        slot, kv_head = self.slot(i), lax.div(place.head, jnp.int32(self.case.splits))
+
+        @pl.when(place.new_unit)
+        def _():
+            there = self.query_slot(place)
+            plgpu.copy_gmem_to_smem(self.q.at[place.row, place.head], ring.q.at[there], ring.q_ready.at[there])
+
+        paged = [(pages.k, ring.k, ring.k_ready), (pages.v, ring.v, ring.v_ready)]
+        scales = [(pages.k_scales, ring.k_scales, ring.k_ready), (pages.v_scales, ring.v_scales, ring.v_ready)]
+        if self.case.quantized and layouts.copies_scales(self.case.S):
+            paged += scales
+        elif self.case.quantized:
+            for source, target, ready in scales:
+                tile = jnp.minimum(place.tile, source.shape[2] - 1)
+                plgpu.copy_gmem_to_smem(source.at[place.row, kv_head, tile], target.at[slot], ready.at[slot])
+        for source, target, ready in paged:
+            layouts.copy_tile(source, page_ids, kv_head, place.tile, target.at[slot], ready.at[slot])
+
+
 def _body(case, q, pages, tables, lengths, work, rows, sums, stats, *, ring):
-    block = Block(case, q, pages, tables, work, rows, ring)
-    here = ahead = block.first()
+    block = _Block(case, q, pages, tables, work, rows, ring)
+    here = ahead = first_place(work, rows, block.index)
     page_ids = block.page_ids(ahead)
     for i in range(case.stages):
         pl.when(i < block.count)(functools.partial(block.fetch, jnp.int32(i), ahead, page_ids))
-        ahead = block.after(ahead)
+        ahead = ahead.after(block.rows, case.heads)
         page_ids = block.page_ids(ahead)
-    zeros = tuple(layouts.filled((64, case.columns), 0.0, _LAYOUT) for _ in case.offsets)
-    softmax = _Softmax(
-        zeros,
-        layouts.filled((case.columns,), layouts.NEVER, _COLUMN),
-        layouts.filled((case.columns,), 0.0, _COLUMN),
-    )
-    carry = _Carry(softmax, here, lengths[here.row], ahead, page_ids)
+    zeros = tuple(layouts.filled((64, case.columns), 0.0, _LAYOUT) for _ in layouts.row_blocks(case.H))
+    highest = layouts.filled((case.columns,), layouts.NEVER, _COLUMN)
+    total = layouts.filled((case.columns,), 0.0, _COLUMN)
+    carry = _Carry(zeros, highest, total, here, lengths[here.row], ahead, page_ids)
     lax.fori_loop(0, block.count, functools.partial(_step, block, lengths, sums, stats), carry)
 
 
 def _step(block, lengths, sums_out, stats_out, i, carry):
-    """Attends over the block's tile i, and fetches the one that takes its slot."""
-    case = block.case
-    (sums, highest, total), here, length, ahead, page_ids = carry
-    slot = block.slot(i)
+    """Attends over the block's tile i and, as soon as its slot is free, fetches another."""
+    case, here, ahead = block.case, carry.here, carry.ahead
+    slot, offsets = block.slot(i), layouts.row_blocks(case.H)
 
     def fetch():
-        pl.when(i + case.stages < block.count)(lambda: block.fetch(i + case.stages, ahead, page_ids))
+        pl.when(i + case.stages < block.count)(lambda: block.fetch(i + case.stages, ahead, carry.page_ids))
 
-    x, seen = _scores(block, slot, here, length)
-    new_highest = jnp.maximum(highest, x.max(axis=0))
-    kept = jnp.exp2(highest - new_highest)
-    p = jnp.where(seen, jnp.exp2(x - lax.broadcast_in_dim(new_highest, x.shape, [1])), 0.0)
-    total = total * kept + p.sum(axis=0)
-    values = _weigh(block, slot, p, seen, _real_rows(case, here, length))
-    if case.quantized:  # the ring's slot is free once it is widened
+    x, seen = _scores(block, slot, here, carry.length)
+    highest = jnp.maximum(carry.highest, x.max(axis=0))
+    kept = jnp.exp2(carry.highest - highest)
+    p = jnp.where(seen, jnp.exp2(x - lax.broadcast_in_dim(highest, x.shape, [1])), 0.0)
+    total = carry.total * kept + p.sum(axis=0)
+    values = _weighed(block, slot, here, carry.length, p, seen)
+    if case.quantized:  # the slot is free once it is widened
         fetch()
-    updates = _weighted_sums(block, values)
-    sums = tuple(s * lax.broadcast_in_dim(kept, s.shape, [1]) + new for s, new in zip(sums, updates, strict=True))
+
+    weights = mosaic.transposed(block.ring.weights)
+
+    def multiply(*accs):
+        for acc, offset in zip(accs, offsets, strict=True):
+            plgpu.wgmma(acc, mosaic.transposed(values.at[:, pl.ds(offset, 64)]), weights)
+
+    updates = mosaic.products(multiply, [(64, case.columns)] * len(offsets))
+    sums = [s * lax.broadcast_in_dim(kept, s.shape, [1]) + new for s, new in zip(carry.sums, updates, strict=True)]
     if not case.quantized:
         fetch()
-
-    following = block.after(here)
+    following = here.after(block.rows, case.heads)
     done = following.new_unit
 
     @pl.when(done | (i + 1 == block.count))
     def _():
         partial = block.index + here.row * case.heads + here.head
-        mosaic.store(stats_out.at[partial, 0], new_highest)
+        mosaic.store(stats_out.at[partial, 0], highest)
         mosaic.store(stats_out.at[partial, 1], total)
-        for s, offset in zip(sums, case.offsets, strict=True):
+        for s, offset in zip(sums, offsets, strict=True):
             mosaic.store(sums_out.at[partial, pl.ds(offset, 64)], s)
 
-    # The page numbers of the next fetch are loaded a tile ahead, so that nothing waits for them.
-    ahead = block.after(ahead)
-    softmax = _Softmax(
-        tuple(jnp.where(done, 0.0, s) for s in sums),
-        jnp.where(done, layouts.NEVER, new_highest),
-        jnp.where(done, 0.0, total),
-    )
-    length = lax.cond(done, lambda: lengths[following.row], lambda: length)
-    return _Carry(softmax, following, length, ahead, block.page_ids(ahead))
+    ahead = ahead.after(block.rows, case.heads)
+    sums = tuple(jnp.where(done, 0.0, s) for s in sums)
+    highest, total = jnp.where(done, layouts.NEVER, highest), jnp.where(done, 0.0, total)
+    length = lax.cond(done, lambda: lengths[following.row], lambda: carry.length)
+    return _Carry(sums, highest, total, following, length, ahead, block.page_ids(ahead))
 
 
 def _scores(block, slot, here, length):
-    """Scores of a tile in bits, [positions, queries], and which count: the others are `layouts.NEVER`."""
-    case, ring = block.case, block.ring
+    """Scores of a tile in bits, [positions, queries], and whether a query sees a position; if not, `layouts.NEVER`."""
+    case, ring, base = block.case, block.ring, here.tile * _TILE
     place = block.query_slot(here)
     pl.when(here.new_unit)(lambda: plgpu.barrier_wait(ring.q_ready.at[place]))
     plgpu.barrier_wait(ring.k_ready.at[slot])
@@ -291,41 +296,29 @@ def _scores(block, slot, here, length):
     def multiply(acc):
         plgpu.wgmma(acc, keys, mosaic.transposed(ring.q.at[place]))
 
-    (x,) = mosaic.products(multiply, [(TILE, case.columns)])
+    (x,) = mosaic.products(multiply, [(_TILE, case.columns)])
     if case.quantized:
         x = x * lax.broadcast_in_dim(scales, x.shape, [0])
     x = layouts.scores_in_bits(x, case.options)
-    seen = _seen(case, x.shape, here, length)
-    return jnp.where(seen, x, layouts.NEVER), seen
-
-
-def _seen(case, shape, here, length):
-    """Whether a query sees a position."""
-    position = here.tile * TILE + layouts.iota(shape, 0, _LAYOUT)
-    if case.queries == 1:
-        last_seen = length - 1
-    else:
-        column = layouts.iota(shape, 1, _LAYOUT) + lax.rem(here.head, jnp.int32(case.splits)) * case.columns
-        token = lax.div(column, jnp.int32(case.R // case.queries))
-        last_seen = jnp.minimum(length - case.queries + token, length - 1)
+    position = base + layouts.iota(x.shape, 0, _LAYOUT)
+    last_seen = length - 1
+    if case.T > 1:
+        column = layouts.iota(x.shape, 1, _LAYOUT) + lax.rem(here.head, jnp.int32(case.splits)) * case.columns
+        last_seen = jnp.minimum(length - case.T + lax.div(column, jnp.int32(case.G)), length - 1)
     seen = position <= last_seen
     if case.options.window is not None:
         seen = seen & (position > last_seen - case.options.window)
-    return seen
+    return jnp.where(seen, x, layouts.NEVER), seen
 
 
-def _real_rows(case, here, length):
-    """The first row of a tile and the end of those that some query sees. Others may be anybody's, even NaN."""
-    window, base = case.options.window, here.tile * TILE
-    oldest = 0 if window is None else jnp.maximum(length - case.queries + 1 - window, 0)
-    return oldest - base, length - base
-
-
-def _weigh(block, slot, p, seen, rows):
-    """Stores the weights of a tile's values, which are softmax's and the scales'; returns the values as wgmma reads."""
-    case, ring = block.case, block.ring
+def _weighed(block, slot, here, length, p, seen):
+    """A tile of values as wgmma reads it; its weights, which are probabilities times scales, go to the ring's."""
+    case, ring, window = block.case, block.ring, block.case.options.window
     plgpu.barrier_wait(ring.v_ready.at[slot])
-    values = ring.v.at[slot]
+    values, base = ring.v.at[slot], here.tile * _TILE
+    # The rows that some query sees. Others may be anybody's, even NaN.
+    oldest = 0 if window is None else jnp.maximum(length - case.T + 1 - window, 0)
+    rows = oldest - base, length - base
     if case.quantized:
         scales = mosaic.load(ring.v_scales.at[slot], _ROW)
         if case.dtype == jnp.float16:  # weights times scales may leave its range, which values do not
@@ -335,18 +328,7 @@ def _weigh(block, slot, p, seen, rows):
             p = jnp.where(seen, p * lax.broadcast_in_dim(scales, p.shape, [0]), 0.0)
         values = ring.wide
     if case.kv_dtype != jnp.int8:  # which has no NaN
-        pl.when((rows[0] > 0) | (rows[1] < TILE))(lambda: layouts.clear_rows(values, rows))
-    mosaic.store_transposed(ring.weights, p.astype(case.dtype), case.wide)
+        pl.when((rows[0] > 0) | (rows[1] < _TILE))(lambda: layouts.clear_rows(values, rows))
+    mosaic.store_transposed(ring.weights, p.astype(case.dtype), layouts.tiled(case.H, 2))
     plgpu.commit_smem()
     return values
-
-
-def _weighted_sums(block, values):
-    """Values times weights, [head dims, queries] for each block of head dims."""
-    case, weights = block.case, block.ring.weights
-
-    def multiply(*accs):
-        for acc, offset in zip(accs, case.offsets, strict=True):
-            plgpu.wgmma(acc, mosaic.transposed(values.at[:, pl.ds(offset, 64)]), mosaic.transposed(weights))
-
-    return mosaic.products(multiply, [(64, case.columns)] * len(case.offsets))

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from . import mosaic
-from .pages import AttentionOptions
+from .pages import AttentionOptions, Pages
 
 NEVER = -1e30  # a finite "minus infinity": a row that sees nothing yields zeros, not NaN
-
 SHARED_BYTES = 228 * 1024  # of shared memory a multiprocessor of Hopper has
 RESERVED_BYTES = 1024  # of it that each thread block takes for itself
-
+PADDING_BYTES = 2048  # of a block's, that barriers take and that buffers lose to alignment
+MULTIPROCESSORS = 132  # of an H100 or H200 SXM, where JAX does not say
 LOG2E = math.log2(math.e)
 
 
@@ -97,14 +97,42 @@ def tiled(columns: int, itemsize: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def scales_in_order(
-    scales: Float[Array, "P K S"], block_tables: Int[Array, "B N"], tile: int
-) -> Float[Array, "B K tiles tile"]:
-    """The scales of each row's positions in order, in whole tiles: for pages too small to be copied from."""
+def copies_scales(page_size: int) -> bool:
+    """Whether scales are copied from their pages: TMA writes to multiples of 128 bytes, which are 32 scales."""
+    return page_size >= 32
+
+
+def with_copyable_scales(pages: Pages, block_tables: Int[Array, "B N"], tile: int) -> Pages:
+    """The scales of pages too small to be copied from become [B, K, tiles, tile], those of a row in order."""
+    K, S = pages.k.shape[1:3]
+    if pages.k_scales is None or copies_scales(S):
+        return pages
     B, N = block_tables.shape
-    K, S = scales.shape[1:]
     tables = jnp.pad(block_tables, ((0, 0), (0, -N % (tile // S))))
-    return scales[tables].transpose(0, 2, 1, 3).reshape(B, K, -1, tile)
+    k, v = (x[tables].transpose(0, 2, 1, 3).reshape(B, K, -1, tile) for x in (pages.k_scales, pages.v_scales))
+    return pages._replace(k_scales=k, v_scales=v)
+
+
+def page_ids(pages: Any, tables: Any, row: Any, tile: Any, positions: int) -> tuple[Any, ...]:
+    """The pages of a row's tile of so many positions, or the page that it is a part of.
+
+    Entries past the row's length may hold anything: what they lead to is masked, but it must exist.
+    """
+    P, _, S, _ = pages.shape
+    count = max(1, positions // S)
+    entry = tile * count if S <= positions else lax.div(tile, jnp.int32(S // positions))
+    entries = [jnp.minimum(entry + n, tables.shape[1] - 1) for n in range(count)]
+    return tuple(jnp.clip(tables[row, n], 0, P - 1) for n in entries)
+
+
+def copy_tile(pages: Any, ids: Sequence[Any], head: Any, tile: Any, target: Any, barrier: Any) -> None:
+    """Starts the copies of a tile out of its pages, of values or of scales: each is an arrival at the barrier."""
+    S, positions = pages.shape[2], target.shape[0]
+    copied = min(S, positions)
+    start = lax.rem(tile, jnp.int32(S // positions)) * positions if S > positions else 0
+    for n, page in enumerate(ids):
+        there = target.at[pl.ds(n * copied, copied)]
+        plgpu.copy_gmem_to_smem(pages.at[page, head, pl.ds(start, copied)], there, barrier)
 
 
 def row_blocks(rows: int) -> list[int]:

@@ -105,7 +105,7 @@ def _scratch(s: Schedule, x: Array, values: Array, factors: Any, zeros: Any, *, 
         return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
     stored = s.width * s.bits // 8 // values.dtype.itemsize
-    wide = transforms(s.part, 2)
+    narrow, wide = transforms(stored, values.dtype.itemsize), transforms(s.part, 2)
     copies = 2
     rings = []
     for entries, count in ((factors, s.scales_a_step), (zeros, s.zeros_a_step)):
@@ -113,11 +113,7 @@ def _scratch(s: Schedule, x: Array, values: Array, factors: Any, zeros: Any, *, 
         rings.append(plgpu.SMEM((s.stages, s.rows, count), entries.dtype) if count else None)
     widened = (s.warpgroups, _at_once(s)[1], WARPGROUP_ROWS, s.part)
     return _Ring(
-        plgpu.SMEM(
-            (s.stages, s.warpgroups, WARPGROUP_ROWS, stored),
-            values.dtype,
-            transforms=transforms(stored, values.dtype.itemsize),
-        ),
+        plgpu.SMEM((s.stages, s.warpgroups, WARPGROUP_ROWS, stored), values.dtype, transforms=narrow),
         plgpu.SMEM((s.stages, s.columns, s.width), x.dtype, transforms=wide),
         *rings,
         plgpu.Barrier(num_arrivals=copies, num_barriers=s.stages),

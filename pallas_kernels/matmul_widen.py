@@ -21,15 +21,11 @@ RAW_LAYOUT = plgpu.Layout.WGMMA_UPCAST_2X  # a word a thread
 BASE_LAYOUT = _LAYOUT.reduce(1)
 
 
-def pairs_a_word(bits: int) -> int:
-    return 16 // bits
-
-
 def arranged(x: Array, bits: int) -> Array:
     """[..., K] with inputs in the order in which weights of so many bits meet them; of 16 bits, as they are."""
     if bits == 16:
         return x
-    n = pairs_a_word(bits)
+    n = 16 // bits  # pairs a word
     # A thread c = 2a + b of a quad has word 2b + a of 16 bytes (`WGMMA_UPCAST_2X`), whose weight n * e + j is half e of
     # pair j; in wgmma's operand, that half is column 2c + e of the eight that pair j has.
     words = x.reshape(*x.shape[:-1], -1, 2, 2, 2, n)  # b, a, e, j

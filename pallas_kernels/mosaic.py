@@ -31,13 +31,7 @@ def kernel(
 
 
 def inline(plain: Callable[..., Any], *, interpreted: bool, **types: Any) -> Callable[..., Any]:
-    """A decorator of what writes a kernel's MLIR itself, as `plgpu.inline_mgpu`; the interpreter runs `plain` instead.
-
-    Args:
-      plain: takes the same arrays and references, without the launch context before them.
-      interpreted: whether the interpreter is to run the kernel.
-      types: as `plgpu.inline_mgpu` takes them.
-    """
+    """`plgpu.inline_mgpu`, in whose place the interpreter runs `plain`, a function of the same operands in jnp."""
     return (lambda _: plain) if interpreted else plgpu.inline_mgpu(**types)
 
 

@@ -51,28 +51,17 @@ def prefill_attention_mosaic(
     past a row's length nor what pages hold past it reach the result, whatever they are.
 
     Args:
-      q: queries, bfloat16 or float16.
-      pages: the cache of one layer, in the queries' dtype, or int8 or float8_e4m3fn with scales.
-      block_tables: page of each stretch of S positions.
-      starts, lengths: positions cached before these tokens, and with them.
-      options: what the layer asks of attention.
-      sinks: float32; one more logit a head, which joins the softmax's denominator and has no value.
-      interpret: parameters of Mosaic's interpreter, to run on a CPU; None compiles.
-
-    Returns:
-      [B, T, K, G, H] in the queries' dtype.
+      q, pages, block_tables, starts, lengths, options, sinks: as in `attention.prefill_attention`, with tables.
+      interpret: parameters of Mosaic's interpreter, None to compile.
     """
     B, T, K, G, H = q.shape
-    P, _, S, _ = pages.k.shape
-    N, R = block_tables.shape[1], -(-T * G // _BLOCK) * _BLOCK
+    S, R = pages.k.shape[2], -(-T * G // _BLOCK) * _BLOCK
     quantized, interpreted = pages.k_scales is not None, interpret is not None
-    case = _Case(B, T, K, G, H, P, S, N, R, q.dtype, pages.k.dtype, quantized, options, interpreted)
+    case = _Case(T, G, H, S, R, q.dtype, pages.k.dtype, quantized, options, interpreted)
     rows = jnp.pad(q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H), ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
     if sinks is not None:
         sinks = jnp.pad(jnp.tile(sinks.astype(jnp.float32), (1, T)), ((0, 0), (0, R - T * G)))
-    scales = (pages.k_scales, pages.v_scales) if quantized else None
-    if quantized and not case.paged_scales:
-        scales = tuple(layouts.scales_in_order(x, block_tables, case.keys) for x in scales)
+    pages = layouts.with_copyable_scales(pages, block_tables, case.keys)
     out = mosaic.kernel(
         functools.partial(_body, case),
         out_type=jax.ShapeDtypeStruct(rows.shape, q.dtype),
@@ -84,7 +73,7 @@ def prefill_attention_mosaic(
         reduction_scratch_bytes=0,  # a row of wgmma's layout is reduced within a warp
         kernel_name="prefill_attention",
         interpret=interpret,
-    )(rows, (pages.k, pages.v), scales, block_tables, starts, lengths, sinks)
+    )(rows, pages, block_tables, starts, lengths, sinks)
     return out[:, :, : T * G].reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4)
 
 
@@ -92,14 +81,10 @@ def prefill_attention_mosaic(
 class _Case:
     """What the kernel is compiled for: the module's sizes, dtypes, and what the layer asks of attention."""
 
-    B: int
     T: int
-    K: int
     G: int
     H: int
-    P: int
     S: int
-    N: int
     R: int
     dtype: Any
     kv_dtype: Any
@@ -127,16 +112,6 @@ class _Case:
         return (192, 120) if self.H <= 128 else (224, 56)
 
     @property
-    def piece(self) -> int:
-        """Positions a copy: a page, or as much of it as a tile takes."""
-        return min(self.S, self.keys)
-
-    @property
-    def paged_scales(self) -> bool:
-        """Whether scales are copied from their pages: TMA writes to multiples of 128 bytes, which are 32 scales."""
-        return self.S >= 32
-
-    @property
     def columns(self) -> int:
         """Head dims a tile of the shared-memory layout, in 16 bits and in 8."""
         return layouts.swizzle_bytes(self.H, 2) // 2
@@ -144,7 +119,7 @@ class _Case:
     def scratch(self) -> dict[str, Any]:
         """Shared memory and barriers of a block, by the names that `_body` takes."""
         transforms = layouts.tiled(self.H, 2)
-        copies = self.keys // self.piece
+        copies = max(1, self.keys // self.S)
         tiles = Tiles(
             plgpu.SMEM((STAGES, self.keys, self.H), self.dtype, transforms=transforms),
             plgpu.Barrier(num_arrivals=1 if self.quantized else copies, num_barriers=STAGES),
@@ -154,7 +129,7 @@ class _Case:
             tiles = tiles._replace(
                 raw=plgpu.SMEM((self.keys, self.H), self.kv_dtype, transforms=layouts.tiled(self.H, 1)),
                 scales=plgpu.SMEM((self.keys,), jnp.float32),
-                arrived=plgpu.Barrier(num_arrivals=copies + (copies if self.paged_scales else 1)),
+                arrived=plgpu.Barrier(num_arrivals=copies + (copies if layouts.copies_scales(self.S) else 1)),
             )
         probs = (_ATTENDING, _ROWS, self.keys)
         return {
@@ -171,12 +146,12 @@ class _Case:
 class _Block:
     """Where a thread block stands: its KV head, query rows and positions, and the tiles of keys that those see."""
 
-    def __init__(self, case: _Case, tables: Any, starts: Any, lengths: Any):
-        self.case, self.window, self.tables = case, case.options.window, tables
+    def __init__(self, case: _Case, pages: Pages, tables: Any, starts: Any, lengths: Any):
+        self.case, self.window, self.pages, self.tables = case, case.options.window, pages, tables
         self.row, self.head = lax.axis_index("row"), lax.axis_index("kv_head")
         self.first_row = (case.R // _BLOCK - 1 - lax.axis_index("block")) * _BLOCK  # those that see most start first
         self.start = starts[self.row]
-        self.length = jnp.minimum(lengths[self.row], case.N * case.S)
+        self.length = jnp.minimum(lengths[self.row], tables.shape[1] * case.S)
         self.first_query = self.start + _div(self.first_row, case.G)
         self.last_query = self.start + jnp.minimum(_div(self.first_row + _BLOCK - 1, case.G), case.T - 1)
         self.low = jnp.int32(0)
@@ -188,14 +163,8 @@ class _Block:
     def slot(self, tile: Any) -> Any:
         return lax.rem(tile - self.low, jnp.int32(STAGES))
 
-    def pieces(self, tile: Any) -> list[tuple[Any, Any]]:
-        """Page, and offset in it, of each copy that makes up the tile; of any page where the table has none."""
-        keys, S, N = self.case.keys, self.case.S, self.case.N
-        if S <= keys:
-            taken = [(jnp.minimum(tile * (keys // S) + i, N - 1), 0) for i in range(keys // S)]
-        else:
-            taken = [(jnp.minimum(_div(tile, S // keys), N - 1), lax.rem(tile, jnp.int32(S // keys)) * keys)]
-        return [(jnp.clip(self.tables[self.row, index], 0, self.case.P - 1), offset) for index, offset in taken]
+    def page_ids(self, tile: Any) -> tuple[Any, ...]:
+        return layouts.page_ids(self.pages.k, self.tables, self.row, tile, self.case.keys)
 
     def sees_all(self, tile: Any) -> Any:
         """Whether every query of the block sees every key of the tile."""
@@ -223,8 +192,8 @@ class _Block:
         return jnp.where(seen, scores, layouts.NEVER)
 
 
-def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q_filled, k_s, v_s, turn, done, probs_s):
-    block = _Block(case, tables, starts, lengths)
+def _body(case, q, pages, tables, starts, lengths, sinks, out, *, q_s, q_filled, k_s, v_s, turn, done, probs_s):
+    block = _Block(case, pages, tables, starts, lengths)
     warpgroup = lax.axis_index("warpgroup")
     attending, copying = case.registers
 
@@ -232,9 +201,9 @@ def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q
     def _():
         plgpu.set_max_registers(copying, action="decrease")
         if case.quantized:
-            copy_and_widen(block, pages, scales, (k_s, v_s))
+            copy_and_widen(block, (k_s, v_s))
         else:
-            copy_tiles(block, pages, (k_s, v_s))
+            copy_tiles(block, (k_s, v_s))
 
     @pl.when(warpgroup < _ATTENDING)
     def _():
