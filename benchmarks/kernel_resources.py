@@ -218,6 +218,7 @@ def attention_op(case: Case, batch: int) -> tuple[Callable[..., Any], dict[str, 
     from jax.sharding import PartitionSpec
 
     from ridgeline.pallas_kernels.attention import decode_attention, prefill_attention
+    from ridgeline.pallas_kernels.pages import AttentionOptions, Pages
 
     pages = 8192 // case.S
     quantized = case.kv in ("int8", "fp8")
@@ -225,8 +226,8 @@ def attention_op(case: Case, batch: int) -> tuple[Callable[..., Any], dict[str, 
     q_spec = PartitionSpec(None, None, "tensor")
     shapes = {
         "q": ((batch, case.T, case.K, case.G, case.H), DTYPES[case.q], q_spec),
-        "k_pages": ((4096, case.K, case.S, case.H), DTYPES[case.kv], heads),
-        "v_pages": ((4096, case.K, case.S, case.H), DTYPES[case.kv], heads),
+        "k": ((4096, case.K, case.S, case.H), DTYPES[case.kv], heads),
+        "v": ((4096, case.K, case.S, case.H), DTYPES[case.kv], heads),
         "block_tables": ((batch, pages), "int32", whole),
         "lengths": ((batch,), "int32", whole),
     }
@@ -236,9 +237,13 @@ def attention_op(case: Case, batch: int) -> tuple[Callable[..., Any], dict[str, 
         shapes |= {f"{name}_scales": ((4096, case.K, case.S), "float32", heads) for name in "kv"}
     if case.every:
         shapes["sinks"] = ((case.K, case.G), "float32", PartitionSpec("tensor"))
-    options = {"window": 1024, "soft_cap": 50.0} if case.every else {}
-    op = {"decode": decode_attention, "prefill": prefill_attention}[case.op]
-    return functools.partial(op, scale=case.H**-0.5, implementation="mosaic", **options), shapes, q_spec
+    options = AttentionOptions(case.H**-0.5, *((1024, 50.0) if case.every else ()))
+    attention = {"decode": decode_attention, "prefill": prefill_attention}[case.op]
+
+    def op(k, v, k_scales=None, v_scales=None, **arrays):
+        return attention(pages=Pages(k, v, k_scales, v_scales), options=options, implementation="mosaic", **arrays)
+
+    return op, shapes, q_spec
 
 
 def occupancy(kernel: dict[str, Any], chip: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from . import mosaic
+from . import layouts, mosaic
 
 _LAYOUT = plgpu.Layout.WGMMA
 _FLOATS_IN_FLIGHT = 8192  # 64 registers a thread: partials loaded at once, to hide the latency of each
@@ -38,7 +38,7 @@ def combine_partials(
     """
     H, R = sums.shape[1:]
     column = _LAYOUT.reduce(0)
-    offsets = mosaic.row_blocks(H)
+    offsets = layouts.row_blocks(H)
     unroll = max(1, min(8, _FLOATS_IN_FLIGHT // (H * R)))
 
     def wide(vector, like):
@@ -59,7 +59,7 @@ def combine_partials(
             ]
             maxima = [mosaic.load(stats_ref.at[slot, 0], column, optimized=False) for slot in slots]
             totals = [mosaic.load(stats_ref.at[slot, 1], column, optimized=False) for slot in slots]
-            maxima = [jnp.where(ok, m, mosaic.NEVER) for ok, m in zip(real, maxima, strict=True)]
+            maxima = [jnp.where(ok, m, layouts.NEVER) for ok, m in zip(real, maxima, strict=True)]
             new_highest = functools.reduce(jnp.maximum, maxima, highest)
             kept = jnp.exp2(highest - new_highest)
             weights = [jnp.where(ok, jnp.exp2(m - new_highest), 0.0) for ok, m in zip(real, maxima, strict=True)]
@@ -70,8 +70,8 @@ def combine_partials(
             )
             return new_highest, total, outs
 
-        zeros = tuple(mosaic.filled((64, R), 0.0, _LAYOUT) for _ in offsets)
-        init = (mosaic.filled((R,), mosaic.NEVER, column), mosaic.filled((R,), 0.0, column), zeros)
+        zeros = tuple(layouts.filled((64, R), 0.0, _LAYOUT) for _ in offsets)
+        init = (layouts.filled((R,), layouts.NEVER, column), layouts.filled((R,), 0.0, column), zeros)
         steps = lax.div(last - first + unroll, jnp.int32(unroll))
         highest, total, outs = lax.fori_loop(0, steps, step, init)
         if sinks_ref:

@@ -14,6 +14,7 @@ which widening is the most, these kernels have little room.
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,51 +23,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from . import mosaic
+from . import layouts, mosaic
 from .decode_combine import combine_partials
-from .decode_schedule import make_schedule
+from .decode_schedule import Place, first_place, make_schedule
 from .dispatch import current_device
 from .pages import AttentionOptions, Pages
 
 _TILE = 64  # positions: the rows of one wgmma
-_PADDING_BYTES = 2048  # of shared memory, that barriers take and that buffers lose to alignment
 _REDUCTION_BYTES = 1024  # of shared memory, for maxima and sums across warps
-_MULTIPROCESSORS = 132  # of an H100 or H200 SXM, where JAX does not say
 _LAYOUT = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeTiling:
-    """How one decode kernel uses a multiprocessor.
-
-    Attributes:
-      columns: queries a wgmma, a multiple of 8.
-      stages: tiles of K and V in flight, the one being read included.
-      blocks_per_sm: thread blocks that share a multiprocessor.
-    """
-
-    columns: int
-    stages: int
-    blocks_per_sm: int
-
-
-def decode_tiling(head_dim: int, queries: int, *, quantized: bool) -> DecodeTiling:
-    """Several blocks a multiprocessor, so that one loads while another computes, if each can have a deep enough ring.
-
-    Quantized tiles are released before they are multiplied, and widening them is work to overlap: two stages and three
-    blocks. Wide heads take one block with all the memory.
-    """
-    columns = min(-(-queries // 8) * 8, (32 if quantized else 48) if head_dim <= 128 else 24)
-    stage = 2 * _TILE * (head_dim + 4 if quantized else 2 * head_dim) + columns * head_dim * 2
-    wide_tile = 2 * _TILE * head_dim if quantized else 0
-    fixed = columns * (head_dim + _TILE) * 2 + wide_tile + _REDUCTION_BYTES + _PADDING_BYTES
-    wanted_blocks, wanted_stages = (3, 2) if quantized else (2, 3)
-    for blocks in range(wanted_blocks, 0, -1):
-        stages = min(6, (mosaic.SHARED_BYTES // blocks - mosaic.RESERVED_BYTES - fixed) // stage)
-        if stages >= wanted_stages:
-            break
-    return DecodeTiling(columns, stages, blocks)
 
 
 # Jitted, so that the layers of a model share one trace of the kernel.
@@ -92,236 +58,277 @@ def decode_attention_mosaic(
       blocks: thread blocks; None fills the device.
       interpret: parameters of Mosaic's interpreter, None to compile.
     """
-    scale, window, soft_cap = options.scale, options.window, options.soft_cap
-    k_pages, v_pages, k_scales, v_scales = pages
     B, K, R, H = q.shape
-    P, _, S, _ = k_pages.shape
-    quantized = k_scales is not None
-    tiling = decode_tiling(H, R, quantized=quantized)
-    columns, stages = tiling.columns, tiling.stages
+    quantized = pages.k_scales is not None
+    columns, stages, blocks_per_sm = _tiling(H, R, quantized=quantized)
     if blocks is None:
-        blocks = tiling.blocks_per_sm * (current_device().multiprocessors or _MULTIPROCESSORS)
+        blocks = blocks_per_sm * (current_device().multiprocessors or layouts.MULTIPROCESSORS)
     splits = -(-R // columns)  # of the queries of a head, where they are more than one wgmma takes
-    heads = K * splits
+    heads, S = K * splits, pages.k.shape[2]
+    case = _Case(
+        queries, R // queries, heads, splits, H, S, columns, stages, q.dtype, pages.k.dtype, quantized, options
+    )
     q = jnp.pad(q, ((0, 0), (0, 0), (0, splits * columns - R), (0, 0))).reshape(B, heads, columns, H)
-    scales = (k_scales, v_scales) if quantized else ()
-    # Copies of under 128 bytes are refused, so that the scales of smaller pages are gathered into tiles beforehand.
-    scales_paged = S * 4 >= 128
-    if not scales_paged:
-        scales = tuple(mosaic.scales_in_order(x, block_tables, _TILE) for x in scales)
-    schedule = make_schedule(lengths, queries=queries, window=window, tile=_TILE, heads=heads, blocks=blocks)
-
-    dtype, kv_dtype = q.dtype, k_pages.dtype
-    group = R // queries
-    pages = max(1, _TILE // S)  # a tile is this many pages, or a part of one
-    copied = min(_TILE, S)
-    slots = blocks + B * heads
-    offsets = mosaic.row_blocks(H)
-    wide = mosaic.tiled(H, 2)  # of every matrix that wgmma reads
-
-    def split_kernel(q_ref, k_ref, v_ref, *refs):
-        scales_ref, refs = (refs[:2], refs[2:]) if quantized else ((), refs)
-        tables_ref, lengths_ref, work_ref, rows_ref, sums_ref, stats_ref, q_s, k_s, v_s, p_s, *refs = refs
-        q_ready, k_ready, v_ready, *staging = refs
-        block = lax.axis_index("block")
-        count = work_ref[block, 3]
-
-        def advance(cursor):
-            """The next tile along the line, and whether it is another unit's."""
-            row, head, at, first, tiles = cursor
-            next_unit = at + 1 == tiles
-            at = jnp.where(next_unit, 0, at + 1)
-            head = jnp.where(next_unit, head + 1, head)
-            next_row = head == heads
-            head = jnp.where(next_row, 0, head)
-            row = jnp.where(next_row, jnp.minimum(row + 1, B - 1), row)
-            first, tiles = lax.cond(next_row, lambda: (rows_ref[row, 0], rows_ref[row, 1]), lambda: (first, tiles))
-            return (row, head, at, first, tiles), next_unit
-
-        def pages_of(cursor):
-            row, _, at, first, _ = cursor
-            entry = (first + at) * pages if S <= _TILE else lax.div(first + at, jnp.int32(S // _TILE))
-            entries = [jnp.minimum(entry + n, tables_ref.shape[1] - 1) for n in range(pages)]
-            # Entries past the row's length may hold anything: what they lead to is masked, but it must exist.
-            return tuple(jnp.clip(tables_ref[row, n], 0, P - 1) for n in entries)
-
-        def fetch(number, cursor, unit, new_unit, page_ids):
-            row, head, at, first, _ = cursor
-            slot = lax.rem(number, jnp.int32(stages))
-            kv_head = lax.div(head, jnp.int32(splits))
-
-            @pl.when(new_unit)
-            def _():
-                place = lax.rem(unit, jnp.int32(stages + 1))
-                plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_s.at[place], q_ready.at[place])
-
-            start = lax.rem(first + at, jnp.int32(S // _TILE)) * _TILE if S > _TILE else 0
-            paged = [(k_ref, k_s, k_ready), (v_ref, v_s, v_ready)]
-            if quantized:
-                scale_rings = list(zip(scales_ref, staging[1:], (k_ready, v_ready), strict=True))
-                if scales_paged:
-                    paged += scale_rings
-                else:
-                    for tiles_ref, ring, ready in scale_rings:
-                        tile = jnp.minimum(first + at, tiles_ref.shape[2] - 1)
-                        plgpu.copy_gmem_to_smem(tiles_ref.at[row, kv_head, tile], ring.at[slot], ready.at[slot])
-            for pages_ref, ring, ready in paged:
-                for n, page in enumerate(page_ids):
-                    source, place = pl.ds(start, copied), pl.ds(n * copied, copied)
-                    plgpu.copy_gmem_to_smem(pages_ref.at[page, kv_head, source], ring.at[slot, place], ready.at[slot])
-
-        def start_of(cursor):
-            *_, at, first, _ = cursor
-            return (first + at) * _TILE
-
-        def scores_of(keys, place, base, length, head, key_scales):
-            def multiply(acc):
-                plgpu.wgmma(acc, keys, mosaic.transposed(q_s.at[place]))
-
-            (x,) = mosaic.products(multiply, [(_TILE, columns)])
-            if key_scales is not None:
-                x = x * lax.broadcast_in_dim(key_scales, x.shape, [0])
-            x = mosaic.scores_in_bits(x, scale, soft_cap)
-            position = base + mosaic.iota(x.shape, 0, _LAYOUT)
-            if queries == 1:
-                last_seen = length - 1
-            else:
-                column = mosaic.iota(x.shape, 1, _LAYOUT) + lax.rem(head, jnp.int32(splits)) * columns
-                last_seen = jnp.minimum(length - queries + lax.div(column, jnp.int32(group)), length - 1)
-            seen = position <= last_seen
-            if window is not None:
-                seen = seen & (position > last_seen - window)
-            return jnp.where(seen, x, mosaic.NEVER), seen
-
-        def real_rows(base, length):
-            """The first row of a tile and the end of those that some query sees. Others may be anybody's, even NaN."""
-            oldest = 0 if window is None else jnp.maximum(length - queries + 1 - window, 0)
-            return oldest - base, length - base
-
-        def step(i, carry):
-            sums, highest, total, cursor, unit, new_unit, length, ahead, ahead_unit, ahead_new, page_ids = carry
-            row, head, *_ = cursor
-            base = start_of(cursor)
-            slot = lax.rem(i, jnp.int32(stages))
-            place = lax.rem(unit, jnp.int32(stages + 1))
-            keys, values, key_scales = k_s.at[slot], v_s.at[slot], None
-
-            pl.when(new_unit)(lambda: plgpu.barrier_wait(q_ready.at[place]))
-            plgpu.barrier_wait(k_ready.at[slot])
-            if quantized:
-                wide_s, k_scales_s, v_scales_s = staging
-                key_scales = mosaic.load(k_scales_s.at[slot], _ROW)
-                mosaic.widen(keys, wide_s)
-                plgpu.commit_smem()
-                keys = wide_s
-            x, seen = scores_of(keys, place, base, length, head, key_scales)
-            new_highest = jnp.maximum(highest, x.max(axis=0))
-            kept = jnp.exp2(highest - new_highest)
-            p = jnp.where(seen, jnp.exp2(x - lax.broadcast_in_dim(new_highest, x.shape, [1])), 0.0)
-            total = total * kept + p.sum(axis=0)
-
-            plgpu.barrier_wait(v_ready.at[slot])
-            rows, weights = real_rows(base, length), p
-            if quantized:
-                value_scales = mosaic.load(v_scales_s.at[slot], _ROW)
-                if dtype == jnp.float16:  # weights times scales may leave its range, which values do not
-                    mosaic.widen(values, wide_s, value_scales, rows)
-                else:
-                    mosaic.widen(values, wide_s)
-                    weights = jnp.where(seen, p * lax.broadcast_in_dim(value_scales, p.shape, [0]), 0.0)
-                values = wide_s
-            if kv_dtype != jnp.int8:  # which has no NaN
-                pl.when((rows[0] > 0) | (rows[1] < _TILE))(lambda: mosaic.clear_rows(values, rows))
-            mosaic.store_transposed(p_s, weights.astype(dtype), wide)
-            plgpu.commit_smem()
-
-            def fetch_next():
-                pl.when(i + stages < count)(lambda: fetch(i + stages, ahead, ahead_unit, ahead_new, page_ids))
-
-            if quantized:  # the ring's slot is free once it is widened
-                fetch_next()
-
-            def multiply(*accs):
-                for acc, offset in zip(accs, offsets, strict=True):
-                    block_of_v = values.at[:, pl.ds(offset, 64)]
-                    plgpu.wgmma(acc, mosaic.transposed(block_of_v), mosaic.transposed(p_s))
-
-            updates = mosaic.products(multiply, [(64, columns)] * len(offsets))
-            sums = tuple(
-                s * lax.broadcast_in_dim(kept, s.shape, [1]) + update for s, update in zip(sums, updates, strict=True)
-            )
-            if not quantized:
-                fetch_next()
-
-            next_cursor, done = advance(cursor)
-
-            @pl.when(done | (i + 1 == count))
-            def _():
-                partial = block + row * heads + head
-                mosaic.store(stats_ref.at[partial, 0], new_highest)
-                mosaic.store(stats_ref.at[partial, 1], total)
-                for s, offset in zip(sums, offsets, strict=True):
-                    mosaic.store(sums_ref.at[partial, pl.ds(offset, 64)], s)
-
-            # The page numbers of the next fetch are loaded a tile ahead, so that nothing waits for them.
-            ahead, ahead_new = advance(ahead)
-            return (
-                tuple(jnp.where(done, 0.0, s) for s in sums),
-                jnp.where(done, mosaic.NEVER, new_highest),
-                jnp.where(done, 0.0, total),
-                next_cursor,
-                unit + done.astype(jnp.int32),
-                done,
-                lax.cond(done, lambda: lengths_ref[next_cursor[0]], lambda: length),
-                ahead,
-                ahead_unit + ahead_new.astype(jnp.int32),
-                ahead_new,
-                pages_of(ahead),
-            )
-
-        row, head, at = (work_ref[block, n] for n in range(3))
-        cursor = ahead = (row, head, at, rows_ref[row, 0], rows_ref[row, 1])
-        ahead_unit, ahead_new, page_ids = jnp.int32(0), jnp.bool_(True), pages_of(ahead)
-        for i in range(stages):
-            begin = functools.partial(fetch, jnp.int32(i), ahead, ahead_unit, ahead_new, page_ids)
-            pl.when(i < count)(begin)
-            ahead, ahead_new = advance(ahead)
-            ahead_unit, page_ids = ahead_unit + ahead_new.astype(jnp.int32), pages_of(ahead)
-        zeros = tuple(mosaic.filled((64, columns), 0.0, _LAYOUT) for _ in offsets)
-        nothing = (zeros, mosaic.filled((columns,), mosaic.NEVER, _COLUMN), mosaic.filled((columns,), 0.0, _COLUMN))
-        first = (cursor, jnp.int32(0), jnp.bool_(True), lengths_ref[row])
-        lax.fori_loop(0, count, step, (*nothing, *first, ahead, ahead_unit, ahead_new, page_ids))
-
-    narrow = mosaic.tiled(H, kv_dtype.itemsize)  # as loaded
-    copies = pages + (pages if scales_paged else 1) * quantized  # of K or V, a tile
-    scratch = [
-        plgpu.SMEM((stages + 1, columns, H), dtype, transforms=wide),
-        plgpu.SMEM((stages, _TILE, H), kv_dtype, transforms=narrow),
-        plgpu.SMEM((stages, _TILE, H), kv_dtype, transforms=narrow),
-        plgpu.SMEM((columns, _TILE), dtype, transforms=wide),
-        plgpu.Barrier(num_barriers=stages + 1),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-    ]
-    if quantized:
-        scratch += [plgpu.SMEM((_TILE, H), dtype, transforms=wide)]
-        scratch += [plgpu.SMEM((stages, _TILE), jnp.float32)] * 2
+    pages = layouts.with_copyable_scales(pages, block_tables, _TILE)
+    schedule = make_schedule(lengths, queries=queries, window=options.window, tile=_TILE, heads=heads, blocks=blocks)
+    shapes = (blocks + B * heads, H, columns), (blocks + B * heads, 2, columns)
     sums, stats = mosaic.kernel(
-        split_kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((slots, H, columns), jnp.float32),
-            jax.ShapeDtypeStruct((slots, 2, columns), jnp.float32),
-        ),
+        functools.partial(_body, case),
+        out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
         grid=(blocks,),
         grid_names=("block",),
-        scratch_types=scratch,
+        scratch_types={"ring": case.ring()},
         reduction_scratch_bytes=_REDUCTION_BYTES,
+        kernel_name="split_kernel",
         interpret=interpret,
-    )(q, k_pages, v_pages, *scales, block_tables, lengths, schedule.work, schedule.rows)
+    )(q, pages, block_tables, lengths, schedule.work, schedule.rows)
 
     if sinks is not None:
-        sinks = jnp.tile(sinks.astype(jnp.float32) * mosaic.LOG2E, (1, queries))
+        sinks = jnp.tile(sinks.astype(jnp.float32) * layouts.LOG2E, (1, queries))
         sinks = jnp.pad(sinks, ((0, 0), (0, splits * columns - R))).reshape(heads, columns)
     rows = R if splits == 1 else columns
-    out = combine_partials(sums, stats, schedule.pieces, sinks, rows=rows, dtype=dtype, interpret=interpret)
+    out = combine_partials(sums, stats, schedule.pieces, sinks, rows=rows, dtype=q.dtype, interpret=interpret)
     return out.reshape(B, K, splits * rows, H)[:, :, :R]
+
+
+def _tiling(head_dim: int, queries: int, *, quantized: bool) -> tuple[int, int, int]:
+    """Columns and stages of a case, and thread blocks that share a multiprocessor.
+
+    Several blocks, so that one loads while another computes, if each can have a deep enough ring. Quantized tiles are
+    released before they are multiplied, and widening them is work to overlap: two stages and three blocks. Wide heads
+    take one block with all the memory.
+    """
+    columns = min(-(-queries // 8) * 8, (32 if quantized else 48) if head_dim <= 128 else 24)
+    stage = 2 * _TILE * (head_dim + 4 if quantized else 2 * head_dim) + columns * head_dim * 2
+    wide_tile = 2 * _TILE * head_dim if quantized else 0
+    fixed = columns * (head_dim + _TILE) * 2 + wide_tile + _REDUCTION_BYTES + layouts.PADDING_BYTES
+    wanted_blocks, wanted_stages = (3, 2) if quantized else (2, 3)
+    for blocks in range(wanted_blocks, 0, -1):
+        stages = min(6, (layouts.SHARED_BYTES // blocks - layouts.RESERVED_BYTES - fixed) // stage)
+        if stages >= wanted_stages:
+            break
+    return columns, stages, blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """What the kernel is compiled for: T new tokens, G queries of each a KV head, H head dims, S positions a page.
+
+    The queries of a KV head are `splits` blocks of `columns`, which are a multiple of 8: one is a head of its own here.
+    `stages` tiles of K and V are in flight, the one being read included.
+    """
+
+    T: int
+    G: int
+    heads: int
+    splits: int
+    H: int
+    S: int
+    columns: int
+    stages: int
+    dtype: Any
+    kv_dtype: Any
+    quantized: bool
+    options: AttentionOptions
+
+    def ring(self) -> "_Ring":
+        narrow, for_wgmma = layouts.tiled(self.H, self.kv_dtype.itemsize), layouts.tiled(self.H, 2)
+        tiles = plgpu.SMEM((self.stages, _TILE, self.H), self.kv_dtype, transforms=narrow)
+        pages = max(1, _TILE // self.S)
+        copies = pages + (pages if layouts.copies_scales(self.S) else 1) * self.quantized  # of K or V, a tile
+        ready = plgpu.Barrier(num_arrivals=copies, num_barriers=self.stages)
+        wide = plgpu.SMEM((_TILE, self.H), self.dtype, transforms=for_wgmma)
+        scales = plgpu.SMEM((self.stages, _TILE), jnp.float32)
+        return _Ring(
+            plgpu.SMEM((self.stages + 1, self.columns, self.H), self.dtype, transforms=for_wgmma),
+            tiles,
+            tiles,
+            plgpu.SMEM((self.columns, _TILE), self.dtype, transforms=for_wgmma),
+            plgpu.Barrier(num_barriers=self.stages + 1),
+            ready,
+            ready,
+            *((wide, scales, scales) if self.quantized else ()),
+        )
+
+
+class _Ring(NamedTuple):
+    """Shared memory and barriers: queries, tiles of K and V and, if those are quantized, one in 16 bits, and scales."""
+
+    q: Any
+    k: Any
+    v: Any
+    weights: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    wide: Any = None
+    k_scales: Any = None
+    v_scales: Any = None
+
+
+class _Carry(NamedTuple):
+    """A unit's unnormalized values, highest score and sum of exponentials so far; the tile due and the one to fetch.
+
+    That one's pages are looked up a step before, so that nothing waits for them.
+    """
+
+    sums: tuple[Any, ...]
+    highest: Any
+    total: Any
+    here: Place
+    length: Any
+    ahead: Place
+    page_ids: tuple[Any, ...]
+
+
+class _Block:
+    """A thread block: its share of the line of tiles, and where that comes from."""
+
+    def __init__(self, case: _Case, q: Any, pages: Pages, tables: Any, work: Any, rows: Any, ring: _Ring):
+        self.case, self.q, self.pages, self.tables, self.rows, self.ring = case, q, pages, tables, rows, ring
+        self.index = lax.axis_index("block")
+        self.count = work[self.index, 3]
+
+    def slot(self, i: Any) -> Any:
+        return lax.rem(i, jnp.int32(self.case.stages))
+
+    def query_slot(self, place: Place) -> Any:
+        return lax.rem(place.unit, jnp.int32(self.case.stages + 1))
+
+    def page_ids(self, place: Place) -> tuple[Any, ...]:
+        return layouts.page_ids(self.pages.k, self.tables, place.row, place.tile, _TILE)
+
+    def fetch(self, i: Any, place: Place, page_ids: tuple[Any, ...]) -> None:
+        """Starts the copies of the block's tile i, and of a unit's queries with its first."""
+        pages, ring = self.pages, self.ring
+        slot, kv_head = self.slot(i), lax.div(place.head, jnp.int32(self.case.splits))
+
+        @pl.when(place.new_unit)
+        def _():
+            there = self.query_slot(place)
+            plgpu.copy_gmem_to_smem(self.q.at[place.row, place.head], ring.q.at[there], ring.q_ready.at[there])
+
+        paged = [(pages.k, ring.k, ring.k_ready), (pages.v, ring.v, ring.v_ready)]
+        scales = [(pages.k_scales, ring.k_scales, ring.k_ready), (pages.v_scales, ring.v_scales, ring.v_ready)]
+        if self.case.quantized and layouts.copies_scales(self.case.S):
+            paged += scales
+        elif self.case.quantized:
+            for source, target, ready in scales:
+                tile = jnp.minimum(place.tile, source.shape[2] - 1)
+                plgpu.copy_gmem_to_smem(source.at[place.row, kv_head, tile], target.at[slot], ready.at[slot])
+        for source, target, ready in paged:
+            layouts.copy_tile(source, page_ids, kv_head, place.tile, target.at[slot], ready.at[slot])
+
+
+def _body(case, q, pages, tables, lengths, work, rows, sums, stats, *, ring):
+    block = _Block(case, q, pages, tables, work, rows, ring)
+    here = ahead = first_place(work, rows, block.index)
+    page_ids = block.page_ids(ahead)
+    for i in range(case.stages):
+        pl.when(i < block.count)(functools.partial(block.fetch, jnp.int32(i), ahead, page_ids))
+        ahead = ahead.after(block.rows, case.heads)
+        page_ids = block.page_ids(ahead)
+    zeros = tuple(layouts.filled((64, case.columns), 0.0, _LAYOUT) for _ in layouts.row_blocks(case.H))
+    highest = layouts.filled((case.columns,), layouts.NEVER, _COLUMN)
+    total = layouts.filled((case.columns,), 0.0, _COLUMN)
+    carry = _Carry(zeros, highest, total, here, lengths[here.row], ahead, page_ids)
+    lax.fori_loop(0, block.count, functools.partial(_step, block, lengths, sums, stats), carry)
+
+
+def _step(block, lengths, sums_out, stats_out, i, carry):
+    """Attends over the block's tile i and, as soon as its slot is free, fetches another."""
+    case, here, ahead = block.case, carry.here, carry.ahead
+    slot, offsets = block.slot(i), layouts.row_blocks(case.H)
+
+    def fetch():
+        pl.when(i + case.stages < block.count)(lambda: block.fetch(i + case.stages, ahead, carry.page_ids))
+
+    x, seen = _scores(block, slot, here, carry.length)
+    highest = jnp.maximum(carry.highest, x.max(axis=0))
+    kept = jnp.exp2(carry.highest - highest)
+    p = jnp.where(seen, jnp.exp2(x - lax.broadcast_in_dim(highest, x.shape, [1])), 0.0)
+    total = carry.total * kept + p.sum(axis=0)
+    values = _weighed(block, slot, here, carry.length, p, seen)
+    if case.quantized:  # the slot is free once it is widened
+        fetch()
+
+    weights = mosaic.transposed(block.ring.weights)
+
+    def multiply(*accs):
+        for acc, offset in zip(accs, offsets, strict=True):
+            plgpu.wgmma(acc, mosaic.transposed(values.at[:, pl.ds(offset, 64)]), weights)
+
+    updates = mosaic.products(multiply, [(64, case.columns)] * len(offsets))
+    sums = [s * lax.broadcast_in_dim(kept, s.shape, [1]) + new for s, new in zip(carry.sums, updates, strict=True)]
+    if not case.quantized:
+        fetch()
+    following = here.after(block.rows, case.heads)
+    done = following.new_unit
+
+    @pl.when(done | (i + 1 == block.count))
+    def _():
+        partial = block.index + here.row * case.heads + here.head
+        mosaic.store(stats_out.at[partial, 0], highest)
+        mosaic.store(stats_out.at[partial, 1], total)
+        for s, offset in zip(sums, offsets, strict=True):
+            mosaic.store(sums_out.at[partial, pl.ds(offset, 64)], s)
+
+    ahead = ahead.after(block.rows, case.heads)
+    sums = tuple(jnp.where(done, 0.0, s) for s in sums)
+    highest, total = jnp.where(done, layouts.NEVER, highest), jnp.where(done, 0.0, total)
+    length = lax.cond(done, lambda: lengths[following.row], lambda: carry.length)
+    return _Carry(sums, highest, total, following, length, ahead, block.page_ids(ahead))
+
+
+def _scores(block, slot, here, length):
+    """Scores of a tile in bits, [positions, queries], and whether a query sees a position; if not, `layouts.NEVER`."""
+    case, ring, base = block.case, block.ring, here.tile * _TILE
+    place = block.query_slot(here)
+    pl.when(here.new_unit)(lambda: plgpu.barrier_wait(ring.q_ready.at[place]))
+    plgpu.barrier_wait(ring.k_ready.at[slot])
+    keys = ring.k.at[slot]
+    if case.quantized:
+        scales = mosaic.load(ring.k_scales.at[slot], _ROW)
+        layouts.widen(keys, ring.wide)
+        plgpu.commit_smem()
+        keys = ring.wide
+
+    def multiply(acc):
+        plgpu.wgmma(acc, keys, mosaic.transposed(ring.q.at[place]))
+
+    (x,) = mosaic.products(multiply, [(_TILE, case.columns)])
+    if case.quantized:
+        x = x * lax.broadcast_in_dim(scales, x.shape, [0])
+    x = layouts.scores_in_bits(x, case.options)
+    position = base + layouts.iota(x.shape, 0, _LAYOUT)
+    last_seen = length - 1
+    if case.T > 1:
+        column = layouts.iota(x.shape, 1, _LAYOUT) + lax.rem(here.head, jnp.int32(case.splits)) * case.columns
+        last_seen = jnp.minimum(length - case.T + lax.div(column, jnp.int32(case.G)), length - 1)
+    seen = position <= last_seen
+    if case.options.window is not None:
+        seen = seen & (position > last_seen - case.options.window)
+    return jnp.where(seen, x, layouts.NEVER), seen
+
+
+def _weighed(block, slot, here, length, p, seen):
+    """A tile of values as wgmma reads it; its weights, which are probabilities times scales, go to the ring's."""
+    case, ring, window = block.case, block.ring, block.case.options.window
+    plgpu.barrier_wait(ring.v_ready.at[slot])
+    values, base = ring.v.at[slot], here.tile * _TILE
+    # The rows that some query sees. Others may be anybody's, even NaN.
+    oldest = 0 if window is None else jnp.maximum(length - case.T + 1 - window, 0)
+    rows = oldest - base, length - base
+    if case.quantized:
+        scales = mosaic.load(ring.v_scales.at[slot], _ROW)
+        if case.dtype == jnp.float16:  # weights times scales may leave its range, which values do not
+            layouts.widen(values, ring.wide, scales, rows)
+        else:
+            layouts.widen(values, ring.wide)
+            p = jnp.where(seen, p * lax.broadcast_in_dim(scales, p.shape, [0]), 0.0)
+        values = ring.wide
+    if case.kv_dtype != jnp.int8:  # which has no NaN
+        pl.when((rows[0] > 0) | (rows[1] < _TILE))(lambda: layouts.clear_rows(values, rows))
+    mosaic.store_transposed(ring.weights, p.astype(case.dtype), layouts.tiled(case.H, 2))
+    plgpu.commit_smem()
+    return values

@@ -10,9 +10,10 @@ Everything follows from the lengths on the device: nothing is recompiled as they
 one schedule, which XLA computes once a step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 
@@ -58,3 +59,42 @@ def make_schedule(
     unit = begins[:, None] + jnp.arange(heads) * tiles[:, None]
     pieces = jnp.stack([unit // share, (unit + tiles[:, None] - 1) // share], axis=-1).reshape(-1, 2)
     return Schedule(*(x.astype(jnp.int32) for x in (work, jnp.stack([first, tiles], axis=1), pieces)))
+
+
+class Place(NamedTuple):
+    """A tile of the line, for the block that takes it: `at` of the unit of `row` and `head`.
+
+    The row reads tiles `first` to `first` + `tiles` - 1 of its positions. `unit` counts the units that the block has
+    begun before, and `new_unit` says that it begins this one here.
+    """
+
+    row: Any
+    head: Any
+    at: Any
+    first: Any
+    tiles: Any
+    unit: Any
+    new_unit: Any
+
+    @property
+    def tile(self) -> Any:
+        """Of the row's positions."""
+        return self.first + self.at
+
+    def after(self, rows: Any, heads: int) -> "Place":
+        """The next tile along the line, of `Schedule.rows`."""
+        row, head, at, first, tiles, unit, _ = self
+        new_unit = at + 1 == tiles
+        at = jnp.where(new_unit, 0, at + 1)
+        head = jnp.where(new_unit, head + 1, head)
+        new_row = head == heads
+        head = jnp.where(new_row, 0, head)
+        row = jnp.where(new_row, jnp.minimum(row + 1, rows.shape[0] - 1), row)
+        first, tiles = lax.cond(new_row, lambda: (rows[row, 0], rows[row, 1]), lambda: (first, tiles))
+        return Place(row, head, at, first, tiles, unit + new_unit.astype(jnp.int32), new_unit)
+
+
+def first_place(work: Any, rows: Any, block: Any) -> Place:
+    """Where a block starts, by `Schedule.work` and `Schedule.rows`."""
+    row, head, at = (work[block, n] for n in range(3))
+    return Place(row, head, at, rows[row, 0], rows[row, 1], jnp.int32(0), jnp.bool_(True))

@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Num, UInt8
 
-from . import mosaic
+from . import layouts, mosaic
 from .matmul_schedule import WARPGROUP_ROWS, Schedule, make_schedule
-from .matmul_widen import BASE_LAYOUT, RAW_LAYOUT, arranged, base, twice, widen, widen_interpreted
+from .matmul_widen import BASE_LAYOUT, RAW_LAYOUT, arranged, widen
 
 _LAYOUT = plgpu.Layout.WGMMA
 _INPUTS_AT_ONCE = 128  # that are multiplied from registers: 32 of a thread
@@ -105,25 +105,21 @@ def _scratch(s: Schedule, x: Array, values: Array, factors: Any, zeros: Any, *, 
         return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
     stored = s.width * s.bits // 8 // values.dtype.itemsize
-    wide = transforms(s.part, 2)
+    narrow, wide = transforms(stored, values.dtype.itemsize), transforms(s.part, 2)
     copies = 2
     rings = []
     for entries, count in ((factors, s.scales_a_step), (zeros, s.zeros_a_step)):
         copies += count > 0
         rings.append(plgpu.SMEM((s.stages, s.rows, count), entries.dtype) if count else None)
-    widened = plgpu.SMEM((s.warpgroups, WARPGROUP_ROWS, s.part), x.dtype, transforms=wide)
+    widened = (s.warpgroups, _at_once(s)[1], WARPGROUP_ROWS, s.part)
     return _Ring(
-        plgpu.SMEM(
-            (s.stages, s.warpgroups, WARPGROUP_ROWS, stored),
-            values.dtype,
-            transforms=transforms(stored, values.dtype.itemsize),
-        ),
+        plgpu.SMEM((s.stages, s.warpgroups, WARPGROUP_ROWS, stored), values.dtype, transforms=narrow),
         plgpu.SMEM((s.stages, s.columns, s.width), x.dtype, transforms=wide),
         *rings,
         plgpu.Barrier(num_arrivals=copies, num_barriers=s.stages),
         plgpu.Barrier(num_arrivals=s.warpgroups, num_barriers=s.stages),
         plgpu.Barrier(num_arrivals=s.warpgroups),
-        widened if interpreted and s.bits < 16 else None,
+        mosaic.operand_scratch(widened, x.dtype, wide, interpreted=interpreted and s.bits < 16),
     )
 
 
@@ -132,6 +128,12 @@ def _body(s, interpreted, weight, x, factors, zeros, out, *, ring):
     count = jnp.minimum(s.share, s.bands * s.steps - start)
     fetch = functools.partial(_fetch, s, start, (weight, x, factors, zeros), ring)
     _multiply(s, interpreted, start, count, factors, ring, out, fetch)
+
+
+def _at_once(s):
+    """Columns that are multiplied at once, and parts of a step with them."""
+    columns = s.columns if s.bits == 16 else min(s.columns, _COLUMNS_AT_ONCE)
+    return columns, max(1, min(_INPUTS_AT_ONCE // s.part, _COLUMNS_AT_ONCE // columns))
 
 
 def _at(s, linear):
@@ -159,13 +161,10 @@ def _fetch(s, start, sources, ring, i):
 def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
     """What every warpgroup does, the first of which also keeps the ring filled."""
     warpgroup = lax.axis_index("warpgroup")
-    dtype = ring.x.dtype
     ahead = s.stages - 1  # steps that are fetched before they are multiplied
     mine = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    at_once = s.columns if s.bits == 16 else min(s.columns, _COLUMNS_AT_ONCE)
+    at_once, parts_at_once = _at_once(s)
     blocks = [pl.ds(first, min(at_once, s.columns - first)) for first in range(0, s.columns, at_once)]
-    # Interpreted, a part takes the same shared memory as the one before it.
-    parts_at_once = 1 if interpreted else max(1, min(_INPUTS_AT_ONCE // s.part, _COLUMNS_AT_ONCE // at_once))
 
     def row_entries(entries, slot, step, part, each):
         """Each row's scale or zero point, for one group of a step."""
@@ -188,12 +187,8 @@ def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
         columns, zeros = slice(part * stored, (part + 1) * stored), None
         if s.zeros_a_step:
             zeros = row_entries(ring.zeros, slot, step, part, s.zeros_a_step).astype(jnp.int32)
-        if not interpreted:
-            return widen(weight, columns, None if zeros is None else twice(zeros | base(dtype)), dtype)
-        wide = ring.wide.at[warpgroup]
-        wide[...] = widen_interpreted(weight, columns, zeros, dtype)
-        plgpu.commit_smem()
-        return wide
+        wide = widen(weight, columns, zeros, ring.x.dtype, interpreted=interpreted)
+        return mosaic.operand(wide, ring.wide, warpgroup, part % parts_at_once)
 
     def products(operands, slot, parts, columns):
         def multiply(*sums):
@@ -247,6 +242,6 @@ def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
     def _():
         pl.loop(0, jnp.minimum(ahead, count))(fetch)
 
-    zeros = tuple(mosaic.filled((WARPGROUP_ROWS, columns.size), 0.0, _LAYOUT) for columns in blocks)
+    zeros = tuple(layouts.filled((WARPGROUP_ROWS, columns.size), 0.0, _LAYOUT) for columns in blocks)
     lax.fori_loop(0, count, body, (zeros, block_scales(start)))
     mosaic.finish_together(ring.done)

@@ -11,17 +11,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from . import mosaic
+from . import layouts
 from .dispatch import current_device
 
 _COLUMNS = (8, 16, 32, 64)  # to which rows of activations are padded: few kernels, all of whose registers are known
 WARPGROUP_ROWS = 64  # of the weight: the height of one wgmma
-_PADDING_BYTES = 2048  # of shared memory, that barriers take and that buffers lose to alignment
 _STEP_BYTES = (128, 64)  # of a row of the weight in a step: the swizzles at which copies and wgmma do best
 _LEAST_BYTES = 16  # that TMA copies of a row, and that strides are multiples of
 _MOST_STAGES = 12
 _BALANCED = 0.9  # of the steps that the blocks have time for: shares that are as equal are equal enough
-_MULTIPROCESSORS = 132  # of an H100 or H200 SXM, where JAX does not say
 _Operand = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -106,7 +104,7 @@ def make_schedule(
         raise NotImplementedError(f"{M} rows of activations; the kernel takes up to {_COLUMNS[-1]}")
     if scales is None and values.dtype != x.dtype:
         raise NotImplementedError(f"the weight is {values.dtype}, activations {x.dtype}; the kernel takes one for both")
-    blocks = blocks or current_device().multiprocessors or _MULTIPROCESSORS
+    blocks = blocks or current_device().multiprocessors or layouts.MULTIPROCESSORS
     bits = 16 if scales is None else 4 if values.dtype == jnp.uint8 else 8
     group, scale_rows, entries = None, 1, [0, 0]  # entries: scales and zero points a step
     if scales is not None:
@@ -148,18 +146,6 @@ def make_schedule(
             entries[n] = max(width // group, _LEAST_BYTES // entry.dtype.itemsize)
             row_bytes += entries[n] * entry.dtype.itemsize
     stage = warpgroups * WARPGROUP_ROWS * row_bytes + columns * width * 2
-    return Schedule(
-        columns=columns,
-        bits=bits,
-        width=width,
-        group=group,
-        scale_rows=scale_rows,
-        warpgroups=warpgroups,
-        bands=bands,
-        steps=steps,
-        share=share,
-        blocks=-(-bands * steps // share),
-        scales_a_step=entries[0],
-        zeros_a_step=entries[1],
-        stages=min(_MOST_STAGES, (mosaic.SHARED_BYTES - mosaic.RESERVED_BYTES - _PADDING_BYTES) // stage),
-    )
+    stages = min(_MOST_STAGES, (layouts.SHARED_BYTES - layouts.RESERVED_BYTES - layouts.PADDING_BYTES) // stage)
+    used = -(-bands * steps // share)
+    return Schedule(columns, bits, width, group, scale_rows, warpgroups, bands, steps, share, used, *entries, stages)

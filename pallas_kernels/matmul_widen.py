@@ -13,21 +13,19 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from . import mosaic
+
 _LANE_BYTES = 16  # of a row, that the four threads of a quad hold a word of each
 _LAYOUT = plgpu.Layout.WGMMA
 RAW_LAYOUT = plgpu.Layout.WGMMA_UPCAST_2X  # a word a thread
 BASE_LAYOUT = _LAYOUT.reduce(1)
 
 
-def pairs_a_word(bits: int) -> int:
-    return 16 // bits
-
-
 def arranged(x: Array, bits: int) -> Array:
     """[..., K] with inputs in the order in which weights of so many bits meet them; of 16 bits, as they are."""
     if bits == 16:
         return x
-    n = pairs_a_word(bits)
+    n = 16 // bits  # pairs a word
     # A thread c = 2a + b of a quad has word 2b + a of 16 bytes (`WGMMA_UPCAST_2X`), whose weight n * e + j is half e of
     # pair j; in wgmma's operand, that half is column 2c + e of the eight that pair j has.
     words = x.reshape(*x.shape[:-1], -1, 2, 2, 2, n)  # b, a, e, j
@@ -66,20 +64,30 @@ def pairs(word: Any, kind: Any, dtype: Any) -> list[tuple[Any, Any]]:
     return [(even, twice(scale)), (odd, twice(scale))]
 
 
-def widen(raw: Any, part: slice, bases: Any, dtype: Any) -> Any:
+def widen(raw: Any, part: slice, zeros: Any, dtype: Any, *, interpreted: bool) -> Any:
     """A part of the columns as [64, weights], in wgmma's layout and the order of `arranged`.
 
     Args:
       raw: [64, columns] of int8, float8_e4m3fn, or uint8 for two weights of 4 bits a byte, in `RAW_LAYOUT`.
       part: of the columns.
-      bases: for 4 bits, [64] int32 in `BASE_LAYOUT`: `twice` of `base` plus the zero point; None where that is 8.
+      zeros: for 4 bits, zero points, [64] int32 in `BASE_LAYOUT`; None where they are 8.
       dtype: bfloat16 or float16.
+      interpreted: whether the interpreter is to run the kernel.
     """
     kind = raw.dtype
     weights = (part.stop - part.start) * (2 if kind == jnp.uint8 else 1)
-    arguments = (raw,) if bases is None else (raw, bases)
+    arguments = (raw,) if zeros is None else (raw, twice(zeros | base(dtype)))
 
-    @plgpu.inline_mgpu(
+    def plain(raw, bases=None):
+        raw = raw[:, part]
+        if kind != jnp.uint8:
+            return arranged(raw.astype(jnp.float32).astype(dtype), 8)
+        values = jnp.stack([raw & 15, raw >> 4], axis=-1).reshape(raw.shape[0], -1).astype(jnp.int32)
+        return arranged((values - (8 if bases is None else (bases & 15)[:, None])).astype(dtype), 4)
+
+    @mosaic.inline(
+        plain,
+        interpreted=interpreted,
         arg_types=(RAW_LAYOUT, BASE_LAYOUT)[: len(arguments)],
         return_type=plgpu.ShapeDtypeStruct((64, weights), dtype, layout=_LAYOUT),
     )
@@ -133,12 +141,3 @@ def widen(raw: Any, part: slice, bases: Any, dtype: Any) -> Any:
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return convert(*arguments)
-
-
-def widen_interpreted(raw: Any, part: slice, zeros: Any, dtype: Any) -> Any:
-    """What `widen` returns, in terms that the interpreter knows. `zeros` are [64] int32, None where they are 8."""
-    raw = raw[:, part]
-    if raw.dtype != jnp.uint8:
-        return arranged(raw.astype(jnp.float32).astype(dtype), 8)
-    values = jnp.stack([raw & 15, raw >> 4], axis=-1).reshape(raw.shape[0], -1).astype(jnp.int32)
-    return arranged((values - (8 if zeros is None else zeros[:, None])).astype(dtype), 4)

@@ -1,6 +1,5 @@
-"""What the Mosaic GPU kernels share: one spelling of an interface that JAX still moves, and layout arithmetic."""
+"""Mosaic GPU as the kernels use it: what differs between versions of JAX, and between hardware and the interpreter."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,63 +8,46 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
-
-NEVER = -1e30  # a finite "minus infinity": a row that sees nothing yields zeros, not NaN
-
-SHARED_BYTES = 228 * 1024  # of shared memory a multiprocessor of Hopper has
-RESERVED_BYTES = 1024  # of it that each thread block takes for itself
-
-LOG2E = math.log2(math.e)
-_NEW = jax.__version_info__ >= (0, 11)
 
 
-def scores_in_bits(products: Any, scale: float, soft_cap: float | None) -> Any:
-    """Scaled, capped scores times log2(e), so that exponentials are powers of two.
-
-    tanh is written out: the hardware's own is exact to 11 bits, which a cap of 50 turns into an error of 2 %.
-    """
-    if soft_cap is None:
-        return products * (scale * LOG2E)
-    grown = jnp.exp2(products * (2 * LOG2E * scale / soft_cap))
-    return (soft_cap * LOG2E) - (2 * soft_cap * LOG2E) / (grown + 1.0)
-
-
-def between(shape: Sequence[int], first: Any, end: Any) -> Any:
-    """Whether an element lies in rows first to end - 1."""
-    row = iota(shape, 0, plgpu.Layout.WGMMA)
-    return (row >= first) & (row < end)
-
-
-def clear_rows(tile: Any, real: tuple[Any, Any]) -> None:
-    """Zeros for the rows of a tile outside `real`, first and end: a weight of zero does not silence a NaN.
-
-    The tile, of 16 bits, has a multiple of 64 rows. It is done in blocks, for which registers suffice.
-    """
-    for first in range(0, tile.shape[0], 64):
-        for column, width in _column_blocks(tile.shape[1]):
-            part = tile.at[pl.ds(first, 64), pl.ds(column, width)]
-            value = load(part, plgpu.Layout.WGMMA)
-            kept = between(value.shape, *(row - first for row in real))
-            store(part, jnp.where(kept, value, jnp.zeros_like(value)))
-
-
-def widen(narrow: Any, wide: Any, row_weights: Any = None, rows: tuple[Any, Any] = (0, 64)) -> None:
-    """Writes a tile of int8 or fp8 to one of 16 bits, in blocks of columns, for which registers suffice.
+def kernel(
+    body: Callable[..., None], *, reduction_scratch_bytes: int = 2048, interpret: Any = None, **options: Any
+) -> Callable[..., Any]:
+    """`plgpu.kernel`, compiled for Hopper unless `interpret` says otherwise.
 
     Args:
-      narrow, wide: [64, columns] references of shared memory.
-      row_weights: [64] float32; each row is multiplied by its own.
-      rows: the first row and the end of those that are real, with `row_weights`; the others become zeros.
+      body, options: as `plgpu.kernel` takes them.
+      reduction_scratch_bytes: shared memory for reductions across the warps of a warpgroup.
+      interpret: parameters of Mosaic's interpreter, None to compile.
     """
-    for start, width in _column_blocks(narrow.shape[1]):
-        part = load(narrow.at[:, pl.ds(start, width)], plgpu.Layout.WGMMA, optimized=False)
-        if row_weights is not None:
-            weighted = part.astype(jnp.float32) * lax.broadcast_in_dim(row_weights, part.shape, [0])
-            part = jnp.where(between(part.shape, *rows), weighted, 0.0)
-        elif part.dtype != jnp.int8 and wide.dtype == jnp.bfloat16:
-            part = part.astype(jnp.float32)  # Hopper converts fp8 to float16 and float32 only
-        store(wide.at[:, pl.ds(start, width)], part.astype(wide.dtype))
+    params = plgpu.CompilerParams(
+        approx_math=True,
+        reduction_scratch_bytes=reduction_scratch_bytes,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+    )
+    if interpret is not None:
+        options["interpret"] = interpret
+    return plgpu.kernel(body, compiler_params=params, **options)
+
+
+def inline(plain: Callable[..., Any], *, interpreted: bool, **types: Any) -> Callable[..., Any]:
+    """`plgpu.inline_mgpu`, in whose place the interpreter runs `plain`, a function of the same operands in jnp."""
+    return (lambda _: plain) if interpreted else plgpu.inline_mgpu(**types)
+
+
+def operand_scratch(shape: Sequence[int], dtype: Any, transforms: Any, *, interpreted: bool) -> Any:
+    """Shared memory for what `operand` hands to wgmma, which the interpreter alone needs: else None."""
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms) if interpreted else None
+
+
+def operand(value: Any, scratch: Any, *index: Any) -> Any:
+    """A row operand of wgmma, in registers; the interpreter, which takes none there, has it in `scratch` at `index`."""
+    if scratch is None:
+        return value
+    place = scratch.at[index]
+    place[...] = value
+    plgpu.commit_smem()
+    return place
 
 
 def products(multiply: Callable[..., None], shapes: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
@@ -75,10 +57,18 @@ def products(multiply: Callable[..., None], shapes: Sequence[tuple[int, int]]) -
         multiply(*accumulators)
         return tuple(acc[...] for acc in accumulators)
 
-    return after_wait(pl.run_scoped(complete, *(plgpu.ACC(shape, jnp.float32) for shape in shapes)))
+    return _after_wait(pl.run_scoped(complete, *(plgpu.ACC(shape, jnp.float32) for shape in shapes)))
 
 
-def after_wait(sums: Any) -> Any:
+def accumulated(multiply: Callable[..., None], sums: Any, *, interpreted: bool) -> Any:
+    """`sums`, float32 in wgmma's layout, and the products that `multiply` adds; the interpreter adds them up itself."""
+    if interpreted:  # it takes no accumulator that holds something
+        (update,) = products(multiply, [sums.shape])
+        return sums + update
+    return _after_wait(pl.run_state(multiply)(plgpu.ACC.init(sums)))
+
+
+def _after_wait(sums: Any) -> Any:
     """Accumulators that were read, float32 in wgmma's layout, tied to their wait.
 
     For LLVM the wait does not touch their registers, and arithmetic on them may be moved above it.
@@ -97,7 +87,7 @@ def finish_together(done: Any) -> None:
 
 def transposed(ref: Any) -> Any:
     """A view of a two-dimensional reference with its axes exchanged."""
-    return ref.T if _NEW else plgpu.transpose_ref(ref, (1, 0))
+    return ref.T if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
 
 
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
@@ -135,76 +125,14 @@ def store_transposed(ref: Any, value: Any, transforms: tuple[Any, ...]) -> None:
 
 def scatter_transposed(ref: Any, value: Any, *, interpreted: bool) -> None:
     """Writes [n, m], float32 in wgmma's layout, to an [m, n] reference of global memory, element by element."""
-    if interpreted:
-        store(transposed(ref), value)
-        return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def plain(elements, array):
+        store(transposed(elements), array)
+
+    @inline(plain, interpreted=interpreted, arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
     def write(_, elements, array):
         from jax._src.lib.mlir.dialects import memref
 
         array.foreach(lambda element, at: memref.store(element, elements, at[::-1]))
 
     write(ref, value)
-
-
-def iota(shape: Sequence[int], dimension: int, layout: Any) -> Any:
-    return plgpu.broadcasted_iota(jnp.int32, tuple(shape), dimension, layout=layout)
-
-
-def filled(shape: Sequence[int], value: float, layout: Any) -> Any:
-    return plgpu.layout_cast(jnp.full(tuple(shape), value, jnp.float32), layout)
-
-
-def _column_blocks(columns: int) -> list[tuple[int, int]]:
-    """Start and width of blocks of 64 columns, or of one where 64 does not divide."""
-    width = columns if columns % 64 else 64
-    return [(start, width) for start in range(0, columns, width)]
-
-
-def swizzle_bytes(columns: int, itemsize: int) -> int:
-    """Bytes of the widest swizzle that divides a row of `columns` elements, and of at most 64 of them."""
-    return next(width for width in (64 * itemsize, 32 * itemsize, 16 * itemsize) if columns * itemsize % width == 0)
-
-
-def tiled(columns: int, itemsize: int) -> tuple[Any, ...]:
-    """The shared-memory transforms of a matrix with `columns`, for wgmma where elements have 16 bits."""
-    swizzle = swizzle_bytes(columns, itemsize)
-    if swizzle == 16:  # no swizzle at all
-        return ()
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
-
-
-def scales_in_order(
-    scales: Float[Array, "P K S"], block_tables: Int[Array, "B N"], tile: int
-) -> Float[Array, "B K tiles tile"]:
-    """The scales of each row's positions in order, in whole tiles: for pages too small to be copied from."""
-    B, N = block_tables.shape
-    K, S = scales.shape[1:]
-    tables = jnp.pad(block_tables, ((0, 0), (0, -N % (tile // S))))
-    return scales[tables].transpose(0, 2, 1, 3).reshape(B, K, -1, tile)
-
-
-def row_blocks(rows: int) -> list[int]:
-    """Where blocks of 64 rows, which is what wgmma multiplies, start; the last overlaps where 64 does not divide."""
-    return [min(start, rows - 64) for start in range(0, rows, 64)]
-
-
-def kernel(
-    body: Callable[..., None], *, reduction_scratch_bytes: int = 2048, interpret: Any = None, **options: Any
-) -> Callable[..., Any]:
-    """`plgpu.kernel`, compiled for Hopper unless `interpret` says otherwise.
-
-    Args:
-      body, options: as `plgpu.kernel` takes them.
-      reduction_scratch_bytes: shared memory for reductions across the warps of a warpgroup.
-      interpret: parameters of Mosaic's interpreter, None to compile.
-    """
-    params = plgpu.CompilerParams(
-        approx_math=True,
-        reduction_scratch_bytes=reduction_scratch_bytes,
-        lowering_semantics=plgpu.LoweringSemantics.Lane,
-    )
-    if interpret is not None:
-        options["interpret"] = interpret
-    return plgpu.kernel(body, compiler_params=params, **options)

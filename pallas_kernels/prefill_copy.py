@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import mosaic
+from . import layouts, mosaic
 
 STAGES = 2  # tiles of K, and of V, in shared memory
 ROWS = 64  # that are widened at a time, of as many columns
@@ -29,41 +29,32 @@ class Tiles(NamedTuple):
     arrived: Any = None
 
 
-def _fetch(block, pieces, source, target, barrier):
-    """Starts the copies of a tile, each an arrival at the barrier."""
-    for i, (page, offset) in enumerate(pieces):
-        here = pl.ds(i * block.case.piece, block.case.piece)
-        there = source.at[page, block.head, pl.ds(offset, block.case.piece)]
-        plgpu.copy_gmem_to_smem(there, target.at[here], barrier)
-
-
 def _await_free(block, tile, freed):
     pl.when(tile - block.low >= STAGES)(lambda: plgpu.barrier_wait(freed.at[block.slot(tile)]))
 
 
-def copy_tiles(block, pages, both):
+def copy_tiles(block, both):
     """The third warpgroup's work: a tile of K and one of V at a time, as soon as there is room."""
 
     @pl.loop(block.low, block.high)
     def _(tile):
-        slot, pieces = block.slot(tile), block.pieces(tile)
-        for source, tiles in zip(pages, both, strict=True):
+        slot, ids = block.slot(tile), block.page_ids(tile)
+        for source, tiles in zip(block.pages[:2], both, strict=True):
             _await_free(block, tile, tiles.freed)
-            _fetch(block, pieces, source, tiles.ready.at[slot], tiles.filled.at[slot])
+            layouts.copy_tile(source, ids, block.head, tile, tiles.ready.at[slot], tiles.filled.at[slot])
 
 
-def copy_and_widen(block, pages, scales, both):
+def copy_and_widen(block, both):
     """The third warpgroup's work on a quantized cache: a raw tile arrives while the one before it is widened."""
     case = block.case
     exact = jnp.bfloat16 if case.kv_dtype == jnp.int8 else jnp.float16  # 16 bits that hold each value of the dtype
 
-    def fetch(tile, pieces, source, source_scales, tiles):
-        _fetch(block, pieces, source, tiles.raw, tiles.arrived)
-        if case.paged_scales:
-            _fetch(block, pieces, source_scales, tiles.scales, tiles.arrived)
+    def fetch(tile, ids, source, scales, tiles):
+        layouts.copy_tile(source, ids, block.head, tile, tiles.raw, tiles.arrived)
+        if layouts.copies_scales(case.S):
+            layouts.copy_tile(scales, ids, block.head, tile, tiles.scales, tiles.arrived)
         else:
-            there = source_scales.at[block.row, block.head, tile]
-            plgpu.copy_gmem_to_smem(there, tiles.scales, tiles.arrived)
+            plgpu.copy_gmem_to_smem(scales.at[block.row, block.head, tile], tiles.scales, tiles.arrived)
 
     def widen(tile, tiles, real):
         for first in range(0, case.keys, ROWS):
@@ -75,21 +66,21 @@ def copy_and_widen(block, pages, scales, both):
                 value = plgpu.layout_cast(raw.astype(exact), _LAYOUT).astype(jnp.float32)
                 value = value * lax.broadcast_in_dim(factors, value.shape, [0])
                 if real is not None:
-                    value = jnp.where(mosaic.between(value.shape, *(row - first for row in real)), value, 0.0)
+                    value = jnp.where(layouts.between(value.shape, *(row - first for row in real)), value, 0.0)
                 tiles.ready.at[block.slot(tile), rows, columns][...] = value.astype(case.dtype)
         plgpu.commit_smem()
 
-    work = list(zip(pages, scales, both, strict=True))
+    work = list(zip(block.pages[:2], block.pages[2:], both, strict=True))
 
     @pl.when(block.low < block.high)
     def _():
-        pieces = block.pieces(block.low)
+        ids = block.page_ids(block.low)
         for refs in work:
-            fetch(block.low, pieces, *refs)
+            fetch(block.low, ids, *refs)
 
     @pl.loop(block.low, block.high)
     def _(tile):
-        pieces = block.pieces(tile + 1)
+        ids = block.page_ids(tile + 1)
         for values, refs in enumerate(work):
             tiles = refs[-1]
             _await_free(block, tile, tiles.freed)
@@ -97,4 +88,4 @@ def copy_and_widen(block, pages, scales, both):
             # Scores of rows that nobody sees are masked, but 0 * NaN is NaN: their values must be zeros.
             widen(tile, tiles, block.real_rows(tile) if values else None)
             plgpu.barrier_arrive(tiles.filled.at[block.slot(tile)])
-            pl.when(tile + 1 < block.high)(functools.partial(fetch, tile + 1, pieces, *refs))
+            pl.when(tile + 1 < block.high)(functools.partial(fetch, tile + 1, ids, *refs))

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from . import mosaic
+from . import layouts, mosaic
 from .pages import AttentionOptions, Pages
 from .prefill_copy import STAGES, Tiles, copy_and_widen, copy_tiles
 
@@ -51,34 +51,17 @@ def prefill_attention_mosaic(
     past a row's length nor what pages hold past it reach the result, whatever they are.
 
     Args:
-      q: queries, bfloat16 or float16.
-      pages: the cache of one layer, in the queries' dtype, or int8 or float8_e4m3fn with scales.
-      block_tables: page of each stretch of S positions.
-      starts, lengths: positions cached before these tokens, and with them.
-      options: what the layer asks of attention.
-      sinks: float32; one more logit a head, which joins the softmax's denominator and has no value.
-      interpret: parameters of Mosaic's interpreter, to run on a CPU; None compiles.
-
-    Returns:
-      [B, T, K, G, H] in the queries' dtype.
+      q, pages, block_tables, starts, lengths, options, sinks: as in `attention.prefill_attention`, with tables.
+      interpret: parameters of Mosaic's interpreter, None to compile.
     """
-    scale, window, soft_cap = options.scale, options.window, options.soft_cap
-    k_pages, v_pages, k_scales, v_scales = pages
-    quantized = k_scales is not None
     B, T, K, G, H = q.shape
-    P, _, S, _ = k_pages.shape
-    N, R = block_tables.shape[1], -(-T * G // _BLOCK) * _BLOCK
-    case = _Case(
-        B, T, K, G, H, P, S, N, R, q.dtype, k_pages.dtype, quantized, scale, window, soft_cap, interpret is not None
-    )
+    S, R = pages.k.shape[2], -(-T * G // _BLOCK) * _BLOCK
+    quantized, interpreted = pages.k_scales is not None, interpret is not None
+    case = _Case(T, G, H, S, R, q.dtype, pages.k.dtype, quantized, options, interpreted)
     rows = jnp.pad(q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H), ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
     if sinks is not None:
         sinks = jnp.pad(jnp.tile(sinks.astype(jnp.float32), (1, T)), ((0, 0), (0, R - T * G)))
-    scales = None
-    if quantized:
-        scales = [k_scales, v_scales]
-        if not case.paged_scales:
-            scales = [mosaic.scales_in_order(x, block_tables, case.keys) for x in scales]
+    pages = layouts.with_copyable_scales(pages, block_tables, case.keys)
     out = mosaic.kernel(
         functools.partial(_body, case),
         out_type=jax.ShapeDtypeStruct(rows.shape, q.dtype),
@@ -90,29 +73,23 @@ def prefill_attention_mosaic(
         reduction_scratch_bytes=0,  # a row of wgmma's layout is reduced within a warp
         kernel_name="prefill_attention",
         interpret=interpret,
-    )(rows, (k_pages, v_pages), scales, block_tables, starts, lengths, sinks)
+    )(rows, pages, block_tables, starts, lengths, sinks)
     return out[:, :, : T * G].reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """What the kernel is compiled for: the sizes of the module's glossary, dtypes, and what scores go through."""
+    """What the kernel is compiled for: the module's sizes, dtypes, and what the layer asks of attention."""
 
-    B: int
     T: int
-    K: int
     G: int
     H: int
-    P: int
     S: int
-    N: int
     R: int
     dtype: Any
     kv_dtype: Any
     quantized: bool
-    scale: float
-    window: int | None
-    soft_cap: float | None
+    options: AttentionOptions
     interpreted: bool
 
     @property
@@ -135,24 +112,14 @@ class _Case:
         return (192, 120) if self.H <= 128 else (224, 56)
 
     @property
-    def piece(self) -> int:
-        """Positions a copy: a page, or as much of it as a tile takes."""
-        return min(self.S, self.keys)
-
-    @property
-    def paged_scales(self) -> bool:
-        """Whether scales are copied from their pages: TMA writes to multiples of 128 bytes, which are 32 scales."""
-        return self.S >= 32
-
-    @property
     def columns(self) -> int:
         """Head dims a tile of the shared-memory layout, in 16 bits and in 8."""
-        return mosaic.swizzle_bytes(self.H, 2) // 2
+        return layouts.swizzle_bytes(self.H, 2) // 2
 
     def scratch(self) -> dict[str, Any]:
         """Shared memory and barriers of a block, by the names that `_body` takes."""
-        transforms = mosaic.tiled(self.H, 2)
-        copies = self.keys // self.piece
+        transforms = layouts.tiled(self.H, 2)
+        copies = max(1, self.keys // self.S)
         tiles = Tiles(
             plgpu.SMEM((STAGES, self.keys, self.H), self.dtype, transforms=transforms),
             plgpu.Barrier(num_arrivals=1 if self.quantized else copies, num_barriers=STAGES),
@@ -160,11 +127,11 @@ class _Case:
         )
         if self.quantized:
             tiles = tiles._replace(
-                raw=plgpu.SMEM((self.keys, self.H), self.kv_dtype, transforms=mosaic.tiled(self.H, 1)),
+                raw=plgpu.SMEM((self.keys, self.H), self.kv_dtype, transforms=layouts.tiled(self.H, 1)),
                 scales=plgpu.SMEM((self.keys,), jnp.float32),
-                arrived=plgpu.Barrier(num_arrivals=copies + (copies if self.paged_scales else 1)),
+                arrived=plgpu.Barrier(num_arrivals=copies + (copies if layouts.copies_scales(self.S) else 1)),
             )
-        probs = plgpu.SMEM((_ATTENDING, _ROWS, self.keys), self.dtype, transforms=transforms)
+        probs = (_ATTENDING, _ROWS, self.keys)
         return {
             "q_s": plgpu.SMEM((_ATTENDING, _ROWS, self.H), self.dtype, transforms=transforms),
             "q_filled": plgpu.Barrier(num_barriers=_ATTENDING),
@@ -172,48 +139,42 @@ class _Case:
             "v_s": tiles,
             "turn": plgpu.Barrier(num_arrivals=_ATTENDING),
             "done": plgpu.Barrier(num_arrivals=_ATTENDING + 1),
-            "probs_s": probs if self.interpreted else None,
+            "probs_s": mosaic.operand_scratch(probs, self.dtype, transforms, interpreted=self.interpreted),
         }
 
 
 class _Block:
     """Where a thread block stands: its KV head, query rows and positions, and the tiles of keys that those see."""
 
-    def __init__(self, case: _Case, tables: Any, starts: Any, lengths: Any):
-        self.case, self.tables = case, tables
+    def __init__(self, case: _Case, pages: Pages, tables: Any, starts: Any, lengths: Any):
+        self.case, self.window, self.pages, self.tables = case, case.options.window, pages, tables
         self.row, self.head = lax.axis_index("row"), lax.axis_index("kv_head")
         self.first_row = (case.R // _BLOCK - 1 - lax.axis_index("block")) * _BLOCK  # those that see most start first
         self.start = starts[self.row]
-        self.length = jnp.minimum(lengths[self.row], case.N * case.S)
+        self.length = jnp.minimum(lengths[self.row], tables.shape[1] * case.S)
         self.first_query = self.start + _div(self.first_row, case.G)
         self.last_query = self.start + jnp.minimum(_div(self.first_row + _BLOCK - 1, case.G), case.T - 1)
         self.low = jnp.int32(0)
-        if case.window is not None:
-            self.low = _div(jnp.maximum(self.first_query - case.window + 1, 0), case.keys)
+        if self.window is not None:
+            self.low = _div(jnp.maximum(self.first_query - self.window + 1, 0), case.keys)
         high = _div(jnp.minimum(self.last_query + 1, self.length) + case.keys - 1, case.keys)
         self.high = jnp.where(self.first_query < self.length, high, self.low)
 
     def slot(self, tile: Any) -> Any:
         return lax.rem(tile - self.low, jnp.int32(STAGES))
 
-    def pieces(self, tile: Any) -> list[tuple[Any, Any]]:
-        """Page, and offset in it, of each copy that makes up the tile; of any page where the table has none."""
-        keys, S, N = self.case.keys, self.case.S, self.case.N
-        if S <= keys:
-            taken = [(jnp.minimum(tile * (keys // S) + i, N - 1), 0) for i in range(keys // S)]
-        else:
-            taken = [(jnp.minimum(_div(tile, S // keys), N - 1), lax.rem(tile, jnp.int32(S // keys)) * keys)]
-        return [(jnp.clip(self.tables[self.row, index], 0, self.case.P - 1), offset) for index, offset in taken]
+    def page_ids(self, tile: Any) -> tuple[Any, ...]:
+        return layouts.page_ids(self.pages.k, self.tables, self.row, tile, self.case.keys)
 
     def sees_all(self, tile: Any) -> Any:
         """Whether every query of the block sees every key of the tile."""
         end = (tile + 1) * self.case.keys
         seen = (end - 1 <= self.first_query) & (end <= self.length)
-        return seen if self.case.window is None else seen & (tile * self.case.keys > self.last_query - self.case.window)
+        return seen if self.window is None else seen & (tile * self.case.keys > self.last_query - self.window)
 
     def real_rows(self, tile: Any) -> tuple[Any, Any]:
         """The first row of the tile and the end of those that some query sees. Others may be anybody's, even NaN."""
-        oldest = 0 if self.case.window is None else self.first_query + 1 - self.case.window
+        oldest = 0 if self.window is None else self.first_query + 1 - self.window
         return oldest - tile * self.case.keys, self.length - tile * self.case.keys
 
     def masked(self, tile: Any, first: Any, scores: Any) -> Any:
@@ -222,17 +183,17 @@ class _Block:
         The length hides no key from a query below it; looking at it keeps NaN out of the other queries' rows, and the
         compiler from holding products of `key`'s parts in registers throughout the loop, which spills.
         """
-        key = mosaic.iota(scores.shape, 1, _LAYOUT) + tile * self.case.keys
-        row = mosaic.iota(scores.shape, 0, _LAYOUT) + first
+        key = layouts.iota(scores.shape, 1, _LAYOUT) + tile * self.case.keys
+        row = layouts.iota(scores.shape, 0, _LAYOUT) + first
         ahead = (key - self.start) * self.case.G  # key <= start + row // G, without the division
         seen = (ahead <= row) & (key < self.length)
-        if self.case.window is not None:
-            seen &= ahead + self.case.window * self.case.G > row
-        return jnp.where(seen, scores, mosaic.NEVER)
+        if self.window is not None:
+            seen &= ahead + self.window * self.case.G > row
+        return jnp.where(seen, scores, layouts.NEVER)
 
 
-def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q_filled, k_s, v_s, turn, done, probs_s):
-    block = _Block(case, tables, starts, lengths)
+def _body(case, q, pages, tables, starts, lengths, sinks, out, *, q_s, q_filled, k_s, v_s, turn, done, probs_s):
+    block = _Block(case, pages, tables, starts, lengths)
     warpgroup = lax.axis_index("warpgroup")
     attending, copying = case.registers
 
@@ -240,9 +201,9 @@ def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q
     def _():
         plgpu.set_max_registers(copying, action="decrease")
         if case.quantized:
-            copy_and_widen(block, pages, scales, (k_s, v_s))
+            copy_and_widen(block, (k_s, v_s))
         else:
-            copy_tiles(block, pages, (k_s, v_s))
+            copy_tiles(block, (k_s, v_s))
 
     @pl.when(warpgroup < _ATTENDING)
     def _():
@@ -251,14 +212,13 @@ def _body(case, q, pages, scales, tables, starts, lengths, sinks, out, *, q_s, q
         mine = q_s.at[warpgroup]
         plgpu.copy_gmem_to_smem(q.at[block.row, block.head, pl.ds(first, _ROWS)], mine, q_filled.at[warpgroup])
         plgpu.barrier_wait(q_filled.at[warpgroup])
-        probs = probs_s.at[warpgroup] if case.interpreted else None
-        result, highest, total = _attend(block, warpgroup, first, mine, k_s, v_s, turn, probs)
+        result, highest, total = _attend(block, warpgroup, first, mine, k_s, v_s, turn, probs_s)
         if sinks is not None:
             sink = mosaic.load(sinks.at[block.head, pl.ds(first, _ROWS)], _LAYOUT.reduce(1), optimized=False)
-            total = total + jnp.exp2(sink * mosaic.LOG2E - highest)
+            total = total + jnp.exp2(sink * layouts.LOG2E - highest)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         result = result * lax.broadcast_in_dim(1 / total, result.shape, [0])
-        row = mosaic.iota(result.shape, 0, _LAYOUT) + first
+        row = layouts.iota(result.shape, 0, _LAYOUT) + first
         result = jnp.where(row < (block.length - block.start) * case.G, result, 0.0)
         mine[...] = result.astype(case.dtype)
         plgpu.commit_smem()
@@ -272,7 +232,8 @@ def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
     """The loop over keys for 64 query rows: unnormalized result, highest score in bits, sum of the exponentials."""
     case = block.case
     # Multiplied in the exponential, where it costs nothing; capped scores are in bits already.
-    to_bits = case.scale * mosaic.LOG2E if case.soft_cap is None else 1.0
+    capped = case.options.soft_cap is not None
+    to_bits = 1.0 if capped else case.options.scale * layouts.LOG2E
 
     def next_turn():
         plgpu.barrier_arrive(turn)
@@ -290,28 +251,21 @@ def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
         return scores
 
     def plus_values(result, probs, slot, tile):
-        values = v_s.ready.at[slot]
-        if case.interpreted:  # the interpreter takes neither probabilities in registers nor an accumulator with content
-            probs_s[...] = probs
-            plgpu.commit_smem()
+        probs = mosaic.operand(probs, probs_s, warpgroup)
 
-            (update,) = mosaic.products(lambda acc: plgpu.wgmma(acc, probs_s, values), [result.shape])
-            await_keys(tile + 1)
-            return result + update
-
-        def accumulate(acc):
-            plgpu.wgmma(acc, probs, values)
+        def multiply(acc):
+            plgpu.wgmma(acc, probs, v_s.ready.at[slot])
             await_keys(tile + 1)
 
-        return mosaic.after_wait(pl.run_state(accumulate)(plgpu.ACC.init(result)))
+        return mosaic.accumulated(multiply, result, interpreted=case.interpreted)
 
     def step(tile, carry):
         result, highest, total = carry
         slot = block.slot(tile)
         scores = times_keys(slot)
         plgpu.barrier_arrive(k_s.freed.at[slot])
-        if case.soft_cap is not None:
-            scores = mosaic.scores_in_bits(scores, case.scale, case.soft_cap)
+        if capped:
+            scores = layouts.scores_in_bits(scores, case.options)
         scores = lax.cond(block.sees_all(tile), lambda x: x, functools.partial(block.masked, tile, first), scores)
         new_highest = jnp.maximum(highest, scores.max(axis=1) * to_bits)
         kept = jnp.exp2(highest - new_highest)
@@ -329,7 +283,7 @@ def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
 
             @pl.when((real[0] > 0) | (real[1] < case.keys))
             def _():  # both warpgroups do so, each before it reads the tile: what they write is the same
-                mosaic.clear_rows(v_s.ready.at[slot], real)
+                layouts.clear_rows(v_s.ready.at[slot], real)
                 plgpu.commit_smem()
 
         result = plus_values(result, probs, slot, tile)
@@ -337,11 +291,11 @@ def _attend(block, warpgroup, first, q, k_s, v_s, turn, probs_s):
         return result, new_highest, total
 
     # A tile that hides all its keys from a row leaves NEVER above this, so that its exponentials are zeros, not ones.
-    lowest = mosaic.NEVER * to_bits / 2
+    lowest = layouts.NEVER * to_bits / 2
     carry = (
-        mosaic.filled((_ROWS, case.H), 0.0, _LAYOUT),
-        mosaic.filled((_ROWS,), lowest, _LAYOUT.reduce(1)),
-        mosaic.filled((_ROWS,), 0.0, _LAYOUT.reduce(1)),
+        layouts.filled((_ROWS, case.H), 0.0, _LAYOUT),
+        layouts.filled((_ROWS,), lowest, _LAYOUT.reduce(1)),
+        layouts.filled((_ROWS,), 0.0, _LAYOUT.reduce(1)),
     )
     await_keys(block.low)
     pl.when(warpgroup == 1)(next_turn)

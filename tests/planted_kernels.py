@@ -9,11 +9,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ridgeline.pallas_kernels import mosaic
+from ridgeline.pallas_kernels import layouts, mosaic
 from ridgeline.sharding.targets import compile_for_target, target_mesh
 
 ROWS, COLUMNS, STEPS = 64, 64, 4
-TILES = mosaic.tiled(COLUMNS, 2)
+TILES = layouts.tiled(COLUMNS, 2)
 TILE = plgpu.SMEM((ROWS, COLUMNS), jnp.bfloat16, transforms=TILES)
 
 
@@ -70,7 +70,7 @@ def slot(sound, x, out, *, tile, barrier):
         plgpu.barrier_wait(barrier)
         return total + mosaic.load(tile, plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
 
-    mosaic.store(out, lax.fori_loop(0, STEPS, turn, mosaic.filled((ROWS, COLUMNS), 0.0, plgpu.Layout.WGMMA)))
+    mosaic.store(out, lax.fori_loop(0, STEPS, turn, layouts.filled((ROWS, COLUMNS), 0.0, plgpu.Layout.WGMMA)))
 
 
 def slot_of_another(sound, x, out, *, tile, barrier, freed):
@@ -94,7 +94,7 @@ def slot_of_another(sound, x, out, *, tile, barrier, freed):
             plgpu.barrier_arrive(freed)
             return total + value
 
-        mosaic.store(out, lax.fori_loop(0, STEPS, turn, mosaic.filled((ROWS, COLUMNS), 0.0, plgpu.Layout.WGMMA)))
+        mosaic.store(out, lax.fori_loop(0, STEPS, turn, layouts.filled((ROWS, COLUMNS), 0.0, plgpu.Layout.WGMMA)))
 
 
 def main() -> None:
