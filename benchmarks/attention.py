@@ -25,14 +25,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention_rows import EVEN, ITEMSIZE, LEVEL, QUICK, SKEW_TARGET, SKEWED, TINY, Row, full
 from jax import lax
-from timing import ceilings, in_turns
 from tqdm import tqdm
 
-from ridgeline.pallas_kernels.attention import decode_attention, prefill_attention
-from ridgeline.pallas_kernels.dispatch import current_device
-from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
+from ..cli.common import FAILURE, OK, UsageError
+from ..pallas_kernels.attention import decode_attention, prefill_attention
+from ..pallas_kernels.dispatch import current_device
+from .attention_rows import EVEN, ITEMSIZE, LEVEL, QUICK, SKEW_TARGET, SKEWED, TINY, Row, full
+from .environment import RESULTS, hardware, now, store, versions
+from .timing import ceilings, in_turns
 
 BOUND = 2e-2  # relative error, as norms
 DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -327,8 +328,7 @@ def describe(result: dict[str, Any], limits: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the most telling rows, within 5 minutes of an H200")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no row later (default: 4.5 with --quick)")
@@ -336,22 +336,25 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where to store results (default: results/attention-DEVICE.json)"
     )
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
     if args.rounds < 2:
-        parser.error(f"--rounds is {args.rounds}; from 2 on the rounds show how far timings agree")
+        raise UsageError(f"--rounds is {args.rounds}; from 2 on the rounds show how far timings agree")
     device = jax.devices()[0]
     tiny = device.platform == "cpu"
     rows = [row for row in (TINY if tiny else QUICK if args.quick else full()) if args.only in str(row)]
     if not rows:
-        parser.error(f"--only is {args.only!r}, which no row has in its name; names look like {str(TINY[0])!r}")
+        raise UsageError(f"--only is {args.only!r}, which no row has in its name; names look like {str(TINY[0])!r}")
     kind = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower().removeprefix("nvidia ")).strip("-")
     out = args.output or RESULTS / f"attention-{kind}.json"
     minutes = args.minutes if args.minutes is not None else 4.5 if args.quick else math.inf
-    if run(rows, out, rounds=args.rounds, until=time.perf_counter() + 60 * minutes):
-        sys.exit(1)
+    if measure_rows(rows, out, args.command, rounds=args.rounds, until=time.perf_counter() + 60 * minutes):
+        return FAILURE
+    return OK
 
 
-def run(rows: Sequence[Row], out: Path, *, rounds: int, until: float) -> int:
+def measure_rows(rows: Sequence[Row], out: Path, command: str, *, rounds: int, until: float) -> int:
     """Measures and prints row by row, stores after each; returns how many failed."""
     device = jax.devices()[0]
     tiny = device.platform == "cpu"
@@ -360,7 +363,7 @@ def run(rows: Sequence[Row], out: Path, *, rounds: int, until: float) -> int:
     report: dict[str, Any] = {
         "benchmark": "attention",
         "date": now(),
-        "command": command(__file__, sys.argv[1:]),
+        "command": command,
         "device": device.device_kind,
         "hardware": hardware(),
         "versions": versions("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "numpy"),
@@ -396,7 +399,3 @@ def run(rows: Sequence[Row], out: Path, *, rounds: int, until: float) -> int:
         print(f"{met}: {target['row']}: {target['what']} {target['found']}, wanted {target['wanted']}")
     print(f"stored in {out}")
     return sum("failed" in result for result in report["results"])
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ float32, bfloat16, bfloat16/int8, bfloat16/int4-32+int8.
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from ridgeline import roofline
-from ridgeline.cli.bench_model import SETTABLE, find_subject, make_model
-from ridgeline.cli.bench_runs import Contest, Turn, decode_turn, in_turns, plan_steps
-from ridgeline.cli.formats import integers
-from ridgeline.model.config import DTYPES
-from ridgeline.roofline.environment import RESULTS, Others, command, hardware, now, store, versions
+from .. import roofline
+from ..cli.common import OK, UsageError
+from ..cli.formats import integers
+from ..model.config import DTYPES
+from .environment import RESULTS, Others, hardware, now, store, versions
+from .steps import Contest, Turn, decode_turn, in_turns, plan_steps
+from .subject import SETTABLE, find_subject, make_model
 
 FORMATS = ("float32", "bfloat16", "float32/int8+int8", "bfloat16/int8+int8", "bfloat16/int4+int8", "bfloat16/fp8+fp8")
 
@@ -98,8 +98,7 @@ def table(rows: list[dict[str, Any]], bandwidth: float) -> Table:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", default="llama-3.2-1b", help="a preset, with random weights (default: %(default)s)")
     add("--layers", type=int, metavar="N", help="run N layers")
@@ -110,20 +109,22 @@ def main() -> None:
     add("--tokens", type=int, default=32, metavar="N", help="steps that are timed together (default: %(default)s)")
     add("--repeats", type=int, default=7, metavar="N", help="timings of each, in turns (default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="where the results are stored")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
     others = Others()
     before = roofline.measure(dtypes=[])
     try:
         rows = measure(args)
     except ValueError as error:
-        parser.error(str(error))
+        raise UsageError(str(error)) from None
     after = roofline.measure(dtypes=[])
     bandwidth = max(before.bandwidth, after.bandwidth)
     out = args.output or RESULTS / f"formats-{Path(args.model).name}-{jax.default_backend()}.json"
     report = {
         "benchmark": "formats",
         "date": now(),
-        "command": command(__file__, sys.argv[1:]),
+        "command": args.command,
         "hardware": hardware() | {"device": jax.devices()[0].device_kind},
         "versions": versions("ridgeline", "jax", "jaxlib", "numpy"),
         "model": {"name": Path(args.model).name, "layers": args.layers, "set": args.set},
@@ -141,7 +142,4 @@ def main() -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-if __name__ == "__main__":
-    main()
+    return OK

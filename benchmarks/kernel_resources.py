@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from matmul_rows import LAYERS, Row, rows
+from ..cli.common import UsageError
+from .matmul_rows import LAYERS, Row, rows
 
 ASK = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
 """Settings that make the plugin print what is read here; it looks at them when a process first compiles a kernel."""
@@ -142,7 +143,7 @@ def resources(cases: Sequence[Case | Row], target: str = "h200", done: Callable[
       RuntimeError: the process had compiled a kernel before it was told to report, or the plugin is not installed.
     """
     os.environ.update(ASK)
-    from ridgeline.sharding.targets import find_chip, target_mesh
+    from ..sharding.targets import find_chip, target_mesh
 
     chip = find_chip(target)
     target_mesh(target)  # says so at once if the plugin is missing
@@ -179,8 +180,8 @@ def compiled_text(case: Case | Row, target: str, batch: int) -> dict[str, int]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from ridgeline.sharding.hlo import collectives, parse
-    from ridgeline.sharding.targets import compile_for_target, target_mesh
+    from ..sharding.hlo import collectives, parse
+    from ..sharding.targets import compile_for_target, target_mesh
 
     if isinstance(case, Row):
         whole, mesh = PartitionSpec(), target_mesh(target)
@@ -205,7 +206,7 @@ def compiled_text(case: Case | Row, target: str, batch: int) -> dict[str, int]:
 
 
 def product_op(row: Row) -> Callable[..., Any]:
-    from ridgeline.pallas_kernels.matmul import matmul
+    from ..pallas_kernels.matmul import matmul
 
     return functools.partial(matmul, activation="silu" if row.gated else None, implementation="mosaic")
 
@@ -214,7 +215,7 @@ def attention_op(case: Case, batch: int) -> tuple[Callable[..., Any], dict[str, 
     """The op, the shape, dtype and partition of each operand, and the partition of the result."""
     from jax.sharding import PartitionSpec
 
-    from ridgeline.pallas_kernels.attention import decode_attention, prefill_attention
+    from ..pallas_kernels.attention import decode_attention, prefill_attention
 
     pages = 8192 // case.S
     quantized = case.kv in ("int8", "fp8")
@@ -354,8 +355,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="h200", metavar="CHIP", help="the GPU (default: %(default)s)")
     parser.add_argument("--cases", choices=("all", "quick"), default="all", help="default: %(default)s")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
@@ -365,16 +365,17 @@ def main() -> None:
         metavar="FILE",
         help="where to store the results (default: results/kernel_resources-CHIP.json for all cases, else nowhere)",
     )
-    args = parser.parse_args()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
-    from ridgeline.sharding.targets import find_chip
+    from ..sharding.targets import find_chip
+    from .environment import RESULTS, hardware, now, store, versions
 
     cases = [case for case in CASES if (args.cases == "all" or quick(case)) and args.only in str(case)]
     if not cases:
-        parser.error(f"--only is {args.only!r}, which no case has in its name; names look like {str(CASES[0])!r}")
+        raise UsageError(f"--only is {args.only!r}, which no case has in its name; names look like {str(CASES[0])!r}")
     with tqdm(total=len(cases), unit="case", file=sys.stderr) as bar:
         results = resources(cases, args.target, bar.update)
     chip = find_chip(args.target)
@@ -385,7 +386,7 @@ def main() -> None:
     report = {
         "benchmark": "kernel_resources",
         "date": now(),
-        "command": command(__file__, sys.argv[1:]),
+        "command": args.command,
         "target": chip.name,
         "hardware": hardware(),
         "versions": versions("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin"),
@@ -398,8 +399,5 @@ def main() -> None:
         store(report, out)
         print(f"stored in {out}")
     if found:
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
+        return 1
+    return 0

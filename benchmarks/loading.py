@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..cli.common import OK, UsageError
+
 CHUNK = 16 * 2**20
 
 TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -78,7 +80,8 @@ def ridgeline_mesh(directory: Path) -> Any:
     import jax
 
     import ridgeline as rl
-    from ridgeline.sharding.mesh import make_mesh
+
+    from ..sharding.mesh import make_mesh
 
     leaves = jax_leaves(rl.load_model(directory, mesh=make_mesh(tensor=len(jax.devices()))))
     touch(memory_of(shard.data) for leaf in leaves for shard in leaf.addressable_shards)
@@ -204,7 +207,7 @@ class Contender:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={CONTENDERS[name][1]}"
         self.name, self.directory = name, directory
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", name, str(directory), str(tiny)],
+            [sys.executable, "-m", "ridgeline", "bench", "loading", "--serve", name, str(directory), str(tiny)],
             env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -245,7 +248,7 @@ def write_checkpoint(directory: Path, gigabytes: float, sizes: dict[str, int] = 
     import numpy as np
     from safetensors.numpy import save_file
 
-    from ridgeline.model.hf import config_from_hf, family_of
+    from ..model.hf import config_from_hf, family_of
 
     def shapes(layers: int) -> dict[str, tuple[int, ...]]:
         config = config_from_hf(LLAMA | sizes | {"num_hidden_layers": layers})
@@ -322,8 +325,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -348,21 +350,24 @@ def main() -> None:
         "--out", type=Path, metavar="FILE", help="where to store the results (default: results/loading-DATE.json)"
     )
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
     if args.serve:
         name, directory, tiny = args.serve
-        return serve(name, Path(directory), Path(tiny))
+        serve(name, Path(directory), Path(tiny))
+        return OK
     if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}; it must be at least 1")
+        raise UsageError(f"--repeats is {args.repeats}; it must be at least 1")
     with tempfile.TemporaryDirectory(prefix="ridgeline-loading-") as scratch:
-        run(args, Path(scratch))
+        measure_all(args, Path(scratch))
+    return OK
 
 
-def run(args: argparse.Namespace, scratch: Path) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from ridgeline.model.checkpoint import Checkpoint
-    from ridgeline.model.loading import convert_model
-    from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
+def measure_all(args: argparse.Namespace, scratch: Path) -> None:
+    from ..model.checkpoint import Checkpoint
+    from ..model.loading import convert_model
+    from .environment import RESULTS, hardware, now, store, versions
 
     directory = args.checkpoint or scratch / "checkpoint"
     if args.checkpoint is None:
@@ -397,11 +402,10 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
 
     print(f"{size / 1e9:.2f} GB in {len(checkpoint.files)} files, median of {args.repeats} runs in turns")
     print(table(results))
-    arguments = ["HF_DIR" if arg == str(args.checkpoint) else arg for arg in sys.argv[1:]]
     report = {
         "benchmark": "loading",
         "date": now(),
-        "command": command(__file__, arguments),
+        "command": args.command,
         "hardware": hardware(),
         "versions": versions("ridgeline", "jax", "numpy", "safetensors", "orbax-checkpoint", "transformers", "torch"),
         "checkpoint": {
@@ -418,7 +422,3 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     out = args.out or RESULTS / f"loading-{datetime.date.today():%Y-%m-%d}.json"
     store(report, out)
     print(f"stored in {out}")
-
-
-if __name__ == "__main__":
-    main()

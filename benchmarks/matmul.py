@@ -23,14 +23,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from attention import BOUND, CPU_LABEL, MOST_SETS, PROGRAM_SECONDS, ROTATED, compiled, reason, relative_error
 from jax import lax
-from matmul_rows import QUICK, TINY, Row, full
-from timing import ceilings, in_turns
 from tqdm import tqdm
 
-from ridgeline.pallas_kernels.matmul import matmul
-from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
+from ..cli.common import FAILURE, OK, UsageError
+from ..pallas_kernels.matmul import matmul
+from .attention import BOUND, CPU_LABEL, MOST_SETS, PROGRAM_SECONDS, ROTATED, compiled, reason, relative_error
+from .environment import RESULTS, hardware, now, store, versions
+from .matmul_rows import QUICK, TINY, Row, full
+from .timing import ceilings, in_turns
 
 CALLS = 16  # a step of the timed program
 BANDWIDTH_TARGET = 0.90  # share that bf16 reaches at one row
@@ -187,8 +188,7 @@ def describe(result: dict[str, Any], implementation: str, limits: dict[str, Any]
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the most telling rows alone")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
     parser.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="begin no row later")
@@ -199,21 +199,30 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where to store results (default: results/matmul-DEVICE.json)"
     )
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
     device = jax.devices()[0]
     tiny = device.platform == "cpu"
     rows = [row for row in (TINY if tiny else QUICK if args.quick else full()) if args.only in str(row)]
     if not rows:
-        parser.error(f"--only is {args.only!r}, which no row has in its name; names look like {str(TINY[0])!r}")
+        raise UsageError(f"--only is {args.only!r}, which no row has in its name; names look like {str(TINY[0])!r}")
     if tiny and args.implementation == "mosaic":
-        parser.error(f"the kernel needs a Hopper GPU and this is {device.device_kind}; pass --implementation reference")
+        raise UsageError(
+            f"the kernel needs a Hopper GPU and this is {device.device_kind}; pass --implementation reference"
+        )
     kind = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower().removeprefix("nvidia ")).strip("-")
     out = args.output or RESULTS / f"matmul-{kind}.json"
-    if run(rows, out, args.implementation, rounds=args.rounds, until=time.perf_counter() + 60 * args.minutes):
-        sys.exit(1)
+    if measure_rows(
+        rows, out, args.command, args.implementation, rounds=args.rounds, until=time.perf_counter() + 60 * args.minutes
+    ):
+        return FAILURE
+    return OK
 
 
-def run(rows: Sequence[Row], out: Path, implementation: str, *, rounds: int, until: float) -> int:
+def measure_rows(
+    rows: Sequence[Row], out: Path, command: str, implementation: str, *, rounds: int, until: float
+) -> int:
     """Measures and prints row by row, stores after each; returns how many failed."""
     device = jax.devices()[0]
     tiny = device.platform == "cpu"
@@ -222,7 +231,7 @@ def run(rows: Sequence[Row], out: Path, implementation: str, *, rounds: int, unt
     report: dict[str, Any] = {
         "benchmark": "matmul",
         "date": now(),
-        "command": command(__file__, sys.argv[1:]),
+        "command": command,
         "device": device.device_kind,
         "implementation": implementation,
         "hardware": hardware(),
@@ -255,7 +264,3 @@ def run(rows: Sequence[Row], out: Path, implementation: str, *, rounds: int, unt
         print(f"{met}: {target['row']}: {target['what']} {target['found']}, wanted {target['wanted']}")
     print(f"stored in {out}")
     return sum("failed" in result for result in results)
-
-
-if __name__ == "__main__":
-    main()

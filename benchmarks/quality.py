@@ -7,7 +7,6 @@ activations are bfloat16.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 import ridgeline as rl
-from ridgeline.decode.score import evaluate
-from ridgeline.model.schemes import SCHEMES
-from ridgeline.roofline.environment import command, hardware, now, store, versions
-from ridgeline.roofline.plot import check_plot
-from ridgeline.training.data import read_books, split_book
+
+from ..cli.common import OK, UsageError
+from ..decode.score import evaluate
+from ..model.schemes import SCHEMES
+from ..roofline.plot import check_plot
+from ..training.data import read_books, split_book
+from .environment import hardware, now, store, versions
 
 KV_SCHEMES = (None, "int8", "fp8")
 
@@ -157,8 +158,7 @@ def plot(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--text", type=Path, required=True, metavar="FILE", help="the books, parted by a line <|story|>")
     add("--json", type=Path, required=True, metavar="OUT", help="where the results are stored")
@@ -166,28 +166,30 @@ def main() -> None:
     add("--model", default="bundled", metavar="DIR", help="a checkpoint directory, or 'bundled' (default)")
     add("--weights", metavar="NAME,...", help="only these, such as int4,int8+out-int8")
     add("--limit", type=int, metavar="N", help="score the first N tokens alone")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
     chosen = WEIGHTS
     if args.weights:
         named = {str(stored): stored for stored in WEIGHTS}
         unknown = [name for name in args.weights.split(",") if name not in named]
         if unknown:
-            parser.error(f"--weights {unknown[0]!r} is not known; known: {', '.join(named)}")
+            raise UsageError(f"--weights {unknown[0]!r} is not known; known: {', '.join(named)}")
         chosen = tuple(dict.fromkeys((PLAIN, *(named[name] for name in args.weights.split(",")))))
     if args.plot:
         try:
             check_plot(args.plot)
         except (ValueError, RuntimeError) as error:
-            parser.error(str(error))
+            raise UsageError(str(error)) from None
     texts = [stretch for book in read_books(args.text) for stretch in split_book(book)[1]]
     if not texts:
-        parser.error(f"--text {args.text} is too short to hold out 3 % of it by whole paragraphs")
+        raise UsageError(f"--text {args.text} is too short to hold out 3 % of it by whole paragraphs")
     with tqdm(total=len(chosen) * len(KV_SCHEMES), unit="row", bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:
         rows = measure(args.model, texts, chosen, args.limit, bar)
     report = {
         "benchmark": "quality",
         "date": now(),
-        "command": command(__file__, sys.argv[1:]),
+        "command": args.command,
         "hardware": hardware() | {"device": jax.devices()[0].device_kind},
         "versions": versions("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin", "numpy"),
         "model": Path(args.model).name,
@@ -200,7 +202,4 @@ def main() -> None:
     console.print(f"{title}; stored in {args.json}", highlight=False, soft_wrap=True)
     if args.plot:
         plot(args.plot, title, rows)
-
-
-if __name__ == "__main__":
-    main()
+    return OK

@@ -27,11 +27,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from request_trace import (
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from ..cli.common import OK, UsageError
+from ..decode import buckets
+from ..decode.generate import stream, warm_up
+from ..decode.sampling_params import SamplingParams
+from ..model.loading import GenerationDefaults, Model, load_model
+from ..model.params import init_params
+from ..model.presets import PRESETS, preset
+from .environment import RESULTS, hardware, now, store, versions
+from .request_trace import (
     CONVERSATION,
     TraceRequest,
     clamp,
@@ -41,16 +53,6 @@ from request_trace import (
     read_trace,
     scale,
 )
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-
-from ridgeline import Model, SamplingParams, init_params, load_model
-from ridgeline.decode import buckets
-from ridgeline.decode.generate import stream, warm_up
-from ridgeline.model.loading import GenerationDefaults
-from ridgeline.model.presets import PRESETS, preset
-from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
 
 PERCENTILES = (50, 90, 99)
 
@@ -70,6 +72,7 @@ class Job:
     output_tokens: int
 
 
+@runtime_checkable
 class Server(Protocol):
     """What a trace is replayed against."""
 
@@ -195,7 +198,7 @@ class Served:
         return self.ttft <= ttft_limit and (self.tpot is None or self.tpot <= tpot_limit)
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float] | None:
+def percentiles(values: Sequence[int | float]) -> dict[str, float] | None:
     """`PERCENTILES`, interpolated linearly between values; None of nothing."""
     if not values:
         return None
@@ -343,8 +346,7 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole, real = positive(int), positive(float)
 
     add = parser.add_argument_group("requests").add_argument
@@ -367,16 +369,14 @@ def arguments() -> argparse.ArgumentParser:
     add("--tpot-limit", type=real, default=0.1, metavar="SECONDS", help="for goodput (default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="where to store them (default: results/replay-MODEL-DEVICE.json)")
     add("--plot", type=Path, metavar="PNG", help="draw the distributions of TTFT and TPOT")
-    return parser
 
 
-def main() -> None:
-    parser = arguments()
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> int:
     console = Console()
     try:
         if args.fit is not None:
-            return print_fit(args.fit, console)
+            print_fit(args.fit, console)
+            return OK
         if args.plot is not None:
             require_matplotlib()
         if args.trace is not None and args.rate is not None:
@@ -387,11 +387,12 @@ def main() -> None:
             trace = generate_trace(args.requests or 100, args.seed, CONVERSATION, args.rate)
         model = load(args.model, args.layers, args.dtype)
     except (ValueError, OSError) as error:  # bad usage, told in full by the message
-        parser.error(str(error))
-    run(args, model, trace, console)
+        raise UsageError(str(error)) from None
+    serve_trace(args, model, trace, console)
+    return OK
 
 
-def run(args: argparse.Namespace, model: Model, trace: Sequence[TraceRequest], console: Console) -> None:
+def serve_trace(args: argparse.Namespace, model: Model, trace: Sequence[TraceRequest], console: Console) -> None:
     """Warms up, replays, prints and stores."""
     config, device = model.config, jax.devices()[0]
     trace, clamped = clamp(scale(trace, lengths=args.scale_lengths, speed=args.speed), config.max_position)
@@ -424,7 +425,7 @@ def run(args: argparse.Namespace, model: Model, trace: Sequence[TraceRequest], c
     report = {
         "benchmark": "replay",
         "date": now(),
-        "command": command(__file__, sys.argv[1:]),
+        "command": args.command,
         "device": device.device_kind,
         "hardware": hardware(),
         "versions": versions("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin", "numpy"),
@@ -450,7 +451,3 @@ def run(args: argparse.Namespace, model: Model, trace: Sequence[TraceRequest], c
     if args.plot is not None:
         plot(served, args.ttft_limit, args.tpot_limit, args.plot)
         console.print(f"drawn in {args.plot}")
-
-
-if __name__ == "__main__":
-    main()

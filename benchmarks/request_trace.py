@@ -334,7 +334,7 @@ def ks_distance(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(below[0] - below[1]).max())
 
 
-def dispersion(times: np.ndarray, window: float) -> float:
+def dispersion(times: np.ndarray, window: int | float) -> float:
     """Variance over mean of the number of arrivals in windows of so many mean gaps; 1 for a Poisson process."""
     counts, _ = np.histogram(times, np.arange(0, times[-1], window * times[-1] / (len(times) - 1)))
     return float(counts.var() / counts.mean())

@@ -3,29 +3,17 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from ridgeline.benchmarks import kernel_resources as program
 from ridgeline.sharding.targets import CHIPS
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-
-@pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import kernel_resources
-
-    return kernel_resources
-
-
-def test_the_kernels_fit_an_h200(plugin, program, tmp_path):
+def test_the_kernels_fit_an_h200(plugin, tmp_path):
     out = tmp_path / "resources.json"
-    script = BENCHMARKS / "kernel_resources.py"  # a process of its own, since a kernel is reported once in each
-    run = subprocess.run(
-        [sys.executable, script, "--cases", "quick", "--output", out], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-m", "ridgeline", "bench", "resources"]  # a process reports a kernel once
+    run = subprocess.run([*command, "--cases", "quick", "--output", out], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     report = json.loads(out.read_text())
     assert [result["case"] for result in report["results"]] == [
@@ -68,7 +56,7 @@ define TYPE @one_mosaic_gpu(ptr %0, ptr %1) {
     ],
     ids=["0.10", "0.11", "0.12"],
 )
-def test_reports_of_compiler_and_host_code_are_read(program, kind, call):
+def test_reports_of_compiler_and_host_code_are_read(kind, call):
     (kernel,) = program.kernels_in(PRINTED.replace("TYPE", kind).replace("CALL", call))
     assert kernel == {
         "kernel": "one",
@@ -93,13 +81,13 @@ def test_reports_of_compiler_and_host_code_are_read(program, kind, call):
         (32, 16, 0, 32),
     ],
 )
-def test_blocks_a_multiprocessor(program, threads, registers, shared, held):
+def test_blocks_a_multiprocessor(threads, registers, shared, held):
     kernel = {"kernel": program.FILLS[0], "threads": threads, "registers": registers, "shared_memory": shared}
     found = program.occupancy(kernel | {"blocks": 3 * held * 132}, CHIPS["h200"])
     assert found == {"blocks_per_sm": held, "waves": 3.0}
 
 
-def test_what_does_not_fit_is_a_fault(program):
+def test_what_does_not_fit_is_a_fault():
     good = {"kernel": "one", "registers": 100, "spill_stores": 0, "spill_loads": 0, "shared_memory": 232448}
     good |= {"blocks_per_sm": 1, "waves": 1.0}
 
@@ -115,6 +103,6 @@ def test_what_does_not_fit_is_a_fault(program):
     assert program.faults({"case": "c", "error": "E: no"}, CHIPS["h200"]) == ["c: E: no"]
 
 
-def test_host_code_of_another_form_is_an_error(program):
+def test_host_code_of_another_form_is_an_error():
     with pytest.raises(RuntimeError, match="one: no launch was found"):
         program.kernels_in(PRINTED.replace("CALL", "launch"))

@@ -7,10 +7,11 @@ import os
 import platform
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parent / "results"
 """Where a checkout keeps results; an installed package has no such directory."""
 
 LOAD_BEFORE = round(os.getloadavg()[0], 2)
@@ -79,9 +80,10 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def command(program: str, arguments: list[str]) -> str:
-    """The command line of a program in `benchmarks/`, with the names of files and no directories."""
-    return " ".join([f"python benchmarks/{Path(program).name}", *(Path(argument).name for argument in arguments)])
+def command(arguments: Sequence[str]) -> str:
+    """A command line of `ridgeline`, with the names of files and no directories."""
+    names = (Path(text).name if os.sep in text and Path(text).parent.is_dir() else text for text in arguments)
+    return " ".join(["ridgeline", *names])
 
 
 def store(report: dict[str, Any], out: Path) -> None:

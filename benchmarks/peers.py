@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..roofline.environment import cores
-from .bench_runs import Steps, Turn
+from .environment import cores
+from .steps import Steps, Turn
 
 EAGER, COMPILED = "transformers eager", "transformers compiled"
 PEERS = (EAGER, COMPILED)

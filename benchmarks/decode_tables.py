@@ -5,10 +5,10 @@ from typing import Any
 
 from rich.table import Table
 
-from ..roofline.bench import BenchCell, geometric_mean, ratios, scaling
+from ..cli.formats import number, simple_table
 from ..roofline.hardware import Hardware
-from .bench_peers import PEERS
-from .formats import number, simple_table
+from .cells import BenchCell, geometric_mean, ratios, scaling
+from .peers import PEERS
 
 _CAUSES = {
     "prefill": {

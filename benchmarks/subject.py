@@ -9,13 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from ..cli.common import model_config, quantized
 from ..model.config import ModelConfig
 from ..model.hf import config_from_hf
 from ..model.loading import BUNDLED, GenerationDefaults, Model, load_model
 from ..model.params import float_specs, init_params
 from ..model.presets import PRESETS
 from ..roofline.deployment import Deployment
-from .common import model_config, quantized
 
 _FIELDS: dict[str, tuple[str, type]] = {
     "vocab_size": ("vocab_size", int),

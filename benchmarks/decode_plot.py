@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .bench import BenchCell, ratios
-from .hardware import Hardware
-from .plot import _figure_class, check_plot
+from ..roofline.hardware import Hardware
+from ..roofline.plot import _figure_class, check_plot
+from .cells import BenchCell, ratios
 
 _COLORS = {
     "weights": "C0",

@@ -10,10 +10,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .counts import count_decode
-from .deployment import Deployment
-from .hardware import Hardware
-from .predict import Phase, predict, predict_prefill
+from ..roofline.counts import count_decode
+from ..roofline.deployment import Deployment
+from ..roofline.hardware import Hardware
+from ..roofline.predict import Phase, predict, predict_prefill
 
 Seconds = Sequence[float]
 

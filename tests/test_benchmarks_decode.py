@@ -1,4 +1,4 @@
-"""`ridgeline bench`: what it counts, how it explains a gap, what it stores and refuses. No time is asserted."""
+"""`ridgeline bench decode`: what it counts, how it explains a gap, what it stores and refuses. No time is asserted."""
 
 import json
 import os
@@ -9,14 +9,14 @@ import sys
 import jax
 import pytest
 
+from ridgeline.benchmarks.cells import better, decode_cell, drift, explain_growth, prefill_cell, ratios, scaling, spread
+from ridgeline.benchmarks.decode_tables import notes
+from ridgeline.benchmarks.environment import Others
+from ridgeline.benchmarks.steps import OURS, Contest, in_turns, padded_prompt, plan_steps
+from ridgeline.benchmarks.subject import find_subject
 from ridgeline.cli import main
-from ridgeline.cli.bench_model import find_subject
-from ridgeline.cli.bench_runs import OURS, Contest, in_turns, padded_prompt, plan_steps
-from ridgeline.cli.bench_tables import notes
 from ridgeline.model.presets import PRESETS, preset
 from ridgeline.roofline import Deployment, Hardware, count_decode, count_prefill
-from ridgeline.roofline.bench import better, decode_cell, drift, explain_growth, prefill_cell, ratios, scaling, spread
-from ridgeline.roofline.environment import Others
 
 MACHINE = Hardware("test machine", 10**10, 1e10, {"float32": 1e11, "bfloat16": 2e11}, 1e9, 1e-6)
 SHAPE = {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 300}
@@ -26,7 +26,7 @@ SIZES = ["--batch", "1,2", "--context", "24,40", "--prompt", "5,33", "--tokens",
 
 @pytest.fixture
 def machine(monkeypatch):
-    monkeypatch.setattr("ridgeline.cli.bench.measure", lambda devices, dtypes, progress: MACHINE)
+    monkeypatch.setattr("ridgeline.benchmarks.decode.measure", lambda devices, dtypes, progress: MACHINE)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,10 @@ def results(tmp_path_factory):
     """One run, as it is stored, and its picture."""
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ridgeline.cli.bench.measure", lambda devices, dtypes, progress: MACHINE)
-        assert main(["bench", *TINY, *SIZES, "--dtype", "float32", "--output", str(folder / "bench.json")]) == 0
+        patch.setattr("ridgeline.benchmarks.decode.measure", lambda devices, dtypes, progress: MACHINE)
+        assert (
+            main(["bench", "decode", *TINY, *SIZES, "--dtype", "float32", "--output", str(folder / "bench.json")]) == 0
+        )
     return json.loads((folder / "bench.json").read_text())
 
 
@@ -50,7 +52,7 @@ def test_every_cell_is_stored_with_its_timings(results):
         assert (seconds["min"], seconds["max"]) == (min(seconds["runs"]), max(seconds["runs"]))
     assert results["model"]["changes"] == SHAPE | {"num_layers": 2}
     assert results["model"]["dtype"] == "float32"
-    assert results["command"].startswith("ridgeline bench llama-3.2-1b --set embed_dim=64 ")
+    assert results["command"].startswith("ridgeline bench decode llama-3.2-1b --layers 2 --set embed_dim=64 ")
     assert {"date", "hardware", "versions", "roofs"} <= results.keys()
     assert results["agreement"] is None
     assert not results["dry_run"]
@@ -218,7 +220,21 @@ def test_turns_alternate_and_a_peer_that_fails_is_out_with_its_reason():
 def test_tables_fit_a_narrow_terminal_and_json_is_what_is_stored(capsys, monkeypatch, machine, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "out.json"
-    run = ["bench", *TINY, "--batch", "1", "--context", "24", "--prompt", "5", "--tokens", "8", "--repeats", "1"]
+    run = [
+        "bench",
+        "decode",
+        *TINY,
+        "--batch",
+        "1",
+        "--context",
+        "24",
+        "--prompt",
+        "5",
+        "--tokens",
+        "8",
+        "--repeats",
+        "1",
+    ]
     assert main([*run, "--output", str(out)]) == 0
     tables, notes = capsys.readouterr().out.split("Roof of each device")
     assert "…" not in tables
@@ -235,7 +251,7 @@ def test_bundled_weights_and_a_plot(capsys, machine, tmp_path):
     pytest.importorskip("matplotlib")
     run = ["--batch", "1", "--context", "24", "--prompt", "5", "--tokens", "8", "--repeats", "1"]
     files = ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "bench.png")]
-    assert main(["bench", "bundled", *run, *files]) == 0
+    assert main(["bench", "decode", "bundled", *run, *files]) == 0
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out.json").read_text())["model"]["random_weights"] is False
 
@@ -243,11 +259,12 @@ def test_bundled_weights_and_a_plot(capsys, machine, tmp_path):
 def test_tensor_degrees_on_forced_devices(tmp_path):
     code = f"""
 import sys
-from ridgeline.cli import bench, main
+from ridgeline.benchmarks import decode
+from ridgeline.cli import main
 from ridgeline.roofline import Hardware
 machine = Hardware("test machine", 10**10, 1e10, {{"float32": 1e11}}, 1e9, 1e-6)
-bench.measure = lambda devices, dtypes, progress: machine
-sys.exit(main({["bench", *TINY]} + sys.argv[1:]))
+decode.measure = lambda devices, dtypes, progress: machine
+sys.exit(main({["bench", "decode", *TINY]} + sys.argv[1:]))
 """
     out = tmp_path / "out.json"
     sizes = ["--tensor", "1,2", "--batch", "1", "--context", "24", "--prompt", "5", "--tokens", "8", "--repeats", "1"]
@@ -274,6 +291,7 @@ def test_transformers_runs_beside_and_agrees(capsys, machine, tmp_path):
     sizes = ["--batch", "2", "--context", "24", "--prompt", "9", "--tokens", "8", "--repeats", "2"]
     run = [
         "bench",
+        "decode",
         *TINY,
         "--layers",
         "1",
@@ -320,7 +338,7 @@ def test_transformers_runs_beside_and_agrees(capsys, machine, tmp_path):
     ],
 )
 def test_bad_arguments_are_one_line_without_a_traceback(capsys, machine, args, message):
-    assert main(["bench", *args]) == 2
+    assert main(["bench", "decode", *args]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
@@ -328,11 +346,11 @@ def test_bad_arguments_are_one_line_without_a_traceback(capsys, machine, args, m
 
 def test_too_few_devices_say_how_to_force_them(capsys, machine):
     wanted = 2 * jax.device_count()
-    assert main(["bench", "llama-3.2-1b", "--tensor", str(wanted)]) == 2
+    assert main(["bench", "decode", "llama-3.2-1b", "--tensor", str(wanted)]) == 2
     assert f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted}" in capsys.readouterr().err
 
 
 def test_compare_without_transformers_says_how_to_get_it(capsys, monkeypatch, machine):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["bench", "bundled", "--compare", "transformers"]) == 1
+    assert main(["bench", "decode", "bundled", "--compare", "transformers"]) == 1
     assert "pip install 'ridgeline[parity]'" in capsys.readouterr().err

@@ -1,4 +1,9 @@
-"""`ridgeline bench`: what a model does on this machine, and how far that is from what the machine could do."""
+"""Prefill and decode of a model on this machine, each against the machine's own limits.
+
+The time to the first token over prompt lengths and the time per output token over batch and context are set against the
+limits of this machine, measured in the same run: the fraction of the roof, the prediction, and where the rest of the
+time goes.
+"""
 
 import argparse
 import contextlib
@@ -15,31 +20,24 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ..cli.common import OK, add_format_options, terminal, usage_errors
+from ..cli.formats import integers
 from ..decode import buckets
 from ..decode.cache import page_dtype
 from ..decode.generate import generate
 from ..model.loading import Model
 from ..model.params import count_parameters
-from ..model.presets import PRESETS
-from ..roofline.bench import BenchCell, better, decode_cell, drift, explain_growth, prefill_cell, scaling
-from ..roofline.bench_plot import plot_bench
 from ..roofline.deployment import Deployment
-from ..roofline.environment import RESULTS, Others, hardware, now, store, versions
 from ..roofline.hardware import Hardware
 from ..roofline.measure import measure
 from ..roofline.plot import check_plot
 from ..sharding.mesh import make_mesh
-from .bench_model import (
-    SETTABLE,
-    Subject,
-    check_memory,
-    checkpoint_directory,
-    find_subject,
-    make_model,
-    write_config,
-)
-from .bench_peers import Peer, check_installed, load, write_random_weights
-from .bench_runs import (
+from .cells import BenchCell, better, decode_cell, drift, explain_growth, prefill_cell, scaling
+from .decode_plot import plot_bench
+from .decode_tables import notes, tables
+from .environment import RESULTS, Others, hardware, now, store, versions
+from .peers import Peer, check_installed, load, write_random_weights
+from .steps import (
     GREEDY,
     OURS,
     Contest,
@@ -50,22 +48,20 @@ from .bench_runs import (
     prefill_turn,
     random_prompts,
 )
-from .bench_tables import notes, tables
-from .common import OK, add_format_options, terminal, usage_errors
-from .formats import integers
+from .subject import (
+    SETTABLE,
+    Subject,
+    check_memory,
+    checkpoint_directory,
+    find_subject,
+    make_model,
+    write_config,
+)
 
 _AGREEMENT_TOKENS = 32
 
 
-def add_parser(commands: "argparse._SubParsersAction") -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="measure a model on this machine against the machine's own limits",
-        description="Measure the time to the first token over prompt lengths and the time per output token over batch "
-        "and context, and set both against the limits of this machine, measured in the same run: the fraction of the "
-        "roof, the prediction, and where the rest of the time goes.",
-        epilog=f"presets: {', '.join(PRESETS)}",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "model",
@@ -104,12 +100,11 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="where the results are stored (default: bench-MODEL-DEVICE.json in benchmarks/results of a checkout, or "
+        help="where the results are stored (default: decode-MODEL-DEVICE.json in benchmarks/results of a checkout, or "
         "here)",
     )
     add("--plot", type=Path, metavar="FILE", help="draw the results to a .png, .pdf or .svg")
     add("--json", action="store_true", help="print the results as one JSON object instead of tables")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,9 +131,9 @@ def run(args: argparse.Namespace) -> int:
     ]
     device = jax.devices()[0]
     report = {
-        "benchmark": "bench",
+        "benchmark": "decode",
         "date": now(),
-        "command": _command(args),
+        "command": args.command,
         "hardware": hardware() | {"device": device.device_kind, "devices": jax.device_count()},
         "versions": versions("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin", "numpy", "torch", "transformers"),
         "model": {
@@ -354,18 +349,4 @@ def _cells(contests: list[Contest], deployment: Deployment, roof: Hardware, toke
 def _default_output(subject: Subject, kind: str) -> Path:
     folder = RESULTS if RESULTS.is_dir() else Path.cwd()
     words = [Path(subject.name).name, *(["scaled"] if subject.changes else []), subject.config.dtype, kind]
-    return folder / f"bench-{re.sub(r'[^a-z0-9.]+', '-', '-'.join(words).lower())}.json"
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command line, with the names of files and no directories."""
-
-    def shown(value: Any) -> str:
-        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    words = ["ridgeline bench", Path(args.model).name]
-    words += [f"--set {setting}" for setting in args.set]
-    for name in ("layers", "dtype", "prompt", "batch", "context", "tokens", "tensor", "repeats", "compare"):
-        if getattr(args, name) is not None:
-            words.append(f"--{name} {shown(getattr(args, name))}")
-    return " ".join(words)
+    return folder / f"decode-{re.sub(r'[^a-z0-9.]+', '-', '-'.join(words).lower())}.json"
