@@ -1,9 +1,10 @@
 """Everything that measures, behind `ridgeline bench NAME`; `results/` holds one JSON a run."""
 
 import argparse
+import functools
 from collections.abc import Sequence
 
-from . import attention, decode, formats, kernel_resources, loading, matmul, quality, replay
+from . import attention, decode, formats, harness, kernel_resources, loading, matmul, quality, replay
 from .environment import command
 
 BENCHMARKS = {
@@ -16,16 +17,15 @@ BENCHMARKS = {
     "quality": quality,
     "resources": kernel_resources,
 }
-"""By the name on the command line: a module with `add_arguments(parser)` and `run(args)`, told by its docstring."""
+"""By the name on the command line; `harness` says what they have in common."""
 
 
 def add_parsers(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Add a command for each benchmark; `arguments` is the command line, which results are stored with."""
     names = parser.add_subparsers(title="benchmarks", required=True, metavar="NAME")
     for name, module in BENCHMARKS.items():
-        summary = module.__doc__.partition("\n")[0]
-        one = names.add_parser(
-            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        texts = {"help": module.__doc__.partition("\n")[0], "description": module.__doc__}
+        one = names.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
         module.add_arguments(one)
-        one.set_defaults(run=module.run, command=command(arguments))
+        harness.add_arguments(one)
+        one.set_defaults(run=functools.partial(harness.run, module), command=command(arguments))

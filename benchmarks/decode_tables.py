@@ -1,13 +1,12 @@
-"""The tables and notes of `ridgeline bench`."""
+"""The tables and notes of `ridgeline bench decode`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
-from ..cli.formats import number, simple_table
-from ..roofline.hardware import Hardware
-from .cells import BenchCell, geometric_mean, ratios, scaling
+from ..cli.formats import number
+from .cells import Cell, cells_of, geometric_mean
+from .harness import Table, milliseconds, percent
+from .limits import used_roof
 from .peers import PEERS
 
 _CAUSES = {
@@ -26,7 +25,7 @@ _CAUSES = {
         "KV": ("kv_read", "kv_write"),
         "other": ("activations", "logits", "arithmetic"),
         "links": ("collectives",),
-        "host": ("launch",),
+        "host": ("host",),
         "sample": ("sampling",),
         "context": ("context",),
         "rows": ("rows",),
@@ -35,99 +34,101 @@ _CAUSES = {
 }
 """Columns of the attribution, by phase, and what each sums."""
 
-
-def tables(title: str, cells: Sequence[BenchCell]) -> Iterator[Table]:
-    """The tables, in order, under a title; cells of all tensor degrees."""
-    for phase in ("prefill", "decode"):
-        found = [cell for cell in cells if cell.phase == phase]
-        yield _speeds(f"{title}\n\n{_TITLES[phase]}" if phase == "prefill" else _TITLES[phase], phase, found)
-        yield _gaps(phase, found)
-    if len({cell.tensor for cell in cells}) > 1:
-        yield _scaling(cells)
-    if any(cell.peers or cell.failures for cell in cells):
-        yield _comparison(cells)
-
-
 _QUIET = 0.1  # cores
-_TITLES = {"prefill": "Prefill, measured", "decode": "Decode, measured"}
 _LENGTHS = {"prefill": "prompt", "decode": "context"}
 _TIMES = {"prefill": "TTFT", "decode": "TPOT"}
 
 
-def _speeds(title: str, phase: str, cells: Sequence[BenchCell]) -> Table:
+def title_of(report: Mapping[str, Any]) -> str:
+    """The model and its numbers."""
+    model = report["model"]
+    weights = f"{model['quantize']} in {model['dtype']}" if model["quantize"] else model["dtype"]
+    output = f", output {model['quantize_output']}" if model["quantize_output"] else ""
+    size = f"{model['parameters'] / 1e6:,.3g} M parameters, {weights}{output}, KV {model['kv']}"
+    return f"{model['name']}{' scaled to' if model['changes'] else ':'} {size}"
+
+
+def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
+    """The tables, then what their reader has to know."""
+    cells, title = cells_of(report), title_of(report) + "\n\n"
+    for phase in ("prefill", "decode"):
+        ours = [cell for cell in cells if cell.phase == phase]
+        yield _speeds(title if phase == "prefill" else "", phase, ours)
+        yield _gaps(phase, ours)
+    if report["scaling"]:
+        yield _scaling(report["scaling"])
+    if any(cell.peers or cell.failures for cell in cells):
+        yield _comparison(cells)
+    yield from _notes(report, cells)
+
+
+def _speeds(title: str, phase: str, cells: Sequence[Cell]) -> Table:
     columns = (f"{_TIMES[phase]} ms", "min", "max", "tok/s", "at best", "of roof", "MFU", "MBU")
-    table = simple_table(title, "tensor", "batch", _LENGTHS[phase], *columns)
-    for cell in cells:
-        seconds = cell.seconds
-        table.add_row(
+    rows = [
+        (
             *_sizes(cell),
-            *map(_milliseconds, (seconds.median, seconds.min, seconds.max)),
+            *map(milliseconds, (cell.seconds.median, cell.seconds.min, cell.seconds.max)),
             number(cell.tokens_per_second),
-            _milliseconds(cell.predicted),
-            *map(_share, (cell.of_roof, cell.mfu, cell.mbu)),
+            milliseconds(cell.predicted),
+            *map(percent, (cell.of_roof, cell.mfu, cell.mbu)),
         )
-    return table
+        for cell in cells
+    ]
+    heading = f"{title}{phase.capitalize()}, measured"
+    return Table(heading, ("tensor", "batch", _LENGTHS[phase], *columns), rows, names=0)
 
 
-def _gaps(phase: str, cells: Sequence[BenchCell]) -> Table:
-    causes = _CAUSES[phase]
-    title = f"Where the {_TIMES[phase]} goes, % of it"
-    table = simple_table(title, "tensor", "batch", _LENGTHS[phase], *causes)
+def _gaps(phase: str, cells: Sequence[Cell]) -> Table:
+    causes, rows = _CAUSES[phase], []
     for cell in cells:
         shares = (sum(cell.attributed[name] for name in names) / cell.seconds.median * 100 for names in causes.values())
-        table.add_row(*_sizes(cell), *("-" if share == 0 else f"{share:.1f}" for share in shares))
-    return table
+        rows.append((*_sizes(cell), *("-" if share == 0 else f"{share:.1f}" for share in shares)))
+    title = f"Where the {_TIMES[phase]} goes, % of it"
+    return Table(title, ("tensor", "batch", _LENGTHS[phase], *causes), rows, names=0)
 
 
-def _scaling(cells: Sequence[BenchCell]) -> Table:
-    table = simple_table(
-        "Scaling over devices", "phase", "batch", "length", "tensor", "speed-up", "at best", "efficiency"
-    )
+def _scaling(scaling: Sequence[Mapping[str, Any]]) -> Table:
     order = {"prefill": 0, "decode": 1}
-    for row in sorted(scaling(cells), key=lambda row: (order[row.phase], row.batch, row.length, row.tensor)):
-        sizes = (str(row.batch), f"{row.length:,.0f}", str(row.tensor))
-        table.add_row(row.phase, *sizes, f"{row.speedup:.2f}", f"{row.predicted:.2f}", _share(row.efficiency))
-    return table
+    rows = [
+        (
+            *(row["phase"], str(row["batch"]), f"{row['length']:,.0f}", str(row["tensor"])),
+            *(f"{row['speedup']:.2f}", f"{row['predicted']:.2f}", percent(row["efficiency"])),
+        )
+        for row in sorted(scaling, key=lambda row: (order[row["phase"]], row["batch"], row["length"], row["tensor"]))
+    ]
+    columns = ("phase", "batch", "length", "tensor", "speed-up", "at best", "efficiency")
+    return Table("Scaling over devices", columns, rows)
 
 
-def _comparison(cells: Sequence[BenchCell]) -> Table:
+def _comparison(cells: Sequence[Cell]) -> Table:
     names = [name for name in PEERS if any(name in (*cell.peers, *cell.failures) for cell in cells)]
     columns = [column for name in names for column in (name.removeprefix("transformers "), "x")]
-    title = "Against transformers, ms; x: its time over Ridgeline's"
-    table = simple_table(title, "phase", "batch", "length", "ridgeline", *columns)
+    rows = []
     for cell in cells:
         if not (cell.peers or cell.failures):
             continue
-        found = ratios(cell)
-        figures = []
+        times = []
         for name in names:
-            if name in cell.peers:
-                figures += [_milliseconds(cell.peers[name].median), f"{found[name]:.2f}"]
-            else:
-                figures += ["failed", "-"]
-        table.add_row(cell.phase, *_sizes(cell)[1:], _milliseconds(cell.seconds.median), *figures)
-    return table
+            peer = cell.peers.get(name)
+            times += ["failed", "-"] if peer is None else [milliseconds(peer.median), f"{cell.ratios[name]:.2f}"]
+        rows.append((cell.phase, *_sizes(cell)[1:], milliseconds(cell.seconds.median), *times))
+    title = "Against transformers, ms; x: its time over Ridgeline's"
+    return Table(title, ("phase", "batch", "length", "ridgeline", *columns), rows)
 
 
-def notes(report: Mapping[str, Any], cells: Sequence[BenchCell], roofs: Mapping[int, Hardware]) -> Iterator[str]:
-    """What a reader of the tables has to know.
-
-    Args:
-      report: what is stored.
-      cells: of all tensor degrees.
-      roofs: measured, by tensor degree.
-    """
+def _notes(report: Mapping[str, Any], cells: Sequence[Cell]) -> Iterator[str]:
     dtype = report["model"]["dtype"]
     if report["dry_run"]:
         yield (
             "DRY RUN: the devices are forced on a CPU and share its cores and its memory. That every degree runs is "
             "shown; how fast it would be on devices of their own is not."
         )
-    for tensor, roof in roofs.items():
-        moved = report["roofs"][tensor]["drift"]
+    for tensor, roof in report["roofs"].items():
+        moved = roof["drift"]
         yield (
-            f"Roof of each device, tensor {tensor}: {roof.roof(dtype)}, the better of before and after the run; "
-            f"between them bandwidth changed by {moved['bandwidth']:+.1%}, the peak by {moved['peak']:+.1%}."
+            f"Roof of each device, tensor {tensor}: {used_roof(roof).roof(dtype)}, the better of before and "
+            f"after the run; between them bandwidth changed by {moved['bandwidth']:+.1%}, the peak by "
+            f"{moved['peak']:+.1%}."
         )
     others = report["cores_busy_with_others"]
     if others is not None and others > _QUIET:
@@ -142,36 +143,24 @@ def notes(report: Mapping[str, Any], cells: Sequence[BenchCell], roofs: Mapping[
     )
     yield (
         "Weights, KV, other (activations, logits, arithmetic beyond memory) and links are what the roof predicts. "
-        "Host (launching, and reading tokens), sample and set-up are measured by leaving them out; padding is "
-        "predicted; context and rows are what grows with them beyond the prediction; rest is what no measurement tells "
-        "apart, below 0 where the run beat the prediction."
+        "Host (reading tokens and launching what follows), sample and set-up are measured by leaving them out; padding "
+        "is predicted; context and rows are what grows with them beyond the prediction; rest is what no measurement "
+        "tells apart, below 0 where the run beat the prediction."
     )
-    names = [name for name in PEERS if any(name in cell.peers for cell in cells)]
-    for name in names:
+    for name in PEERS:
         for phase in ("prefill", "decode"):
-            found = [ratios(cell)[name] for cell in cells if cell.phase == phase and name in cell.peers]
-            if found:
-                yield f"{phase.capitalize()}: {geometric_mean(found):.2f} times as fast as {name} (geometric mean)."
+            ratios = [cell.ratios[name] for cell in cells if cell.phase == phase and name in cell.peers]
+            if ratios:
+                yield f"{phase.capitalize()}: {geometric_mean(ratios):.2f} times as fast as {name} (geometric mean)."
     for name, reason in dict.fromkeys(pair for cell in cells for pair in cell.failures.items()):
         yield f"{name} failed: {reason}"
-    agreement = report["agreement"]
-    if agreement is not None:
-        for name in PEERS:
-            found = agreement[name]
-            if "failure" in found:
-                yield f"Greedy tokens of {name}: failed: {found['failure']}"
-            else:
-                yield f"Greedy tokens equal to those of {name}: {found['equal']} of {agreement['tokens']} in {dtype}."
+    for name in PEERS if report["agreement"] else ():
+        made, count = report["agreement"][name], report["agreement"]["tokens"]
+        if "failure" in made:
+            yield f"Greedy tokens of {name}: failed: {made['failure']}"
+        else:
+            yield f"Greedy tokens equal to those of {name}: {made['equal']} of {count} in {dtype}."
 
 
-def _sizes(cell: BenchCell) -> tuple[str, str, str]:
+def _sizes(cell: Cell) -> tuple[str, str, str]:
     return str(cell.tensor), str(cell.batch), f"{cell.length:,.0f}"
-
-
-def _milliseconds(seconds: float) -> str:
-    value = seconds * 1e3
-    return f"{value:.3f}" if value < 1 else number(value)
-
-
-def _share(share: float) -> str:
-    return f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"

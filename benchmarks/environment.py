@@ -11,17 +11,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 RESULTS = Path(__file__).parent / "results"
 """Where a checkout keeps results; an installed package has no such directory."""
 
 LOAD_BEFORE = round(os.getloadavg()[0], 2)
+_DISTRIBUTIONS = (
+    *("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-cuda-nvcc", "numpy"),
+    *("safetensors", "orbax-checkpoint", "torch", "transformers"),
+)
+
+
+def record(benchmark: str, command: str) -> dict[str, Any]:
+    """The benchmark, its command line, the date and time in UTC, the machine, and the versions of what is installed."""
+    device = jax.devices()[0]
+    return {
+        "benchmark": benchmark,
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device.device_kind,
+        "hardware": hardware() | {"devices": jax.device_count()},
+        "versions": versions(),
+    }
 
 
 def hardware() -> dict[str, Any]:
     """The processor, the cores that this process may use, memory, and the load before the benchmark began."""
-    cpuinfo, meminfo = _read("/proc/cpuinfo"), _read("/proc/meminfo")
-    model = re.search(r"model name\s*:\s*(.*)", cpuinfo)
-    memory = re.search(r"MemTotal:\s+(\d+)", meminfo)
+    model = re.search(r"model name\s*:\s*(.*)", _read("/proc/cpuinfo"))
+    memory = re.search(r"MemTotal:\s+(\d+)", _read("/proc/meminfo"))
     return {
         "cpu": model.group(1) if model else platform.machine(),
         "cores": cores(),
@@ -64,20 +82,15 @@ def _read(path: str) -> str:
     return Path(path).read_text() if Path(path).exists() else ""
 
 
-def versions(*names: str) -> dict[str, str]:
-    """Python's version, and that of each named distribution that is installed."""
-    found = {"python": platform.python_version()}
-    for name in names:
+def versions() -> dict[str, str]:
+    """Python's version, and those of the distributions that figures depend on, where they are installed."""
+    installed = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
-
-
-def now() -> str:
-    """The date and time, in UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return installed
 
 
 def command(arguments: Sequence[str]) -> str:
@@ -86,9 +99,13 @@ def command(arguments: Sequence[str]) -> str:
     return " ".join(["ridgeline", *names])
 
 
+def slug(text: str) -> str:
+    """A part of a file's name: "NVIDIA H200" is "h200"."""
+    return re.sub(r"[^a-z0-9.+]+", "-", text.lower().removeprefix("nvidia ")).strip("-")
+
+
 def store(report: dict[str, Any], out: Path) -> None:
     """Writes JSON; whoever reads meanwhile, or after a run that was cut off, finds a whole report."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     partial.write_text(json.dumps(report, indent=1) + "\n")
     partial.replace(out)

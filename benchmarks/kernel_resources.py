@@ -14,16 +14,27 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
 from ..cli.common import UsageError
+from ..pallas_kernels.attention import decode_attention, prefill_attention
+from ..pallas_kernels.matmul import matmul
+from ..sharding.hlo import collectives, parse
+from ..sharding.targets import compile_for_target, find_chip, target_mesh
+from .harness import Table
+from .limits import Figure
 from .matmul_rows import LAYERS, Row, rows
 
 ASK = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
 """Settings that make the plugin print what is read here; it looks at them when a process first compiles a kernel."""
 
+MOST_REGISTERS = 255  # a thread
 REGISTERS = 65536  # 32-bit, a multiprocessor; NVIDIA, CUDA C++ Programming Guide, "Compute Capabilities", 8.0 to 10.0
 THREADS = 2048
 BLOCKS = 32
@@ -143,8 +154,6 @@ def resources(cases: Sequence[Case | Row], target: str = "h200", done: Callable[
       RuntimeError: the process had compiled a kernel before it was told to report, or the plugin is not installed.
     """
     os.environ.update(ASK)
-    from ..sharding.targets import find_chip, target_mesh
-
     chip = find_chip(target)
     target_mesh(target)  # says so at once if the plugin is missing
     results = []
@@ -176,13 +185,6 @@ def resources(cases: Sequence[Case | Row], target: str = "h200", done: Callable[
 
 def compiled_text(case: Case | Row, target: str, batch: int) -> dict[str, int]:
     """Compiles; returns how many Mosaic kernels the program has, and how many collectives."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from ..sharding.hlo import collectives, parse
-    from ..sharding.targets import compile_for_target, target_mesh
-
     if isinstance(case, Row):
         whole, mesh = PartitionSpec(), target_mesh(target)
         op, out_spec = product_op(case), whole
@@ -206,17 +208,11 @@ def compiled_text(case: Case | Row, target: str, batch: int) -> dict[str, int]:
 
 
 def product_op(row: Row) -> Callable[..., Any]:
-    from ..pallas_kernels.matmul import matmul
-
     return functools.partial(matmul, activation="silu" if row.gated else None, implementation="mosaic")
 
 
 def attention_op(case: Case, batch: int) -> tuple[Callable[..., Any], dict[str, tuple[Any, ...]], Any]:
     """The op, the shape, dtype and partition of each operand, and the partition of the result."""
-    from jax.sharding import PartitionSpec
-
-    from ..pallas_kernels.attention import decode_attention, prefill_attention
-
     pages = 8192 // case.S
     quantized = case.kv in ("int8", "fp8")
     heads, whole = PartitionSpec(None, "tensor"), PartitionSpec()
@@ -332,72 +328,46 @@ def faults(result: dict[str, Any], chip: Any) -> list[str]:
     return found
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a line a kernel."""
-    head = ("case", "kernel", "registers", "spills", "shared memory", "threads", "blocks/SM", "waves", "compile s")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * 2 + " ---: |" * (len(head) - 2)]
-    for result in results:
-        if "error" in result:
-            lines.append(f"| {result['case']} | {result['error']} |" + " |" * (len(head) - 2))
-        for i, kernel in enumerate(result.get("kernels", ())):
-            cells = [
-                result["case"] if i == 0 else "",
-                kernel["kernel"],
-                kernel["registers"],
-                f"{kernel['spill_stores']}/{kernel['spill_loads']}",
-                kernel["shared_memory"],
-                kernel["threads"],
-                kernel["blocks_per_sm"],
-                kernel["waves"] or "",
-                result["compile_seconds"] if i == 0 else "",
-            ]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="h200", metavar="CHIP", help="the GPU (default: %(default)s)")
-    parser.add_argument("--cases", choices=("all", "quick"), default="all", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="the short list of cases alone")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="where to store the results (default: results/kernel_resources-CHIP.json for all cases, else nowhere)",
-    )
 
 
-def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from ..sharding.targets import find_chip
-    from .environment import RESULTS, hardware, now, store, versions
-
-    cases = [case for case in CASES if (args.cases == "all" or quick(case)) and args.only in str(case)]
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    jax.config.update("jax_platforms", "cpu")  # no GPU is used, not even one that is there
+    cases = [case for case in CASES if (not args.quick or quick(case)) and args.only in str(case)]
     if not cases:
         raise UsageError(f"--only is {args.only!r}, which no case has in its name; names look like {str(CASES[0])!r}")
     with tqdm(total=len(cases), unit="case", file=sys.stderr) as bar:
         results = resources(cases, args.target, bar.update)
     chip = find_chip(args.target)
-    found = [fault for result in results for fault in faults(result, chip)]
-    print(table(results))
-    print("\n".join(found) or f"{len(results)} cases compiled for {chip.name}: no spills, and all blocks fit")
-
-    report = {
-        "benchmark": "kernel_resources",
-        "date": now(),
-        "command": args.command,
-        "target": chip.name,
-        "hardware": hardware(),
-        "versions": versions("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin"),
-        "faults": found,
+    yield {
+        "subject": " ".join([*["quick"] * args.quick, args.only]),
+        "device": chip.name,
+        "failures": [fault for result in results for fault in faults(result, chip)],
         "results": results,
     }
-    whole = args.cases == "all" and not args.only
-    out = args.output or (RESULTS / f"kernel_resources-{args.target}.json" if whole else None)
-    if out is not None:
-        store(report, out)
-        print(f"stored in {out}")
-    if found:
-        return 1
-    return 0
+
+
+def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
+    """A line a kernel."""
+    columns = ("case", "kernel", "registers", "spills", "shared memory", "threads", "blocks/SM", "waves", "compile s")
+    rows = []
+    for result in report["results"]:
+        for i, kernel in enumerate(result.get("kernels", ())):
+            spills = f"{kernel['spill_stores']}/{kernel['spill_loads']}"
+            taken = (kernel[name] for name in ("shared_memory", "threads", "blocks_per_sm"))
+            cells = [kernel["registers"], spills, *taken, kernel["waves"] or ""]
+            first = (result["case"], result["compile_seconds"]) if i == 0 else ("", "")
+            rows.append((first[0], kernel["kernel"], *map(str, cells), str(first[1])))
+    yield Table("", columns, rows, names=2)
+    if not report["failures"]:
+        yield f"{len(report['results'])} cases compiled for {report['device']}: no spills, and all blocks fit."
+
+
+def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
+    """Registers a thread beside the most that an instruction can name."""
+    for result in report["results"]:
+        for kernel in result.get("kernels", ()):
+            yield Figure(f"{result['case']}, {kernel['kernel']}", kernel["registers"], MOST_REGISTERS, "registers")

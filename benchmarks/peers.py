@@ -18,14 +18,15 @@ import jax
 import numpy as np
 
 from .environment import cores
-from .steps import Steps, Turn
+from .steps import Steps
+from .timing import Turn
 
 EAGER, COMPILED = "transformers eager", "transformers compiled"
 PEERS = (EAGER, COMPILED)
 
 
 def check_installed() -> None:
-    """Raise RuntimeError where torch or transformers are missing."""
+    """RuntimeError where torch or transformers are missing."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"--compare needs {' and '.join(missing)}: pip install 'ridgeline[parity]'")

@@ -3,8 +3,8 @@
 The source of the fit is the conversation trace of "Azure LLM inference trace 2023" (Azure/AzurePublicDataset on GitHub,
 CC-BY Attribution License): 19,366 requests within an hour to language models in Azure. It is described in Patel,
 Choukse, Zhang, Shah, Goiri, Maleki and Bianchini, "Splitwise: Efficient generative LLM inference using phase
-splitting", ISCA 2024. The trace itself is not part of this package; `python benchmarks/replay.py --fit FILE` fits anew,
-and prints the table below for any trace.
+splitting", ISCA 2024. The trace itself is not part of this package; `ridgeline bench replay --fit FILE` fits anew, and
+prints the table below for any trace.
 
 Arrivals are no Poisson process. One gap alone is nearly exponential (a KS distance of 0.022), but the rate drifts:
 minutes with many requests follow each other, so that requests come in bursts which fill a queue. Gamma-distributed
@@ -39,18 +39,13 @@ gaps nearly (1.14, 1.06, 1.01).
 import csv
 import dataclasses
 import datetime
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-FEWEST_TO_FIT = 500
-QUANTILES = (0.1, 0.5, 0.9, 0.99)
-WINDOWS = (5, 50, 300)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +114,6 @@ CONVERSATION = Workload(
 """Fitted to the conversation trace named above; lengths are natural logarithms of tokens."""
 
 
-# --- reading ---
-
-
 def read_trace(path: Path) -> list[TraceRequest]:
     """Reads a CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens, in order of time.
 
@@ -130,7 +122,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
     Raises:
       ValueError: a column or value that is missing or wrong, naming the file, the line and the remedy.
     """
-    found: list[tuple[float, int, int]] = []
+    requests: list[tuple[float, int, int]] = []
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
@@ -143,14 +135,14 @@ def read_trace(path: Path) -> list[TraceRequest]:
             where = f"{path.name}, line {rows.line_num}"
             time = _time(row["TIMESTAMP"], where)
             lengths = [_length(row[name], name, where) for name in COLUMNS[1:]]
-            if found and time < found[-1][0]:
+            if requests and time < requests[-1][0]:
                 raise ValueError(
                     f"{where}: TIMESTAMP {row['TIMESTAMP']!r} is before that of the request above; sort the file by it"
                 )
-            found.append((time, *lengths))
-    if not found:
+            requests.append((time, *lengths))
+    if not requests:
         raise ValueError(f"{path.name} has no requests; give one a line, below the names of the columns")
-    return [TraceRequest(time - found[0][0], *lengths) for time, *lengths in found]
+    return [TraceRequest(time - requests[0][0], *lengths) for time, *lengths in requests]
 
 
 def _time(value: str | None, where: str) -> float:
@@ -172,9 +164,6 @@ def _length(value: str | None, name: str, where: str) -> int:
     if value is None or not value.strip().isdecimal() or int(value) == 0:
         raise ValueError(f"{where}: {name} is {value!r}; it must be a whole number of tokens, at least 1")
     return int(value)
-
-
-# --- generating ---
 
 
 def generate_trace(count: int, seed: int, workload: Workload, rate: float | None = None) -> list[TraceRequest]:
@@ -241,168 +230,3 @@ def clamp(trace: Sequence[TraceRequest], max_position: int) -> tuple[list[TraceR
         prompt = min(request.prompt_tokens, max_position - output)
         fitting.append(TraceRequest(request.arrival, prompt, output))
     return fitting, sum(before != after for before, after in zip(trace, fitting, strict=True))
-
-
-# --- fitting ---
-
-
-def fit_workload(trace: Sequence[TraceRequest], kinds: int = 8) -> Workload:
-    """The workload that a trace was likely drawn from.
-
-    The drift of the rate is fitted to the autocovariance of the gaps, which for log-normal levels is, in units of the
-    mean gap, exp(s^2 r^lag) - 1; the shape then to their variance, (1 + 1/shape) exp(s^2) - 1. The mixture is fitted by
-    expectation-maximization (Dempster, Laird and Rubin 1977), the best of a few starts.
-
-    Raises:
-      ValueError: too few requests, or all at one time.
-    """
-    if len(trace) < FEWEST_TO_FIT:
-        raise ValueError(f"the trace has {len(trace)} requests; to fit it takes at least {FEWEST_TO_FIT}")
-    times, lengths = _arrays(trace)
-    if times[-1] == 0:
-        raise ValueError("all requests of the trace arrive at one time; to fit arrivals they must differ")
-    gaps = np.diff(times)
-    variance, memory = _fit_drift(gaps / gaps.mean())
-    shape = 1 / max((1 + (gaps / gaps.mean()).var()) / math.exp(variance) - 1, 1e-3)
-
-    rng = np.random.default_rng(0)
-    # A length is whole: spread over its unit, so that one that is frequent is no point of infinite density.
-    logs = np.log(lengths + rng.uniform(-0.5, 0.5, lengths.shape))
-    _, mixture = max((_fit_mixture(logs, kinds, rng) for _ in range(3)), key=lambda found: found[0])
-    order = np.argsort(-mixture[:, 0])
-    return Workload(
-        rate=round(1 / float(gaps.mean()), 3),
-        gap_shape=round(float(shape), 3),
-        rate_std=round(math.sqrt(variance), 3),
-        rate_memory=round(memory),
-        longest=tuple(lengths.max(0).astype(int).tolist()),
-        kinds=tuple(Kind(*row) for row in mixture[order].round(3).tolist()),
-    )
-
-
-def _arrays(trace: Sequence[TraceRequest]) -> tuple[np.ndarray, np.ndarray]:
-    """Arrivals [requests] and lengths [requests, 2]."""
-    rows = np.array([dataclasses.astuple(request) for request in trace])
-    return rows[:, 0], rows[:, 1:]
-
-
-def _fit_drift(gaps: np.ndarray) -> tuple[float, float]:
-    """Variance of the logarithm of the rate, and its memory in requests, from gaps whose mean is 1."""
-    count = len(gaps)
-    spectrum = np.abs(np.fft.rfft(gaps - 1, 2 * count)) ** 2
-    covariance = np.fft.irfft(spectrum)[:count] / count
-    edges = [edge for edge in 2 ** np.arange(12) if edge <= count // 10]
-    bands = list(itertools.pairwise(edges))  # of lags, each of equal weight: one lag alone is noise
-    logs = np.array([math.log1p(max(covariance[low:high].mean(), 0.0)) for low, high in bands])
-    best = (math.inf, 0.0, 1.0)
-    for memory in np.geomspace(1, count / 10, 200):
-        decay = np.array([np.exp(-np.arange(low, high) / memory).mean() for low, high in bands])
-        variance = max(float(decay @ logs / (decay @ decay)), 0.0)
-        best = min(best, (float(((logs - variance * decay) ** 2).sum()), variance, float(memory)))
-    return best[1], best[2]
-
-
-def _fit_mixture(logs: np.ndarray, kinds: int, rng: np.random.Generator) -> tuple[float, np.ndarray]:
-    """Log-likelihood, and a row of share, prompt, prompt_std, output, output_std for each kind."""
-    centres = [rng.choice(logs)]  # far from one another, as in k-means++
-    while len(centres) < kinds:
-        distance = np.min([((logs - centre) ** 2).sum(1) for centre in centres], 0)
-        centres.append(rng.choice(logs, p=distance / distance.sum()))
-    means, stds = np.array(centres), np.tile(logs.std(0) / 2, (kinds, 1))
-    shares, before = np.full(kinds, 1 / kinds), -math.inf
-    while True:
-        scaled = (logs - means[:, None]) / stds[:, None]  # [kinds, requests, 2]
-        density = np.log(shares / stds.prod(1) / (2 * math.pi))[:, None] - (scaled**2).sum(2) / 2
-        total = np.logaddexp.reduce(density, 0)
-        likelihood = float(total.sum())
-        if likelihood - before < 1e-5 * len(logs):
-            return likelihood, np.column_stack([shares, means[:, 0], stds[:, 0], means[:, 1], stds[:, 1]])
-        before, belongs = likelihood, np.exp(density - total)
-        size = belongs.sum(1) + 1e-9
-        shares, means = size / size.sum(), belongs @ logs / size[:, None]
-        spread = (belongs[:, :, None] * (logs - means[:, None]) ** 2).sum(1) / size[:, None]
-        stds = np.sqrt(spread + 0.01**2)  # a hundredth of a length: none shrinks to a point
-
-
-# --- how good the fit is ---
-
-
-def ks_distance(one: np.ndarray, other: np.ndarray) -> float:
-    """The two-sample Kolmogorov-Smirnov distance: the largest difference of the cumulative distributions."""
-    points = np.concatenate([one, other])
-    below = [np.searchsorted(np.sort(sample), points, side="right") / len(sample) for sample in (one, other)]
-    return float(np.abs(below[0] - below[1]).max())
-
-
-def dispersion(times: np.ndarray, window: int | float) -> float:
-    """Variance over mean of the number of arrivals in windows of so many mean gaps; 1 for a Poisson process."""
-    counts, _ = np.histogram(times, np.arange(0, times[-1], window * times[-1] / (len(times) - 1)))
-    return float(counts.var() / counts.mean())
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A quantity in a trace and in a generated one.
-
-    Attributes:
-      name: of the quantity.
-      columns: names of the figures.
-      real, drawn: its figures in both.
-      ks: the Kolmogorov-Smirnov distance of the two; None where the figures are not quantiles.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-    real: list[float]
-    drawn: list[float]
-    ks: float | None = None
-
-
-def compare(real: Sequence[TraceRequest], drawn: Sequence[TraceRequest]) -> list[Comparison]:
-    """Quantiles of gaps and lengths; the dispersion; and how the output depends on the prompt."""
-    (times, lengths), (drawn_times, drawn_lengths) = _arrays(real), _arrays(drawn)
-    gaps, drawn_gaps = np.diff(times), np.diff(drawn_times)
-    quantiles = tuple(f"p{100 * q:g}" for q in QUANTILES)
-    rows = [
-        Comparison(
-            name,
-            quantiles,
-            np.quantile(one, QUANTILES).tolist(),
-            np.quantile(other, QUANTILES).tolist(),
-            ks_distance(one, other),
-        )
-        for name, one, other in (
-            ("gap / mean gap", gaps / gaps.mean(), drawn_gaps / drawn_gaps.mean()),
-            ("prompt tokens", lengths[:, 0], drawn_lengths[:, 0]),
-            ("output tokens", lengths[:, 1], drawn_lengths[:, 1]),
-            ("prompt + output tokens", lengths.sum(1), drawn_lengths.sum(1)),
-        )
-    ]
-    windows = tuple(f"{window} gaps" for window in WINDOWS)
-    spread = ([dispersion(each, window) for window in WINDOWS] for each in (times, drawn_times))
-    rows.append(Comparison("arrivals' variance / mean in", windows, *spread))
-    edges = np.quantile(lengths[:, 0], (0.25, 0.5, 0.75))
-    medians = (_medians_by_quarter(each, edges) for each in (lengths, drawn_lengths))
-    rows.append(Comparison("median output of prompt quarter", ("1", "2", "3", "4"), *medians))
-    return rows
-
-
-def _medians_by_quarter(lengths: np.ndarray, edges: np.ndarray) -> list[float]:
-    """nan for a quarter that has none."""
-    quarter = np.searchsorted(edges, lengths[:, 0], side="right")
-    parts = [lengths[quarter == index, 1] for index in range(4)]
-    return [float(np.median(part)) if len(part) else math.nan for part in parts]
-
-
-def comparison_table(title: str, real: Sequence[TraceRequest], workload: Workload) -> Table:
-    """`compare` with as many requests of the workload, drawn with seed 0."""
-    table = Table(title=title, title_justify="left")
-    for column in ("", "trace", "generator", "KS"):
-        table.add_column(column, justify="right" if table.columns else "left")
-    for row in compare(real, generate_trace(len(real), 0, workload)):
-        for index, (column, *figures) in enumerate(zip(row.columns, row.real, row.drawn, strict=True)):
-            name = f"{row.name}, {column}" if row.ks is not None else f"{row.name} {column}"
-            distance = f"{row.ks:.3f}" if row.ks is not None and not index else ""
-            table.add_row(name, *(f"{figure:.4g}" for figure in figures), distance)
-        table.add_section()
-    return table

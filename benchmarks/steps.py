@@ -1,10 +1,10 @@
-"""What `ridgeline bench` times: whole prefills and blocks of decode steps, as `generate` runs them, in turns."""
+"""Prefills and decode steps as `generate` runs them, ready to be timed: what is measured of a model is made here."""
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,77 +12,23 @@ import numpy as np
 from jax import lax
 
 from ..decode import buckets
-from ..decode.cache import KVCache, init_cache
+from ..decode.cache import KVCache, init_cache, page_dtype
 from ..decode.loop import decode_steps, sample_first
 from ..decode.prefill import prefill
 from ..decode.sampling import make_sampling_state
 from ..decode.sampling_params import SamplingParams
 from ..decode.step import decode_step
+from ..model.config import ModelConfig
 from ..model.loading import Model
+from .timing import Turn, elapsed
 
-Turn = Callable[[], Mapping[str, float]]
-"""Runs something once; seconds by what was timed."""
-
-OURS = "ridgeline"
+CHUNK = buckets.PREFILL_CHUNK
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
 
 
-@dataclasses.dataclass
-class Contest:
-    """All who do the same work, and how long each took.
-
-    Attributes:
-      phase, batch, length: the work: prompts of so many tokens, or steps at so many positions.
-      turns: by contender; `OURS` is one of them.
-      runs: seconds of every turn, by what was timed.
-      failures: why a contender is out, by contender.
-    """
-
-    phase: Literal["prefill", "decode"]
-    batch: int
-    length: int
-    turns: dict[str, Turn]
-    runs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    failures: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def in_turns(contests: Sequence[Contest], rounds: int, tick: Callable[[str], None]) -> None:
-    """Let every contender run once to compile, then `rounds` times in turns; each round begins with another.
-
-    A slow minute of the machine so falls on all. A peer that fails is out, with its reason; our own failure is raised.
-
-    Args:
-      contests: filled in.
-      rounds: that count.
-      tick: told of every turn.
-    """
-    pairs = [(contest, name) for contest in contests for name in contest.turns]
-    for turn in range(rounds + 1):
-        first = turn % len(pairs)
-        for contest, name in pairs[first:] + pairs[:first]:
-            if name not in contest.failures:
-                _take(contest, name, counts=turn > 0)
-            tick(f"{name}, {contest.phase} {contest.batch} x {contest.length}")
-
-
-def _take(contest: Contest, name: str, counts: bool) -> None:
-    try:
-        seconds = contest.turns[name]()
-    except Exception as error:  # whatever another program raises is the finding
-        if name == OURS:
-            raise
-        contest.failures[name] = _reason(error)
-        for timed in [timed for timed in contest.runs if timed == name]:
-            del contest.runs[timed]
-        return
-    if counts:
-        for timed, value in seconds.items():
-            contest.runs.setdefault(timed, []).append(value)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+def kv_name(config: ModelConfig, kv_dtype: str | None) -> str:
+    """What a cache on the default device holds."""
+    return kv_dtype or page_dtype(None, config, None).name
 
 
 def random_prompts(vocab_size: int, batch: int, length: int) -> np.ndarray:
@@ -96,15 +42,13 @@ def prefill_turn(model: Model, prompts: np.ndarray, kv_dtype: str | None) -> Tur
     Beside "ttft": "set_up" of the cache and the sampling state alone, and "sampling" alone.
     """
     rows, length = prompts.shape
-    chunks = _chunks(length)
 
     def set_up() -> tuple[KVCache, Any, Any]:
-        cache = init_cache(model.config, rows, buckets.cache_bucket(length + 1), mesh=model.mesh, kv_dtype=kv_dtype)
-        return cache, *_sampling(model, prompts)
+        return new_cache(model, rows, prefill_capacity(length), kv_dtype), *_sampling(model, prompts)
 
     def first_token() -> tuple[jax.Array, Any, Any, Any]:
         cache, state, plan = set_up()
-        for start, width in chunks:
+        for start, width in _chunks(length):
             part = prompts[:, start : start + width]
             padded = np.zeros((rows, width), np.int32)
             padded[:, : part.shape[1]] = part
@@ -119,10 +63,10 @@ def prefill_turn(model: Model, prompts: np.ndarray, kv_dtype: str | None) -> Tur
         jax.device_get(sample_first(logits, state, lengths, plan)[0])
 
     def turn() -> Mapping[str, float]:
-        alone, _ = _timed(lambda: jax.block_until_ready(set_up()[:2]))
-        ttft, outputs = _timed(first_token)
+        alone, _ = elapsed(lambda: jax.block_until_ready(set_up()[:2]))
+        ttft, outputs = elapsed(first_token)
         jax.block_until_ready(outputs[:3])
-        sampling, _ = _timed(functools.partial(sample, *outputs))
+        sampling, _ = elapsed(functools.partial(sample, *outputs))
         return {"ttft": ttft, "set_up": alone, "sampling": sampling}
 
     return turn
@@ -135,8 +79,13 @@ def padded_prompt(length: int) -> int:
 
 def _chunks(length: int) -> list[tuple[int, int]]:
     """Start and width of each run of the prefill program, as `generate` has them."""
-    starts = range(0, length, buckets.PREFILL_CHUNK)
-    return [(start, buckets.prefill_bucket(min(length - start, buckets.PREFILL_CHUNK))) for start in starts]
+    starts = range(0, length, CHUNK)
+    return [(start, buckets.prefill_bucket(min(length - start, CHUNK))) for start in starts]
+
+
+def prefill_capacity(length: int) -> int:
+    """Positions of the cache that a prompt is measured with."""
+    return buckets.cache_bucket(length + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,66 +114,75 @@ def plan_steps(context: int, tokens: int) -> Steps:
 
 
 def decode_turn(model: Model, batch: int, steps: Steps, kv_dtype: str | None) -> Turn:
-    """Seconds a step: "tpot" in blocks, "single" dispatched one by one, "step" one by one without sampling.
+    """Seconds a step: "tpot" in blocks, each read by the host before the next, as tokens are generated.
 
-    The cache holds noise: what is in it does not change what a step does.
+    Beside it "queued", the same blocks read at the end alone; and "step", steps without sampling, queued likewise: a
+    step that is waited for by itself has its launch in its time, and a queue of them has it once.
     """
     prompts = random_prompts(model.config.vocab_size, batch, 1)
 
-    def rewound(cache: KVCache) -> KVCache:
-        return cache.replace(lengths=jnp.full_like(cache.lengths, steps.cached, device=cache.lengths.sharding))
-
-    def in_blocks(cache: KVCache, tokens: jax.Array, block: int, count: int) -> KVCache:
+    def in_blocks(cache: KVCache, tokens: jax.Array, count: int, read: bool) -> tuple[float, KVCache]:
         state, plan = _sampling(model, prompts)
+        jax.block_until_ready((state, cache.lengths))
         started = time.perf_counter()
-        for _ in range(count // block):
+        for _ in range(count // steps.block):
             made, _, tokens, cache, state = decode_steps(
-                model.params, model.config, tokens, cache, state, plan, steps=block
+                model.params, model.config, tokens, cache, state, plan, steps=steps.block
             )
-            jax.device_get(made)
-        taken.append((time.perf_counter() - started) / count)
-        return rewound(cache)
+            jax.device_get(made) if read else _settle(model, made)
+        jax.device_get(made)
+        return time.perf_counter() - started, cache
 
-    def without_sampling(cache: KVCache, tokens: jax.Array, count: int) -> KVCache:
+    def alone(cache: KVCache, tokens: jax.Array, count: int) -> tuple[float, KVCache]:
+        jax.block_until_ready(cache.lengths)
         started = time.perf_counter()
         for _ in range(count):
             logits, cache = decode_step(model.params, model.config, tokens, cache)
-            jax.block_until_ready(logits)
-        taken.append((time.perf_counter() - started) / count)
-        return rewound(cache)
-
-    taken: list[float] = []
+            _settle(model, logits)
+        jax.block_until_ready(logits)
+        return time.perf_counter() - started, cache
 
     def turn() -> Mapping[str, float]:
-        cache = _fill(rewound(init_cache(model.config, batch, steps.capacity, mesh=model.mesh, kv_dtype=kv_dtype)))
-        place = None if model.mesh is None else cache.lengths.sharding
-        tokens = jax.device_put(prompts[:, 0], place)
-        found = {}
+        cache = filled_cache(model, batch, steps.capacity, steps.cached, kv_dtype)
+        tokens = jax.device_put(prompts[:, 0], None if model.mesh is None else cache.lengths.sharding)
+        timed = {}
         for name, run, once in (
-            ("tpot", functools.partial(in_blocks, block=steps.block), steps.block),
-            ("single", functools.partial(in_blocks, block=1), 1),
-            ("step", without_sampling, 1),
+            ("tpot", functools.partial(in_blocks, read=True), steps.block),
+            ("queued", functools.partial(in_blocks, read=False), steps.block),
+            ("step", alone, 1),
         ):
-            cache = run(cache, tokens, count=once)  # what others left in the machine's caches is not this one's
-            taken.clear()
-            cache = run(cache, tokens, count=steps.count)
-            found[name] = taken[0]
-        return found
+            for count in (once, steps.count):  # what others left in the machine's caches is not this one's
+                seconds, cache = run(rewound(cache, steps.cached), tokens, count)
+            timed[name] = seconds / steps.count
+        return timed
 
     return turn
 
 
-def _sampling(model: Model, prompts: np.ndarray) -> tuple[Any, Any]:
-    rows = len(prompts)
-    return make_sampling_state(
-        [GREEDY] * rows,
-        [[]] * rows,
-        list(range(rows)),
-        model.config.vocab_size,
-        model.generation.eos_token_ids,
-        batch_size=rows,
-        mesh=model.mesh,
-    )
+def compiled_step(model: Model, cache: KVCache, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """`decode_step` compiled with options of XLA's: a function of parameters, tokens and cache."""
+    tokens = jnp.zeros((cache.batch_size,), jnp.int32)
+    return decode_step.lower(model.params, model.config, tokens, cache).compile(dict(options))
+
+
+def new_cache(model: Model, batch: int, capacity: int, kv_dtype: str | None) -> KVCache:
+    """An empty cache on the model's devices."""
+    return init_cache(model.config, batch, capacity, mesh=model.mesh, kv_dtype=kv_dtype)
+
+
+def filled_cache(model: Model, batch: int, capacity: int, cached: int, kv_dtype: str | None) -> KVCache:
+    """A cache of so many positions a row, noise in every page: zeros would draw less power, and let a GPU clock higher.
+
+    What a cache holds does not change what a step does.
+    """
+    cache = rewound(new_cache(model, batch, capacity, kv_dtype), cached)
+    leaves = {name: getattr(cache, name) for name in ("k", "v", "k_scales", "v_scales")}
+    return cache.replace(**jax.block_until_ready(jax.tree.map(_noise, leaves)))
+
+
+def rewound(cache: KVCache, cached: int) -> KVCache:
+    """The cache with so many positions a row."""
+    return cache.replace(lengths=jnp.full_like(cache.lengths, cached, device=cache.lengths.sharding))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -237,19 +195,13 @@ def _noise(pages: jax.Array) -> jax.Array:
     return jnp.broadcast_to(block.astype(pages.dtype), pages.shape) + pages
 
 
-def _fill(cache: KVCache) -> KVCache:
-    """Noise in every page: zeros would draw less power, and let a GPU clock higher."""
-    leaves = {name: getattr(cache, name) for name in ("k", "v", "k_scales", "v_scales")}
-    return cache.replace(**jax.block_until_ready(jax.tree.map(_noise, leaves)))
+def _sampling(model: Model, prompts: np.ndarray) -> tuple[Any, Any]:
+    rows, eos = len(prompts), model.generation.eos_token_ids
+    requests = [GREEDY] * rows, [[]] * rows, list(range(rows))
+    return make_sampling_state(*requests, model.config.vocab_size, eos, batch_size=rows, mesh=model.mesh)
 
 
 def _settle(model: Model, out: jax.Array) -> None:
     """Wait, on a mesh of CPU devices: collective programs that are queued there wait for each other for ever."""
     if model.mesh is not None and model.mesh.devices.flat[0].platform == "cpu":
         jax.block_until_ready(out)
-
-
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    out = run()
-    return time.perf_counter() - started, out

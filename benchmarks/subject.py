@@ -1,5 +1,6 @@
-"""The model that is measured: a preset, scaled where asked, with random weights; or the weights of a directory."""
+"""The model that is measured: a preset, scaled as asked, with random weights; or the weights of a directory."""
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,6 @@ _FIELDS: dict[str, tuple[str, type]] = {
 }
 """What `--set` may change: field of `ModelConfig` -> key of config.json, from which all that depends on it follows."""
 
-SETTABLE = tuple(_FIELDS)
 _MEMORY_FRACTION = 0.9
 
 
@@ -51,6 +51,38 @@ class Subject:
     hf: Mapping[str, Any] | None
     changes: Mapping[str, Any]
     schemes: Mapping[str, str | None]
+
+    @property
+    def title(self) -> str:
+        """For a file's name: without directories, and marked where it is scaled."""
+        return Path(self.name).name + (" scaled" if self.changes else "")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What results are stored with."""
+        return {
+            "name": Path(self.name).name,
+            "changes": dict(self.changes),
+            "dtype": self.config.dtype,
+            "random_weights": self.hf is not None,
+            **self.schemes,
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """The model and its size."""
+    add = parser.add_argument
+    add(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=default,
+        help="a preset, with random weights; a directory with a model; or 'bundled' (default: %(default)s)",
+    )
+    add("--layers", type=int, metavar="N", help="of a preset, run N layers")
+    fields = ", ".join(_FIELDS)
+    help = f"of a preset, change a size; repeatable. Fields: {fields}"
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help=help)
 
 
 def find_subject(
@@ -93,7 +125,8 @@ def find_subject(
     try:
         config = config_from_hf(hf)
     except ValueError as error:
-        raise ValueError(f"{model} with {_listed(changes)} is no model: {error}") from None
+        listed = ", ".join(f"{field} {value}" for field, value in changes.items()) or "no changes"
+        raise ValueError(f"{model} with {listed} is no model: {error}") from None
     for field, value in changes.items():
         if getattr(config, field) != value:
             raise ValueError(f"--set {field}={value} has no effect: for {model} it is {getattr(config, field)}")
@@ -106,8 +139,7 @@ def _setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {text!r} is not FIELD=VALUE, such as embed_dim=768")
     if field not in _FIELDS:
         raise ValueError(f"--set {text!r}: there is no field {field!r}; there are {', '.join(_FIELDS)}")
-    kind = _FIELDS[field][1]
-    if kind is bool:
+    if _FIELDS[field][1] is bool:
         if value not in ("true", "false"):
             raise ValueError(f"--set {text!r}: {field} is true or false")
         return field, value == "true"
@@ -116,11 +148,7 @@ def _setting(text: str) -> tuple[str, Any]:
     return field, int(value)
 
 
-def _listed(changes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{field} {value}" for field, value in changes.items()) or "no changes"
-
-
-def make_model(subject: Subject, mesh: Mesh | None, checkpoint: Path | None) -> Model:
+def make_model(subject: Subject, mesh: Mesh | None = None, checkpoint: Path | None = None) -> Model:
     """The model on its devices.
 
     Args:

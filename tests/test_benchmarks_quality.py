@@ -15,7 +15,7 @@ def test_quality_table_is_measured_stored_and_drawn(capsys, monkeypatch, tmp_pat
     book = "\n\n".join(f"The {name} went into the wood and did not come out again." for name in "ABCDEFGHIJKLMN" * 6)
     (tmp_path / "books.txt").write_text(book)
     out, picture = tmp_path / "quality.json", tmp_path / "quality.png"
-    arguments = ["--text", str(tmp_path / "books.txt"), "--json", str(out), "--plot", str(picture)]
+    arguments = ["--text", str(tmp_path / "books.txt"), "--output", str(out), "--plot", str(picture)]
     arguments += ["--model", "bundled-draft", "--weights", "int8+out-int8", "--limit", "20"]
     assert main(["bench", "quality", *arguments]) == 0
     assert "int8+out-int8" in capsys.readouterr().out
@@ -34,5 +34,5 @@ def test_quality_table_is_measured_stored_and_drawn(capsys, monkeypatch, tmp_pat
 
 
 def test_quality_table_names_the_schemes_it_knows(capsys):
-    assert main(["bench", "quality", "--text", "t", "--json", "o", "--weights", "int3"]) == 2
+    assert main(["bench", "quality", "--text", "t", "--weights", "int3"]) == 2
     assert "--weights 'int3' is not known; known: float32, bfloat16, int8" in capsys.readouterr().err
