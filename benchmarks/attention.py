@@ -19,7 +19,7 @@ from ..pallas_kernels.attention import decode_attention, prefill_attention
 from . import kernel_rows
 from .attention_rows import EVEN, ITEMSIZE, LEVEL, QUICK, SKEW_TARGET, SKEWED, TINY, Row, full, target_of
 from .harness import Table
-from .kernel_rows import Contender, Inputs, Kind, Operands, kernel_reason, served, timed_rows
+from .kernel_rows import Contender, Inputs, Kind, Operands, kernel_reason, timed_rows
 from .limits import Figure
 
 DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -142,7 +142,7 @@ def layers(row: Row, name: str) -> int:
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     forms = {"xla": dense, "cudnn": dense}
-    kind = Kind(QUICK, full, TINY, contenders, make_inputs, forms, lambda q, out: out, layers)
+    kind = Kind(QUICK, full, TINY, contenders, make_inputs, lambda q, out: out, layers, forms)
     return kernel_rows.measure(kind, args)
 
 
@@ -153,10 +153,7 @@ def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
 def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
     """Each row against the roof; prefill against cuDNN; the skewed batch against an even one of equal bytes."""
     kernels = {}
-    for row, medians, least in timed_rows(report):
-        name = served(medians)
-        if name not in medians:
-            continue
+    for row, name, medians, least in timed_rows(report):
         us, wanted = medians[name] * 1e6, target_of(row) if name == "mosaic" else None
         yield Figure(f"{row['row']}, {name}", us, least * 1e6, "us", wanted)
         if name == "mosaic":

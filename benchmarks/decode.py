@@ -31,7 +31,7 @@ from .cells import Cell, cells_of, decode_cell, explain_growth, prefill_cell, sc
 from .decode_plot import plot
 from .decode_tables import show
 from .limits import Figure, better, measured_roof, roof_record
-from .peers import Peer, check_installed, load, write_random_weights
+from .peers import Peer, check_installed, load
 from .steps import (
     CHUNK,
     GREEDY,
@@ -173,11 +173,8 @@ def _contests(
         checkpoint, theirs = None, None
         if args.compare:
             with terminal(stderr=True).status("preparing transformers"):
-                if subject.hf is None:
-                    theirs = load(subjects.checkpoint_directory(subject), subject.config.dtype)
-                else:
-                    subjects.write_config(subject, checkpoint := Path(scratch) / "weights")
-                    theirs = write_random_weights(checkpoint, subject.config.dtype)
+                checkpoint = None if subject.hf is None else Path(scratch)
+                theirs = load(subject, checkpoint)
         for tensor, mesh in meshes.items():
             with terminal(stderr=True).status("making the weights"):
                 model = make_model(subject, mesh, checkpoint)

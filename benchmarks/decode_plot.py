@@ -10,20 +10,10 @@ from .cells import Cell, cells_of
 from .decode_tables import title_of
 from .limits import used_roof
 
-_COLORS = {
-    "weights": "C0",
-    "kv_read": "C1",
-    "kv_write": "gold",
-    "activations": "C2",
-    "logits": "C9",
-    "arithmetic": "C5",
-    "collectives": "C3",
-    "host": "C4",
-    "sampling": "C6",
-    "context": "C8",
-    "rows": "darkslategrey",
-    "unattributed": "lightgrey",
-}
+_COLORS = dict(weights="C0", kv_read="C1", kv_write="gold", activations="C2", logits="C9", arithmetic="C5")
+_COLORS |= dict(
+    collectives="C3", host="C4", sampling="C6", context="C8", rows="darkslategrey", unattributed="lightgrey"
+)
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:

@@ -10,29 +10,11 @@ from .limits import used_roof
 from .peers import PEERS
 
 _CAUSES = {
-    "prefill": {
-        "products": ("products",),
-        "attn": ("attention",),
-        "memory": ("memory",),
-        "links": ("collectives",),
-        "padding": ("padding",),
-        "set-up": ("set_up",),
-        "sample": ("sampling",),
-        "rest": ("unattributed",),
-    },
-    "decode": {
-        "weights": ("weights",),
-        "KV": ("kv_read", "kv_write"),
-        "other": ("activations", "logits", "arithmetic"),
-        "links": ("collectives",),
-        "host": ("host",),
-        "sample": ("sampling",),
-        "context": ("context",),
-        "rows": ("rows",),
-        "rest": ("unattributed",),
-    },
+    "prefill": "products attn=attention memory links=collectives padding set-up=set_up sample=sampling rest=unattributed",
+    "decode": "weights KV=kv_read,kv_write other=activations,logits,arithmetic links=collectives host sample=sampling "
+    "context rows rest=unattributed",
 }
-"""Columns of the attribution, by phase, and what each sums."""
+"""Columns of the attribution, by phase, and after "=" what each sums where that has other names."""
 
 _QUIET = 0.1  # cores
 _LENGTHS = {"prefill": "prompt", "decode": "context"}
@@ -79,7 +61,9 @@ def _speeds(title: str, phase: str, cells: Sequence[Cell]) -> Table:
 
 
 def _gaps(phase: str, cells: Sequence[Cell]) -> Table:
-    causes, rows = _CAUSES[phase], []
+    columns = [column.partition("=") for column in _CAUSES[phase].split()]
+    causes = {name: (parts or name).split(",") for name, _, parts in columns}
+    rows = []
     for cell in cells:
         shares = (sum(cell.attributed[name] for name in names) / cell.seconds.median * 100 for names in causes.values())
         rows.append((*_sizes(cell), *("-" if share == 0 else f"{share:.1f}" for share in shares)))

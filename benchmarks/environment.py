@@ -16,7 +16,6 @@ import jax
 RESULTS = Path(__file__).parent / "results"
 """Where a checkout keeps results; an installed package has no such directory."""
 
-LOAD_BEFORE = round(os.getloadavg()[0], 2)
 _DISTRIBUTIONS = (
     *("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-cuda-nvcc", "numpy"),
     *("safetensors", "orbax-checkpoint", "torch", "transformers"),
@@ -25,26 +24,26 @@ _DISTRIBUTIONS = (
 
 def record(benchmark: str, command: str) -> dict[str, Any]:
     """The benchmark, its command line, the date and time in UTC, the machine, and the versions of what is installed."""
-    device = jax.devices()[0]
+    versions = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    model = re.search(r"model name\s*:\s*(.*)", _read("/proc/cpuinfo"))
+    memory = re.search(r"MemTotal:\s+(\d+)", _read("/proc/meminfo"))
     return {
         "benchmark": benchmark,
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device.device_kind,
-        "hardware": hardware() | {"devices": jax.device_count()},
-        "versions": versions(),
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """The processor, the cores that this process may use, memory, and the load before the benchmark began."""
-    model = re.search(r"model name\s*:\s*(.*)", _read("/proc/cpuinfo"))
-    memory = re.search(r"MemTotal:\s+(\d+)", _read("/proc/meminfo"))
-    return {
-        "cpu": model.group(1) if model else platform.machine(),
-        "cores": cores(),
-        "memory_gb": round(int(memory.group(1)) / 1e6, 1) if memory else None,
-        "load_average_before": LOAD_BEFORE,  # above 0, others had their share of the cores
+        "device": jax.devices()[0].device_kind,
+        "hardware": {
+            "devices": jax.device_count(),
+            "cpu": model.group(1) if model else platform.machine(),
+            "cores": cores(),
+            "memory_gb": round(int(memory.group(1)) / 1e6, 1) if memory else None,
+        },
+        "versions": versions,
     }
 
 
@@ -80,17 +79,6 @@ def _busy_seconds_of_others() -> float | None:
 def _read(path: str) -> str:
     """A file that Linux has and other systems lack."""
     return Path(path).read_text() if Path(path).exists() else ""
-
-
-def versions() -> dict[str, str]:
-    """Python's version, and those of the distributions that figures depend on, where they are installed."""
-    installed = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 def command(arguments: Sequence[str]) -> str:

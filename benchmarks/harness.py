@@ -22,6 +22,7 @@ from ..cli.common import FAILURE, OK, terminal, usage_errors
 from ..cli.formats import number, simple_table
 from ..roofline.plot import check_plot, new_figure
 from .environment import RESULTS, Others, record, slug, store
+from .limits import REHEARSAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ def run(module: ModuleType, args: argparse.Namespace) -> int:
     for results in module.measure(args):
         header = report or record(name, args.command)  # not before: a benchmark may set up JAX's devices first
         report = header | results | {"cores_busy_with_others": others.cores()}
+        report |= {"rehearsal": True} if REHEARSAL else {}
         out = out or _default_output(report)
         store(report, out)
     if not report:
@@ -115,19 +117,19 @@ def draw(module: ModuleType, report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def figure_table(title: str, figures: Iterable[dict[str, Any]]) -> Table:
+def figure_table(figures: Iterable[dict[str, Any]]) -> Table:
     """Stored figures beside their limits."""
     rows = [
         (
             figure["what"],
-            f"{number(figure['value'])} {figure['unit']}",
-            number(figure["limit"]),
+            f"{figure['value']:,.3g} {figure['unit']}",
+            f"{figure['limit']:,.3g}",
             f"{figure['share']:.3f}",
             "" if figure["wanted"] is None else f"{figure['wanted']}{'' if figure['met'] else ', NOT MET'}",
         )
         for figure in figures
     ]
-    return Table(title, ("figure", "measured", "limit", "share", "wanted"), rows)
+    return Table("", ("figure", "measured", "limit", "share", "wanted"), rows)
 
 
 def milliseconds(seconds: float) -> str:

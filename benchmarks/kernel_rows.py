@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,25 +34,13 @@ PROGRAM_SECONDS = 0.04  # so that what it takes to start one is lost in it
 TURN_SECONDS = 0.1
 CPU_LABEL = "cpu, tiny shapes: proves the program, not the kernel"
 
+Row = Any
+"""A dataclass whose string is its name, with the `bytes` that must be moved and the `flops` that must be done."""
+
 Operands = dict[str, Any]
 Contender = Callable[[jax.Array, Operands], jax.Array]
 Inputs = tuple[jax.Array, Operands, Sequence[Operands]]
 """What the first call is made on, what all calls share, and the sets of the rest."""
-
-
-@runtime_checkable
-class Row(Protocol):
-    """What is timed; its string is its name."""
-
-    @property
-    def bytes(self) -> int:
-        """That must be moved."""
-        ...
-
-    @property
-    def flops(self) -> int:
-        """That must be done."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +49,11 @@ class Kind:
 
     Attributes:
       quick, full, tiny: its rows: the most telling, all, and those for a CPU.
-      contenders: of a row, by name: functions of queries or activations and operands, or why there is none. "mosaic" is
-        the kernel, "reference" the truth.
+      contenders: of a row, by name: functions, or why there is none. "mosaic" is the kernel, "reference" the truth.
       inputs: of a row and a number of sets.
-      forms: of a row and its inputs, the form that a contender of that name takes them in.
       advance: the next call's first operand, from this call's and its result.
-      layers: calls that a contender makes in a step of the timed program.
+      layers: calls in a step of the timed program, of a row and a contender.
+      forms: of a row and its inputs, the form in which the contender of that name takes them.
     """
 
     quick: Sequence[Row]
@@ -74,9 +61,9 @@ class Kind:
     tiny: Sequence[Row]
     contenders: Callable[[Row], dict[str, Contender | str]]
     inputs: Callable[[Row, int], Inputs]
-    forms: Mapping[str, Callable[[Row, Inputs], Inputs]]
     advance: Callable[[jax.Array, jax.Array], jax.Array]
     layers: Callable[[Row, str], int]
+    forms: Mapping[str, Callable[[Row, Inputs], Inputs]] = dataclasses.field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,16 +86,13 @@ def measure(kind: Kind, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
     before = measured_roof(["bfloat16"], jax.devices()[:1], tiny)
     results: dict[str, Any] = {"subject": "tiny" if tiny else "quick" if args.quick else "", "rows": [], "failures": []}
-    if tiny:
-        results["label"] = CPU_LABEL
+    results |= {"label": CPU_LABEL} if tiny else {}
     for row in tqdm(rows, unit="row", disable=None, file=sys.stderr):
-        if time.perf_counter() > until:
-            result = {"not_run": "not run: out of time"}
-        else:
-            try:
-                result = measure_row(kind, row, before, tiny, args.rounds)
-            except Exception as error:  # the rows after it may still run
-                result = {"failed": reason(error)}
+        try:
+            late = time.perf_counter() > until
+            result = {"not_run": "out of time"} if late else measure_row(kind, row, before, tiny, args.rounds)
+        except Exception as error:  # the rows after it may still run
+            result = {"failed": reason(error)}
         results["rows"].append({"row": str(row), "bytes": row.bytes, "flops": row.flops} | result)
         if "failed" in result:
             results["failures"].append(f"{row}: {result['failed']}")
@@ -120,48 +104,46 @@ def measure(kind: Kind, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def measure_row(kind: Kind, row: Row, roof: Hardware, tiny: bool, rounds: int) -> dict[str, Any]:
     """One row: errors, seconds a call, and why a contender has none; "failed" where the kernel is wrong."""
     sets = 2 if tiny else min(MOST_SETS, math.ceil(ROTATED / row.bytes))
-    contenders, why, inputs, outs = kind.contenders(row), {}, {}, {}
+    contenders, inputs, outs = kind.contenders(row), {}, {}
+    why = {name: contender for name, contender in contenders.items() if isinstance(contender, str)}
     made = {None: kind.inputs(row, sets)}  # by form, each once
-    for name, contender in contenders.items():
-        if isinstance(contender, str):
-            why[name] = contender
-            continue
+    for name in contenders.keys() - why.keys():
         try:
             form = kind.forms.get(name)
             made[form] = made.get(form) or form(row, made[None])
             x, shared, [first, *_] = inputs[name] = made[form]
-            outs[name] = compiled(contender, x, shared | first)()
+            outs[name] = compiled(contenders[name], x, shared | first)()
         except Exception as error:  # whatever keeps a contender from running is a result
             why[name] = f"failed: {reason(error)}"
-    truth = next((outs[name] for name in ("reference", *contenders) if name in outs and name != "mosaic"), None)
-    errors = {name: relative_error(out, truth) for name, out in outs.items() if out is not truth and truth is not None}
+    truth = next((name for name in ("reference", *contenders) if name in outs and name != "mosaic"), None)
+    errors = {name: relative_error(out, outs[truth]) for name, out in outs.items() if truth not in (None, name)}
     for name, error in errors.items():
         if not error < BOUND:
             why[name] = f"failed: its relative error is {error:.2e}; the bound is {BOUND:.0e}"
-    if "mosaic" in outs and "mosaic" not in errors:
+    if "mosaic" in outs and truth is None:
         why["mosaic"] = "failed: nothing ran that the kernel can be held against"
-    result: dict[str, Any] = {**dataclasses.asdict(row), "sets": sets, "errors": errors}
+    result: dict[str, Any] = {**dataclasses.asdict(row), "sets": sets, "errors": errors, "why": why}
     if why.get("mosaic", "").startswith("failed"):
-        return result | {"why": why, "failed": why["mosaic"]}
+        return result | {"failed": why["mosaic"]}
 
     turns = {}
-    for name in outs.keys() - why.keys():
+    for name in (name for name in contenders if name not in why):
         layers = sets if tiny else -(-kind.layers(row, name) // sets) * sets
-        steps = 1 if tiny else math.ceil(PROGRAM_SECONDS / max(least_seconds(row, roof), 2e-6) / layers)
+        least = max(least_seconds(row.bytes, row.flops, roof), 2e-6)
+        steps = 1 if tiny else math.ceil(PROGRAM_SECONDS / least / layers)
         try:
             program = compiled(chained(contenders[name], kind.advance, steps, layers), *inputs[name])
             turns[name] = program_turn(program, steps * layers, 0 if tiny else TURN_SECONDS)
         except Exception as error:
             why[name] = f"failed: {reason(error)}"
-    timed, failures = in_turns({name: turns[name] for name in contenders if name in turns}, rounds)
+    timed, failures = in_turns(turns, rounds)
     why |= {name: f"failed: {error}" for name, error in failures.items()}
-    result |= {"seconds": {name: dataclasses.asdict(each["call"]) for name, each in timed.items()}, "why": why}
+    result["seconds"] = {name: dataclasses.asdict(each["call"]) for name, each in timed.items()}
     return result | ({"failed": why["mosaic"]} if why.get("mosaic", "").startswith("failed") else {})
 
 
-def least_seconds(row: Row | Mapping[str, Any], roof: Hardware) -> float:
-    """Of a call at the roof, by a row or its stored record."""
-    nbytes, flops = (row["bytes"], row["flops"]) if isinstance(row, Mapping) else (row.bytes, row.flops)
+def least_seconds(nbytes: int | float, flops: int | float, roof: Hardware) -> float:
+    """Of a call at the roof."""
     return max(nbytes / roof.bandwidth, flops / roof.peak("bfloat16"))
 
 
@@ -207,44 +189,27 @@ def kernel_reason() -> str | None:
     return None if device.is_hopper else f"not run: needs a Hopper GPU, and this is {device.kind}"
 
 
-def timed_rows(report: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, float], float]]:
-    """Rows that were timed, the median seconds of each contender, and those at the roof."""
+def timed_rows(report: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, dict[str, float], float]]:
+    """Rows that were timed; whose time counts, the kernel's or where it does not run the reference's; the median
+    seconds of each contender; and those at the roof."""
     roof = used_roof(report["roof"])
     for row in report["rows"]:
-        if row.get("seconds"):
-            medians = {name: spread["median"] for name, spread in row["seconds"].items()}
-            yield row, medians, least_seconds(row, roof)
-
-
-def served(medians: Mapping[str, float]) -> str:
-    """Whose time counts: the kernel's, or where it does not run, the reference's."""
-    return "mosaic" if "mosaic" in medians else "reference"
+        medians = {name: spread["median"] for name, spread in row.get("seconds", {}).items()}
+        name = "mosaic" if "mosaic" in medians else "reference"
+        if name in medians:
+            yield row, name, medians, least_seconds(row["bytes"], row["flops"], roof)
 
 
 def show(report: Mapping[str, Any], peers: Sequence[str]) -> Iterator[Table | str]:
     """A table of the timed rows, then what did not run. In brackets: how often the kernel fits in a peer's time."""
     rows = []
-    for row, medians, least in timed_rows(report):
-        name = served(medians)
-        ours = row["seconds"].get(name)
-        cells = [row["row"], f"{least * 1e6:.1f}"]
-        if ours is None:
-            cells += ["-"] * 3
-        else:
-            spans = f"{ours['min'] * 1e6:.1f} - {ours['max'] * 1e6:.1f}"
-            cells += [f"{ours['median'] * 1e6:.1f}", spans, f"{least / ours['median']:.3f}"]
-        for peer in peers:
-            over = f" ({medians[peer] / ours['median']:.2f})" if peer in medians and ours else ""
-            cells.append(f"{medians[peer] * 1e6:.1f}{over}" if peer in medians else "-")
-        error = row["errors"].get("mosaic")
-        rows.append((*cells, "-" if error is None else f"{error:.1e}"))
-    used = used_roof(report["roof"])
-    title = f"{report['device']}: {used.roof('bfloat16')}"
-    yield Table(
-        title, ("row", "limit us", "us", "min - max", "of limit", *(f"{peer} us" for peer in peers), "error"), rows
-    )
-    if "label" in report:
-        yield report["label"]
-    for row in report["rows"]:
-        if "not_run" in row:
-            yield f"{row['row']}: {row['not_run']}"
+    for row, name, medians, least in timed_rows(report):
+        ours, error = row["seconds"][name], row["errors"].get("mosaic")
+        times = [least * 1e6, *(ours[key] * 1e6 for key in ("median", "min", "max"))]
+        others = (f"{medians[p] * 1e6:.1f} ({medians[p] / medians[name]:.2f})" if p in medians else "-" for p in peers)
+        cells = (f"{least / ours['median']:.3f}", *others, "-" if error is None else f"{error:.1e}")
+        rows.append((row["row"], *(f"{time:.1f}" for time in times), *cells))
+    columns = ("row", "limit us", "us", "min", "max", "of limit", *(f"{peer} us" for peer in peers), "error")
+    yield Table(f"{report['device']}: {used_roof(report['roof']).roof('bfloat16')}", columns, rows)
+    yield from [report["label"]] if "label" in report else []
+    yield from (f"{row['row']}: not run, {row['not_run']}" for row in report["rows"] if "not_run" in row)

@@ -1,6 +1,7 @@
 """What a figure is held against: a limit, most often that of this machine, measured in the same run."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,11 @@ from ..cli.common import terminal
 from ..roofline.hardware import Hardware
 from ..roofline.measure import measure
 
-TINY = {"read_bytes": 1 << 24, "width": 256}
+TINY = {"read_bytes": 1 << 24, "width": 256, "repeats": 2}
 """Sizes of `measure` that a CPU is done with at once, and that say nothing."""
+
+REHEARSAL = "RIDGELINE_REHEARSE" in os.environ
+"""Whether only that everything runs is to be shown: set for the stages of `ridgeline bench all --rehearse`."""
 
 
 class Figure(NamedTuple):
@@ -45,7 +49,7 @@ class Figure(NamedTuple):
 
 def measured_roof(dtypes: Sequence[str], devices: Sequence[jax.Device] | None = None, tiny: bool = False) -> Hardware:
     """`measure` of these devices, told on the terminal meanwhile."""
-    sizes = TINY if tiny else {}
+    sizes = TINY if tiny or REHEARSAL else {}
     with terminal(stderr=True).status("measuring") as status:
         return measure(devices, dtypes=dtypes, progress=lambda what: status.update(f"measuring {what}"), **sizes)
 

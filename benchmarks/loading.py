@@ -10,13 +10,12 @@ weights stay the page cache's.
 import argparse
 import gc
 import json
+import math
 import os
 import re
-import subprocess
-import sys
+import statistics
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from ..sharding.mesh import make_mesh
 from .harness import Table
 from .limits import Figure
 from .timing import Turn, elapsed, in_turns
+from .worker import Worker
 
 CHUNK = 16 * 2**20
 TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
@@ -115,39 +115,40 @@ def touched(arrays: list[Any]) -> list[Any]:
     return arrays
 
 
-# --- the process of one contender ---
+# --- what a contender's process does ---
 
 
-def serve(name: str, directory: Path, tiny: Path) -> None:
-    """Answer each line of standard input, "time" or "memory", with a line of JSON."""
+def contender(name: str, directory: Path, tiny: Path) -> Callable[[str], dict[str, int | float]]:
+    """Answers "time" or "memory" with that of one more load of a directory."""
     load = CONTENDERS[name][0]
-    say = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints must not be taken for an answer
     load(tiny)
-    say.write("{}\n")
-    for line in sys.stdin:
+
+    def answer(what: str) -> dict[str, int | float]:
         gc.collect()
-        answer = timed(load, directory) if line.strip() == "time" else watched(load, directory)
-        say.write(json.dumps(answer) + "\n")
+        return timed(load, directory) if what == "time" else watched(load, directory)
+
+    return answer
 
 
 def timed(load: Callable[[Path], Any], directory: Path) -> dict[str, int | float]:
-    before = storage_bytes()
+    before = counted("read_bytes")
     seconds, _ = elapsed(lambda: load(directory))
-    return {"seconds": seconds, "from_storage": storage_bytes() - before}
+    return {"seconds": seconds, "from_storage": counted("read_bytes") - before}
 
 
 def watched(load: Callable[[Path], Any], directory: Path) -> dict[str, int]:
     """Peak of the process' own memory (mapped files not counted), in all and beyond the arrays that JAX holds."""
-    before, peaks, done = own_bytes(), [0, 0], threading.Event()
-    held = sum(array.nbytes for array in jax.live_arrays())
+    peaks, done = [0, 0], threading.Event()
+
+    def sizes() -> tuple[int, int]:
+        return counted("RssAnon") * 1024, sum(array.nbytes for array in jax.live_arrays())
+
+    own, arrays = sizes()
 
     def watch() -> None:
-        while not done.is_set():
-            grown = own_bytes() - before
-            arrays = sum(array.nbytes for array in jax.live_arrays()) - held
-            peaks[:] = max(peaks[0], grown), max(peaks[1], grown - arrays)
-            time.sleep(0.001)
+        while not done.wait(0.001):
+            grown, held = sizes()
+            peaks[:] = max(peaks[0], grown - own), max(peaks[1], grown - own - (held - arrays))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -158,65 +159,17 @@ def watched(load: Callable[[Path], Any], directory: Path) -> dict[str, int]:
     return {"peak": peaks[0], "peak_beyond_arrays": peaks[1]}
 
 
-def own_bytes() -> int:
-    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
-
-
-def storage_bytes() -> int:
-    """Bytes that this process has had fetched from storage."""
-    return int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text()).group(1))
-
-
-class Contender:
-    """The process that runs one contender, on the checkpoint it is to load."""
-
-    def __init__(self, name: str, directory: Path, tiny: Path):
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={CONTENDERS[name][1]}"
-        self.directory = directory
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ridgeline", "bench", "loading", "--serve", name, str(directory), str(tiny)],
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-        self._answer()
-
-    def ask(self, what: str) -> dict[str, Any]:
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def turn(self, size: int, cold: bool) -> Turn:
-        """Seconds of loading so many bytes; nothing for a cold run that storage did not have to serve."""
-
-        def turn() -> Mapping[str, float]:
-            drop_from_cache(self.directory) if cold else raw(self.directory)
-            answer = self.ask("time")
-            return {"load": answer["seconds"]} if not cold or answer["from_storage"] > 0.9 * size else {}
-
-        return turn
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-
-    def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait(timeout=60)
-            self.errors.seek(0)
-            raise RuntimeError((self.errors.read().strip().splitlines() or [f"exit code {code}"])[-1])
-        return json.loads(line)
+def counted(what: str) -> int:
+    """Of this process: "RssAnon", KiB of its own memory; "read_bytes", bytes that it has had fetched from storage."""
+    texts = (Path("/proc/self", name).read_text() for name in ("status", "io"))
+    return int(re.search(rf"^{what}:\s+(\d+)", "\n".join(texts), re.MULTILINE).group(1))
 
 
 # --- checkpoints and the page cache ---
 
 
-def write_checkpoint(directory: Path, gigabytes: int | float, sizes: Mapping[str, int] = SIZES) -> None:
-    """A random Llama checkpoint in bfloat16 of about so many GB, in files of at most 512 MB."""
+def write_checkpoint(directory: Path, gigabytes: int | float, sizes: Mapping[str, int]) -> None:
+    """A random Llama checkpoint in bfloat16 of about so many GB, one layer at least, in files of at most 512 MB."""
     from safetensors.numpy import save_file
 
     def hf(layers: int) -> dict[str, Any]:
@@ -226,27 +179,25 @@ def write_checkpoint(directory: Path, gigabytes: int | float, sizes: Mapping[str
         config = config_from_hf(hf(layers))
         return {piece.tensor: piece.shape for pieces in family_of(config).tensors(config).values() for piece in pieces}
 
-    one, two = (2 * sum(int(np.prod(shape)) for shape in shapes(layers).values()) for layers in (1, 2))
+    one, two = (2 * sum(map(math.prod, shapes(layers).values())) for layers in (1, 2))
     layers = max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(hf(layers)))
     noise = np.random.default_rng(0).normal(size=2**20).astype(jnp.bfloat16)
     files: list[dict[str, Any]] = [{}]
     for name, shape in shapes(layers).items():
-        tensor = np.resize(noise, shape)
-        if sum(other.nbytes for other in files[-1].values()) + tensor.nbytes > 512e6:
+        if sum(tensor.nbytes for tensor in files[-1].values()) + 2 * math.prod(shape) > 512e6:
             files.append({})
-        files[-1][name] = tensor
+        files[-1][name] = np.resize(noise, shape)
     weight_map = {}
     for index, tensors in enumerate(files):
-        file = f"model-{index + 1:05}-of-{len(files):05}.safetensors"
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
+        save_file(tensors, directory / f"model-{index:05}.safetensors", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, f"model-{index:05}.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def drop_from_cache(directory: Path) -> None:
-    for path in (path for path in directory.rglob("*") if path.is_file()):
+    for path in filter(Path.is_file, directory.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -263,50 +214,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=5, metavar="N", help="runs of each contender (default: %(default)s)")
     help = f"run these and the raw read, of {', '.join(CONTENDERS)}; repeatable"
     add("--only", action="append", choices=list(CONTENDERS), metavar="NAME", help=help)
-    add("--serve", nargs=3, help=argparse.SUPPRESS)
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    if args.serve:
-        name, directory, tiny = args.serve
-        return serve(name, Path(directory), Path(tiny))
     if args.repeats < 1:
         raise UsageError(f"--repeats is {args.repeats}; it must be at least 1")
     with tempfile.TemporaryDirectory(prefix="ridgeline-loading-") as scratch:
         yield measured(args, Path(scratch))
 
 
+def load_turn(worker: Worker, directory: Path, size: int, cold: bool) -> Turn:
+    """Seconds of loading so many bytes; nothing for a cold run that storage did not have to serve."""
+
+    def turn() -> Mapping[str, float]:
+        drop_from_cache(directory) if cold else raw(directory)
+        answer = worker.ask("time")
+        return {"load": answer["seconds"]} if not cold or answer["from_storage"] > 0.9 * size else {}
+
+    return turn
+
+
 def measured(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    directory, converted = args.checkpoint or scratch / "checkpoint", scratch / "converted"
+    directory, converted, tiny = args.checkpoint or scratch / "checkpoint", scratch / "converted", scratch / "tiny"
     if args.checkpoint is None:
-        write_checkpoint(directory, args.gigabytes)
-    write_checkpoint(scratch / "tiny", 0, TINY)
+        write_checkpoint(directory, args.gigabytes, SIZES if args.gigabytes else TINY)
+    write_checkpoint(tiny, 0, TINY)
     names = [name for name in CONTENDERS if not args.only or name in ("raw read", *args.only)]
-    converting = None
-    if "ridgeline, converted" in names:
-        converting, _ = elapsed(lambda: convert_model(directory, converted))
+    directories = {name: converted if "converted" in name else directory for name in names}
+    converting = elapsed(lambda: convert_model(directory, converted))[0] if converted in directories.values() else None
     checkpoint = Checkpoint(directory)
-    tensors = checkpoint.tensors.values()
-    size = sum(info.stop - info.start for info in tensors)
-    contenders, left_out = {}, {}
+    size = sum(info.stop - info.start for info in checkpoint.tensors.values())
+    workers, left_out = {}, {}
     for name in names:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={CONTENDERS[name][1]}"
+        environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
         try:
-            contenders[name] = Contender(name, converted if "converted" in name else directory, scratch / "tiny")
+            workers[name] = Worker(contender, name, directories[name], tiny, environment=environment)
         except RuntimeError as error:
             left_out[name] = str(error)
     # Memory before any run has left some behind that the next would take up again.
-    results = {name: {"memory": contender.ask("memory")} for name, contender in contenders.items()}
+    results = {name: {"memory": worker.ask("memory")} for name, worker in workers.items()}
     for kind in ("warm", "cold"):
-        turns = {name: contender.turn(size, kind == "cold") for name, contender in contenders.items()}
+        turns = {name: load_turn(workers[name], directories[name], size, kind == "cold") for name in workers}
         for name, timings in in_turns(turns, args.repeats, turns)[0].items():
             if timings:
-                seconds = timings["load"]
-                rates = {"gb_per_s": size / 1e9 / seconds.median, "runs": [size / 1e9 / run for run in seconds.runs]}
-                results[name][kind] = rates
-    for contender in contenders.values():
-        contender.close()
+                rates = [size / 1e9 / seconds for seconds in timings["load"].runs]
+                results[name][kind] = {"gb_per_s": statistics.median(rates), "runs": rates}
+    for worker in workers.values():
+        worker.close()
     return {
-        "checkpoint": {"bytes": size, "files": len(checkpoint.files), "tensors": len(tensors)},
+        "checkpoint": {"bytes": size, "files": len(checkpoint.files), "tensors": len(checkpoint.tensors)},
         "conversion_seconds": converting,
         "repeats": args.repeats,
         "results": results,

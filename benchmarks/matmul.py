@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ..pallas_kernels.matmul import matmul
 from . import kernel_rows
 from .harness import Table
-from .kernel_rows import Contender, Inputs, Kind, Operands, kernel_reason, served, timed_rows
+from .kernel_rows import Contender, Inputs, Kind, Operands, kernel_reason, timed_rows
 from .limits import Figure
 from .matmul_rows import QUICK, TINY, Row, full
 
@@ -84,7 +84,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     def advance(x: jax.Array, out: jax.Array) -> jax.Array:  # the next call waits for this one
         return x + 0 * out[:, :1]
 
-    kind = Kind(QUICK, full, TINY, contenders, make_inputs, {}, advance, lambda row, name: CALLS)
+    kind = Kind(QUICK, full, TINY, contenders, make_inputs, advance, lambda row, name: CALLS)
     return kernel_rows.measure(kind, args)
 
 
@@ -94,26 +94,26 @@ def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
         (row["row"], f"{bf16 / ours:.2f}", "-" if theirs is None else f"{theirs / ours:.2f}")
         for row, ours, bf16, theirs in over_bf16(report)
     ]
-    yield Table("Times as fast as bf16", ("row", "ours", "XLA's"), rows)
+    if rows:
+        yield Table("Times as fast as bf16", ("row", "ours", "XLA's"), rows)
 
 
 def over_bf16(report: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], float, float, float | None]]:
     """Rows that are not in bf16: their seconds, those of the same product in bf16, and those of XLA's product."""
-    base = {(row["weight"], row["M"]): medians for row, medians, _ in timed_rows(report) if row["form"] == "bf16"}
-    for row, medians, _ in timed_rows(report):
-        bf16, name = base.get((row["weight"], row["M"]), {}), served(medians)
-        if row["form"] != "bf16" and name in medians and name in bf16:
+    rows = list(timed_rows(report))
+    base = {(row["weight"], row["M"]): medians for row, _, medians, _ in rows if row["form"] == "bf16"}
+    for row, name, medians, _ in rows:
+        bf16 = base.get((row["weight"], row["M"]), {})
+        if row["form"] != "bf16" and name in bf16:
             yield row, medians[name], bf16[name], bf16.get("xla")
 
 
 def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
     """Each row against the roof, and against the bf16 row of the same product."""
-    for row, medians, least in timed_rows(report):
-        name = served(medians)
-        if name in medians:
-            targeted = row["weight"] in TARGETED and (row["form"], row["M"], name) == ("bf16", 1, "mosaic")
-            wanted = BANDWIDTH_TARGET if targeted else None
-            yield Figure(f"{row['row']}, {name}", medians[name] * 1e6, least * 1e6, "us", wanted)
+    for row, name, medians, least in timed_rows(report):
+        targeted = row["weight"] in TARGETED and (row["form"], row["M"], name) == ("bf16", 1, "mosaic")
+        wanted = BANDWIDTH_TARGET if targeted else None
+        yield Figure(f"{row['row']}, {name}", medians[name] * 1e6, least * 1e6, "us", wanted)
     for row, ours, bf16, _ in over_bf16(report):
         targeted = row["weight"] in TARGETED and row["M"] <= SPEED_ROWS and "mosaic" in row["seconds"]
         wanted = SPEED_TARGETS.get(row["form"]) if targeted else None

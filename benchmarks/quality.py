@@ -6,7 +6,6 @@ activations are bfloat16.
 """
 
 import argparse
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,96 +21,65 @@ from ..model.params import Params
 from ..model.schemes import SCHEMES
 from ..roofline.plot import new_figure
 from ..training.data import read_books, split_book
+from .formats import parse
 from .harness import Table
 from .limits import Figure
+from .steps import kv_name
 
 KV_SCHEMES = (None, "int8", "fp8")
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """How a row's weights are stored: the layers' and the output projection's scheme, and the dtype of all else."""
-
-    layers: str | None = None
-    output: str | None = None
-    dtype: str = "bfloat16"
-
-    def __str__(self) -> str:
-        output = f"+out-{self.output}" if self.output else ""
-        return f"{self.layers or self.dtype}{output}"
-
-
+PLAIN = "bfloat16"
 WEIGHTS = (
-    Weights(dtype="float32"),
-    Weights(),
-    *(Weights(layers=name) for name in SCHEMES),
-    Weights(layers="int8", output="int8"),
-    Weights(layers="int4-32", output="int8"),
+    "float32",
+    PLAIN,
+    *(f"{PLAIN}/{scheme}" for scheme in SCHEMES),
+    f"{PLAIN}/int8+int8",
+    f"{PLAIN}/int4-32+int8",
 )
-PLAIN = Weights()
+"""As `formats.parse` reads them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--text", type=Path, required=True, metavar="FILE", help="the books, parted by a line <|story|>")
     add("--model", default="bundled", metavar="DIR", help="a checkpoint directory, or 'bundled' (default)")
-    add("--weights", metavar="NAME,...", help="only these, such as int4,int8+out-int8")
+    add("--weights", metavar="NAME,...", help=f"only these, of {', '.join(WEIGHTS)}")
     add("--limit", type=int, metavar="N", help="score the first N tokens alone")
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    weights = WEIGHTS
-    if args.weights:
-        named = {str(stored): stored for stored in WEIGHTS}
-        unknown = [name for name in args.weights.split(",") if name not in named]
-        if unknown:
-            raise UsageError(f"--weights {unknown[0]!r} is not known; known: {', '.join(named)}")
-        weights = tuple(dict.fromkeys((PLAIN, *(named[name] for name in args.weights.split(",")))))
+    weights = args.weights.split(",") if args.weights else list(WEIGHTS)
+    unknown = [name for name in weights if name not in WEIGHTS]
+    if unknown:
+        raise UsageError(f"--weights {unknown[0]!r} is not known; known: {', '.join(WEIGHTS)}")
     texts = [stretch for book in read_books(args.text) for stretch in split_book(book)[1]]
     if not texts:
         raise UsageError(f"--text {args.text} is too short to hold out 3 % of it by whole paragraphs")
-    with tqdm(total=len(weights) * len(KV_SCHEMES), bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:
-        rows = scored(args.model, texts, weights, args.limit, bar)
+    rows = scored(args.model, texts, list(dict.fromkeys((PLAIN, *weights))), args.limit)
+    plain = next(row["loss"] for row in rows if row["weights"] == PLAIN)
+    rows = [row | {"loss_delta_bfloat16": row["loss"] / plain - 1} for row in rows]
     yield {"subject": Path(args.model).name, "rows": rows}
 
 
-def scored(
-    model: str, texts: Sequence[str], weights: Sequence[Weights], limit: int | None, bar: tqdm
-) -> list[dict[str, Any]]:
-    """A row for every one of `weights` with every KV scheme.
-
-    Args:
-      model: as `load_model` takes it.
-      texts: to score, each on its own.
-      weights: the first of them is `PLAIN` or before it.
-      limit: of tokens, as `evaluate` takes it.
-      bar: counts rows.
+def scored(model: str, texts: Sequence[str], weights: Sequence[str], limit: int | None) -> list[dict[str, Any]]:
+    """A row for every one of `weights` with every KV scheme, of texts that are each scored on its own.
 
     Returns:
-      What `Evaluation.as_dict` has (`loss_delta` is of float32), the schemes, `loss_delta_bfloat16`, `parameter_bytes`
-      read a token and `kv_bytes` a token of the cache.
+      What `Evaluation.as_dict` has (`loss_delta` is of float32), the schemes, `parameter_bytes` read a token and
+      `kv_bytes` a token of the cache.
     """
-    reference = load_model(model, dtype="float32")
-    rows = []
-    for stored in weights:
-        loaded = load_model(model, dtype=stored.dtype, quantize=stored.layers, quantize_output=stored.output)
-        for kv in KV_SCHEMES:
-            before = len(rows)
-
-            def progress(done: int, total: int, before: int = before) -> None:
-                bar.update(before + done / total - bar.n)
-
-            bar.set_description(f"{stored}, KV {kv}")
-            scores = evaluate(loaded, texts, kv_dtype=kv, limit=limit, against=reference, progress=progress)
-            cache = init_cache(loaded.config, 1, 64, kv_dtype=kv)
-            sizes = {
-                "parameter_bytes": parameter_bytes(loaded.params),
-                "kv_bytes": cache.nbytes // cache.capacity,
-            }
-            schemes = {"weights": str(stored), "kv": kv or cache.k[0].dtype.name}
-            rows.append(schemes | sizes | scores.as_dict())
-    plain = next(row["loss"] for row in rows if row["weights"] == str(PLAIN))
-    return [row | {"loss_delta_bfloat16": row["loss"] / plain - 1} for row in rows]
+    reference, rows = load_model(model, dtype="float32"), []
+    with tqdm(total=len(weights) * len(KV_SCHEMES), bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:
+        for name in weights:
+            loaded = load_model(model, **parse(name))
+            for kv in KV_SCHEMES:
+                bar.set_description(f"{name}, KV {kv}")
+                scores = evaluate(loaded, texts, kv_dtype=kv, limit=limit, against=reference)
+                cache = init_cache(loaded.config, 1, 64, kv_dtype=kv)
+                sizes = {"parameter_bytes": parameter_bytes(loaded.params), "kv_bytes": cache.nbytes // cache.capacity}
+                schemes = {"weights": name, "kv": kv_name(loaded.config, kv)}
+                rows.append(schemes | sizes | scores.as_dict())
+                bar.update()
+    return rows
 
 
 def parameter_bytes(params: Params) -> int:

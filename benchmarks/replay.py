@@ -10,8 +10,8 @@ Tokens count from when they reach the host, which gets them a block of decode st
 waits for the whole block, and its TPOT shows that.
 
 Prompts are random tokens of the trace's lengths and outputs have exactly its lengths, whatever the model says. Without
-a trace, requests are generated as `request_trace.py` tells. For now the requests that have arrived run as a batch, and
-those that arrive meanwhile wait until it is done; a batching engine takes that server's place.
+a trace, requests are generated as `request_trace.py` tells. The requests that have arrived run as a batch, and those
+that arrive meanwhile wait until it is done.
 
     ridgeline bench replay --requests 40 --scale-lengths 0.2
     ridgeline bench replay --trace AzureLLMInferenceTrace_conv.csv --requests 200 --speed 0.5
@@ -21,6 +21,7 @@ those that arrive meanwhile wait until it is done; a batching engine takes that 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -50,12 +51,8 @@ PERCENTILES = (50, 90, 99)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A request as a server takes it.
-
-    Attributes:
-      arrival: seconds after serving begins, before which the server must not touch it.
-      prompt: token ids.
-      output_tokens: how many to generate, neither more nor fewer.
+    """A request as a server takes it: seconds after serving begins, before which it must not be touched; token ids; and
+    how many tokens to generate, neither more nor fewer.
     """
 
     arrival: float
@@ -68,25 +65,21 @@ Serve = Callable[[Sequence[Job]], Iterator[tuple[int, list[float]]]]
 asked for. For each job as it is done it yields the index, and when each of its tokens reached the host, in seconds."""
 
 
+@dataclasses.dataclass(frozen=True)
 class InOrder:
     """Runs what has arrived as one batch, in order of arrival; the next batch begins when all of it is done.
 
-    Args:
-      model: what to run.
+    Attributes:
+      model, kv_dtype: as `generate` takes them.
       max_batch: most requests of a batch.
-      kv_dtype: of the cache, as `generate` takes it.
       clock, sleep: of real time.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        max_batch: int,
-        kv_dtype: str | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-        sleep: Callable[[float], None] = time.sleep,
-    ):
-        self.model, self.max_batch, self.kv_dtype, self.clock, self.sleep = model, max_batch, kv_dtype, clock, sleep
+    model: Model
+    max_batch: int
+    kv_dtype: str | None = None
+    clock: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], None] = time.sleep
 
     def warm_up(self, jobs: Sequence[Job]) -> None:
         """Compiles the programs of every batch that can come about, which depends on how fast earlier ones run."""
@@ -141,12 +134,7 @@ def make_jobs(trace: Sequence[TraceRequest], vocab_size: int, seed: int) -> list
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A request that was served.
-
-    Attributes:
-      arrival: seconds.
-      times: when each of its tokens came, in seconds on the same clock; one at least.
-    """
+    """A request that was served: when it arrived and each of its tokens came, in seconds on one clock; one at least."""
 
     arrival: float
     times: Sequence[float]
@@ -231,23 +219,16 @@ def counted_compilations() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def positive(kind: Callable[[str], Any], text: str) -> Any:
     """A number from the command line, above 0."""
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a positive {'number' if kind is float else 'integer'}")
-        return value
-
-    return read
+    with contextlib.suppress(ValueError):
+        if 0 < (value := kind(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive {'number' if kind is float else 'integer'}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    whole, real = positive(int), positive(float)
+    whole, real = functools.partial(positive, int), functools.partial(positive, float)
     subjects.add_arguments(parser, default="bundled")
     add_format_options(parser)
     add = parser.add_argument
@@ -277,8 +258,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             trace = generate_trace(args.requests or 100, args.seed, CONVERSATION, args.rate)
         schemes = args.dtype, args.quantize, args.quantize_output
         subject = subjects.find_subject(args.model, args.layers, args.set, *schemes)
-    longest = subject.config.max_position
-    trace, clamped = clamp(scale(trace, lengths=args.scale_lengths, speed=args.speed), longest)
+    trace = scale(trace, lengths=args.scale_lengths, speed=args.speed)
+    trace, clamped = clamp(trace, subject.config.max_position)
     server = InOrder(subjects.make_model(subject), args.max_batch, args.kv_dtype)
     jobs = make_jobs(trace, subject.config.vocab_size, args.seed)
     warm_up_seconds, _ = elapsed(lambda: server.warm_up(jobs))
@@ -294,7 +275,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "requests": len(trace),
             "requests_per_s": (len(trace) - 1) / span if span else None,
             "clamped": clamped,
-            "max_position": longest,
+            "max_position": subject.config.max_position,
             "prompt_tokens": percentiles([request.prompt_tokens for request in trace]),
             "output_tokens": percentiles([request.output_tokens for request in trace]),
         },

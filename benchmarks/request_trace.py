@@ -3,37 +3,18 @@
 The source of the fit is the conversation trace of "Azure LLM inference trace 2023" (Azure/AzurePublicDataset on GitHub,
 CC-BY Attribution License): 19,366 requests within an hour to language models in Azure. It is described in Patel,
 Choukse, Zhang, Shah, Goiri, Maleki and Bianchini, "Splitwise: Efficient generative LLM inference using phase
-splitting", ISCA 2024. The trace itself is not part of this package; `ridgeline bench replay --fit FILE` fits anew, and
-prints the table below for any trace.
+splitting", ISCA 2024. The trace is no part of this package; `ridgeline bench replay --fit FILE` fits anew and compares.
 
 Arrivals are no Poisson process. One gap alone is nearly exponential (a KS distance of 0.022), but the rate drifts:
-minutes with many requests follow each other, so that requests come in bursts which fill a queue. Gamma-distributed
-gaps that do not know of each other fit a single gap a little better (0.019) and the bursts no better. Here the
-logarithm of the rate is an autoregressive process over requests, and the gaps are gamma-distributed about it.
+minutes with many requests follow each other, so that requests come in bursts which fill a queue. Here the logarithm of
+the rate is an autoregressive process over requests, and the gaps are gamma-distributed about it: the variance over the
+mean of arrivals in 5, 50 and 300 mean gaps is 1.34, 3.76 and 14.5 in the trace, 1.35, 3.84 and 15.4 in the mean of 20
+draws, and 1 in a Poisson process.
 
-Lengths are a mixture of log-normals over (prompt, output). One log-normal each is far off (KS 0.16 and 0.19): the trace
-has several kinds of requests. The rank correlation of the two lengths is only 0.07, but a prompt of 1,020 to 1,130
-tokens is answered with about 400 and longer ones with fewer, so the two are drawn together. That a request resembles
-the one before it (correlation of outputs 0.10) is left out.
-
-The trace beside as many generated requests (seed 0):
-
-                                        p10     p50     p90     p99      KS
-    gap / mean gap         trace      0.089   0.655   2.326   4.920
-                           generator  0.082   0.650   2.347   5.117   0.013
-    prompt tokens          trace        207    1020    2734    4142
-                           generator    207    1016    2922    4162   0.025
-    output tokens          trace         54     129     424     601
-                           generator     58     126     422     611   0.019
-    prompt + output        trace        368    1412    2820    4259
-                           generator    367    1398    3036    4239   0.026
-
-    median output, by quarter of prompts                  trace 98, 108, 406, 89     generator 108, 108, 407, 86
-    variance / mean of arrivals in 5, 50, 300 mean gaps   trace 1.34, 3.76, 14.5     generator 1.35, 3.84, 15.4
-
-The last line's figures of the generator are means of 20 draws: so few bursts fit in an hour that single draws range
-from 1.20 to 1.57, from 2.3 to 5.9 and from 6 to 28. A Poisson process has 1 in all three, as have independent gamma
-gaps nearly (1.14, 1.06, 1.01).
+Lengths are a mixture of log-normals over (prompt, output): the trace has several kinds of requests. The rank
+correlation of the two is only 0.07, but a prompt of 1,020 to 1,130 tokens is answered with about 400 and longer ones
+with fewer, so they are drawn together. KS distances of as many generated requests (seed 0): prompts 0.025, outputs
+0.019, both together 0.026, gaps 0.013; of one log-normal each 0.16 and 0.19.
 """
 
 import csv
@@ -50,12 +31,7 @@ COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 @dataclasses.dataclass(frozen=True)
 class TraceRequest:
-    """One request of a trace.
-
-    Attributes:
-      arrival: seconds after the trace's first request.
-      prompt_tokens, output_tokens: lengths, each at least 1.
-    """
+    """One request: seconds after the trace's first, and the lengths of prompt and output, each at least 1."""
 
     arrival: float
     prompt_tokens: int
@@ -101,17 +77,17 @@ CONVERSATION = Workload(
     rate_memory=720,
     longest=(14_050, 1_000),
     kinds=(
-        Kind(share=0.275, prompt=6.978, prompt_std=0.069, output=6.003, output_std=0.048),
-        Kind(share=0.245, prompt=5.989, prompt_std=0.043, output=4.536, output_std=0.254),
-        Kind(share=0.204, prompt=7.357, prompt_std=0.522, output=4.569, output_std=0.499),
-        Kind(share=0.098, prompt=5.293, prompt_std=0.089, output=4.963, output_std=0.425),
-        Kind(share=0.075, prompt=8.316, prompt_std=0.011, output=4.015, output_std=0.459),
-        Kind(share=0.056, prompt=6.986, prompt_std=0.067, output=6.251, output_std=0.183),
-        Kind(share=0.027, prompt=3.899, prompt_std=1.192, output=4.938, output_std=0.334),
-        Kind(share=0.020, prompt=5.327, prompt_std=0.501, output=2.743, output_std=0.200),
+        Kind(0.275, 6.978, 0.069, 6.003, 0.048),
+        Kind(0.245, 5.989, 0.043, 4.536, 0.254),
+        Kind(0.204, 7.357, 0.522, 4.569, 0.499),
+        Kind(0.098, 5.293, 0.089, 4.963, 0.425),
+        Kind(0.075, 8.316, 0.011, 4.015, 0.459),
+        Kind(0.056, 6.986, 0.067, 6.251, 0.183),
+        Kind(0.027, 3.899, 1.192, 4.938, 0.334),
+        Kind(0.020, 5.327, 0.501, 2.743, 0.200),
     ),
 )
-"""Fitted to the conversation trace named above; lengths are natural logarithms of tokens."""
+"""Fitted to the conversation trace named above."""
 
 
 def read_trace(path: Path) -> list[TraceRequest]:
@@ -134,30 +110,26 @@ def read_trace(path: Path) -> list[TraceRequest]:
         for row in rows:
             where = f"{path.name}, line {rows.line_num}"
             time = _time(row["TIMESTAMP"], where)
-            lengths = [_length(row[name], name, where) for name in COLUMNS[1:]]
             if requests and time < requests[-1][0]:
-                raise ValueError(
-                    f"{where}: TIMESTAMP {row['TIMESTAMP']!r} is before that of the request above; sort the file by it"
-                )
-            requests.append((time, *lengths))
+                told = f"TIMESTAMP {row['TIMESTAMP']!r} is before that of the request above"
+                raise ValueError(f"{where}: {told}; sort the file by it")
+            requests.append((time, *(_length(row[name], name, where) for name in COLUMNS[1:])))
     if not requests:
         raise ValueError(f"{path.name} has no requests; give one a line, below the names of the columns")
     return [TraceRequest(time - requests[0][0], *lengths) for time, *lengths in requests]
 
 
 def _time(value: str | None, where: str) -> float:
-    try:
-        seconds = float(value or "")
-    except ValueError:
+    for parse in (float, lambda text: datetime.datetime.fromisoformat(text)):
         try:
-            moment = datetime.datetime.fromisoformat(value or "")
+            time = parse(value or "")
         except ValueError:
-            seconds = math.nan
-        else:  # in UTC where no zone is told: an hour is never skipped
-            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
-    if not math.isfinite(seconds):
-        raise ValueError(f"{where}: TIMESTAMP is {value!r}; write it as 2023-11-16 18:15:46.68, or as seconds")
-    return seconds
+            continue
+        if isinstance(time, datetime.datetime):  # in UTC where no zone is told: an hour is never skipped
+            return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).timestamp()
+        if math.isfinite(time):
+            return time
+    raise ValueError(f"{where}: TIMESTAMP is {value!r}; write it as 2023-11-16 18:15:46.68, or as seconds")
 
 
 def _length(value: str | None, name: str, where: str) -> int:
@@ -203,23 +175,19 @@ def _drift(workload: Workload, noise: np.ndarray) -> np.ndarray:
     """The logarithm of the momentary rate over the mean one: autoregressive, with noise of unit variance as input."""
     kept = math.exp(-1 / workload.rate_memory)
     fresh = math.sqrt(1 - kept**2)
-    level, levels = float(noise[0]), [float(noise[0])]
+    levels = [float(noise[0])]
     for new in noise[1:].tolist():
-        level = kept * level + fresh * new
-        levels.append(level)
+        levels.append(kept * levels[-1] + fresh * new)
     return workload.rate_std * np.array(levels)
 
 
 def scale(trace: Sequence[TraceRequest], *, lengths: float, speed: float) -> list[TraceRequest]:
     """Lengths times `lengths`, at least 1; arrivals `speed` times as dense."""
-    return [
-        TraceRequest(
-            request.arrival / speed,
-            max(1, round(request.prompt_tokens * lengths)),
-            max(1, round(request.output_tokens * lengths)),
-        )
-        for request in trace
-    ]
+
+    def scaled(tokens: int) -> int:
+        return max(1, round(tokens * lengths))
+
+    return [TraceRequest(r.arrival / speed, scaled(r.prompt_tokens), scaled(r.output_tokens)) for r in trace]
 
 
 def clamp(trace: Sequence[TraceRequest], max_position: int) -> tuple[list[TraceRequest], int]:

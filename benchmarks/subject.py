@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from ..cli.common import model_config, quantized
 from ..model.config import ModelConfig
 from ..model.hf import config_from_hf
-from ..model.loading import BUNDLED, GenerationDefaults, Model, load_model
+from ..model.loading import GenerationDefaults, Model, load_model
 from ..model.params import float_specs, init_params
 from ..model.presets import PRESETS
 from ..roofline.deployment import Deployment
@@ -60,28 +59,17 @@ class Subject:
     @property
     def record(self) -> dict[str, Any]:
         """What results are stored with."""
-        return {
-            "name": Path(self.name).name,
-            "changes": dict(self.changes),
-            "dtype": self.config.dtype,
-            "random_weights": self.hf is not None,
-            **self.schemes,
-        }
+        own = {"random_weights": self.hf is not None, **self.schemes}
+        return {"name": Path(self.name).name, "changes": dict(self.changes), "dtype": self.config.dtype, **own}
 
 
 def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """The model and its size."""
     add = parser.add_argument
-    add(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        default=default,
-        help="a preset, with random weights; a directory with a model; or 'bundled' (default: %(default)s)",
-    )
+    help = "a preset, with random weights; a directory with a model; or 'bundled' (default: %(default)s)"
+    add("model", metavar="MODEL", nargs="?", default=default, help=help)
     add("--layers", type=int, metavar="N", help="of a preset, run N layers")
-    fields = ", ".join(_FIELDS)
-    help = f"of a preset, change a size; repeatable. Fields: {fields}"
+    help = f"of a preset, change a size; repeatable. Fields: {', '.join(_FIELDS)}"
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help=help)
 
 
@@ -106,10 +94,9 @@ def find_subject(
       ValueError: a field that is not known, a value of the wrong type, or a shape that the family cannot have.
     """
     changes, schemes = dict(map(_setting, settings)), {"quantize": quantize, "quantize_output": quantize_output}
-    if layers is not None:
-        changes["num_layers"] = layers
-        if layers < 1:
-            raise ValueError(f"--layers is {layers}; it must be at least 1")
+    if layers is not None and layers < 1:
+        raise ValueError(f"--layers is {layers}; it must be at least 1")
+    changes |= {} if layers is None else {"num_layers": layers}
     if model not in PRESETS:
         if changes:
             raise ValueError(
@@ -120,8 +107,7 @@ def find_subject(
         config = config if dtype is None else config.replace(dtype=dtype)
         return Subject(model, quantized(config, **schemes), None, {}, schemes)
     hf = PRESETS[model] | {_FIELDS[field][0]: value for field, value in changes.items()}
-    if dtype is not None:
-        hf["torch_dtype"] = dtype
+    hf |= {} if dtype is None else {"torch_dtype": dtype}
     try:
         config = config_from_hf(hf)
     except ValueError as error:
@@ -161,17 +147,6 @@ def make_model(subject: Subject, mesh: Mesh | None = None, checkpoint: Path | No
     config = subject.config if mesh is None else subject.config.replicate_kv_heads(mesh.shape["tensor"])
     params = jax.block_until_ready(init_params(config, jax.random.key(0), mesh))
     return Model(config, params, None, GenerationDefaults(), Path(subject.name), mesh)
-
-
-def checkpoint_directory(subject: Subject) -> Path:
-    """Where the weights of a subject with weights of its own lie."""
-    return BUNDLED.get(subject.name) or Path(subject.name).expanduser()
-
-
-def write_config(subject: Subject, directory: Path) -> None:
-    """The config.json of random weights."""
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(dict(subject.hf)))
 
 
 def check_memory(
