@@ -10,7 +10,8 @@ from .limits import used_roof
 from .peers import PEERS
 
 _CAUSES = {
-    "prefill": "products attn=attention memory links=collectives padding set-up=set_up sample=sampling rest=unattributed",
+    "prefill": "products attn=attention memory links=collectives padding set-up=set_up sample=sampling "
+    "rest=unattributed",
     "decode": "weights KV=kv_read,kv_write other=activations,logits,arithmetic links=collectives host sample=sampling "
     "context rows rest=unattributed",
 }

@@ -4,7 +4,6 @@ The step runs as it is, with command buffers (CUDA graphs), and without them, wh
 """
 
 import argparse
-import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,19 +58,13 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def device_events(folder: Path) -> list[Event]:
-    """What ran on the device's streams, in the order in which it started; on a CPU, in the thread that did most."""
+    """What ran on a GPU's streams, or the operations of a CPU, in the order in which they started."""
     (path,) = folder.rglob("*.xplane.pb")
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     gpus = [plane for plane in planes if "GPU" in plane.name]
-    lines = [(line.name, list(line.events)) for plane in gpus or planes for line in plane.lines]
-    streams = [events for name, events in lines if gpus and "Stream" in name]
-    streams = streams or [max((events for _, events in lines), key=len)]
-    events = [{"name": e.name, "at": e.start_ns, "ns": e.duration_ns} for stream in streams for e in stream]
-    events.sort(key=lambda event: event["at"])
-    if gpus:
-        return events
-    pairs = itertools.zip_longest(events, events[1:])  # of what encloses others on a CPU, the innermost
-    return [event for event, after in pairs if after is None or after["at"] >= event["at"] + event["ns"]]
+    lines = [line for plane in gpus or planes for line in plane.lines if not gpus or "Stream" in line.name]
+    ran = (e for line in lines for e in line.events if gpus or any(key == "hlo_op" for key, _ in e.stats))
+    return sorted(({"name": e.name, "at": e.start_ns, "ns": e.duration_ns} for e in ran), key=lambda e: e["at"])
 
 
 def summary(events: Sequence[Event], layers: int) -> dict[str, Any]:
