@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ..cli.common import add_format_options, terminal, usage_errors
+from ..cli.common import add_format_options, at_least_one, terminal, usage_errors
 from ..cli.formats import integers
 from ..decode.generate import generate
 from ..model.loading import Model
@@ -114,13 +114,9 @@ def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
 
 def _check(args: argparse.Namespace, subject: Subject) -> None:
     """Refuse what needs no device to be refused."""
-    for name in ("prompt", "batch", "context", "tensor", "tokens", "repeats"):
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1")
-        if isinstance(values, list):
-            setattr(args, name, list(dict.fromkeys(values)))
+    at_least_one(args, "prompt", "batch", "context", "tensor", "tokens", "repeats")
+    for name in ("prompt", "batch", "context", "tensor"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     longest = subject.config.max_position
     for prompt in args.prompt:
         if prompt >= longest:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..cli.formats import number
+from ..cli.formats import number, percent
 from .cells import Cell, cells_of, geometric_mean
-from .harness import Table, milliseconds, percent
+from .harness import Table, milliseconds
 from .limits import used_roof
 from .peers import PEERS
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..cli.common import FAILURE, OK, terminal, usage_errors
+from ..cli.common import FAILURE, OK, print_notes, terminal, usage_errors
 from ..cli.formats import number, simple_table
 from ..roofline.plot import check_plot, new_figure
 from .environment import RESULTS, Others, record, slug, store
@@ -82,7 +82,7 @@ def run(module: ModuleType, args: argparse.Namespace) -> int:
         return FAILURE if failures else OK
     console = terminal()
     for part in module.show(report):
-        part.print() if isinstance(part, Table) else console.print(part, style="dim", highlight=False, soft_wrap=True)
+        part.print() if isinstance(part, Table) else print_notes([part])
     for figure in figures:
         if figure.wanted is not None:
             met = "met" if figure.share >= figure.wanted else "NOT MET"
@@ -135,7 +135,3 @@ def figure_table(figures: Iterable[dict[str, Any]]) -> Table:
 def milliseconds(seconds: float) -> str:
     """Without the unit."""
     return f"{seconds * 1e3:.3f}" if seconds < 1e-3 else number(seconds * 1e3)
-
-
-def percent(share: float) -> str:
-    return f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"

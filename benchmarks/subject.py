@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ..cli.common import model_config, quantized
 from ..model.config import ModelConfig
+from ..model.find import find_config, quantized
 from ..model.hf import config_from_hf
 from ..model.loading import GenerationDefaults, Model, load_model
 from ..model.params import float_specs, init_params
@@ -103,9 +103,9 @@ def find_subject(
                 f"{model!r} has weights of its own, whose shape is fixed; leave out {', '.join(changes)}, or measure a "
                 f"preset with random weights: {', '.join(PRESETS)}"
             )
-        config = model_config(model)
+        config = find_config(model, **schemes)
         config = config if dtype is None else config.replace(dtype=dtype)
-        return Subject(model, quantized(config, **schemes), None, {}, schemes)
+        return Subject(model, config, None, {}, schemes)
     hf = PRESETS[model] | {_FIELDS[field][0]: value for field, value in changes.items()}
     hf |= {} if dtype is None else {"torch_dtype": dtype}
     try:

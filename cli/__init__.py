@@ -12,11 +12,8 @@ from .common import FAILURE, OK, USAGE, UsageError
 EXAMPLES = """\
 examples:
   ridgeline generate "Once upon a time"
-  ridgeline generate "The cat said" --temperature 0 --max-tokens 40
-  ridgeline generate --file prompt.txt --model path/to/hf-checkpoint --json
-  echo "There was a king" | ridgeline generate - --seed 7
+  ridgeline generate --file prompt.txt --model path/to/hf-checkpoint --quantize int4 --kv-dtype int8
   ridgeline chat --model path/to/hf-checkpoint
-  ridgeline generate "Once upon a time" --quantize int4 --kv-dtype int8
   ridgeline eval --text story.txt --quantize int4-32 --against float32
   ridgeline convert path/to/hf-checkpoint path/to/converted
   ridgeline plan llama-3.1-8b --hardware h100 --tensor 1,2 --batch 1,8,32

@@ -32,3 +32,8 @@ def duration(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:,.2f} s"
     return f"{number(seconds * 1e3)} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"
+
+
+def percent(share: float) -> str:
+    """With a digit more where it is small."""
+    return f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
