@@ -1,9 +1,10 @@
 """What `attention.py` measures: the cases, most telling first, and the bytes and FLOPs that each needs."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-ITEMSIZE = {"bf16": 2, "int8": 1, "fp8": 1}
+ITEMSIZE = {"bf16": 2, "f16": 2, "int8": 1, "fp8": 1}
 MODEL_8B, MODEL_70B, SHARD_70B = (8, 4, 128), (8, 8, 128), (1, 8, 128)  # K, G, H; the last is one of 8 shards
 MHA, WIDE = (32, 1, 128), (4, 8, 256)
 LEVEL = 0.98  # of cuDNN's speed: within the noise of it
@@ -11,9 +12,8 @@ LEVEL = 0.98  # of cuDNN's speed: within the noise of it
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One attention: of `lengths` cached positions a row, T of them new; shape is K KV heads, G queries each, H dims.
-
-    T is 1 in decode. S is the positions a page, `kv` the pages' dtype; queries are bfloat16.
+    """One attention: of `lengths` cached positions a row, the T newest asking; shape is K KV heads, G queries each, H
+    dims. S is the positions a page, `kv` the pages' dtype, `q` the queries'.
     """
 
     lengths: tuple[int, ...]
@@ -22,6 +22,10 @@ class Row:
     kv: str = "bf16"
     S: int = 64
     op: str = "decode"
+    q: str = "bf16"
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
 
     def __str__(self) -> str:
         B, longest = len(self.lengths), max(self.lengths)
@@ -30,23 +34,19 @@ class Row:
         else:
             batch = f"{B} x {_short(self.T if self.op == 'prefill' else longest)}"
         over = f" over {_short(longest - self.T)}" if self.op == "prefill" and longest > self.T else ""
-        return f"{self.op} {batch}{over}, {'x'.join(map(str, self.shape))}, {self.kv}, page {self.S}"
+        options = "".join(f", {name}" for name in ("window", "soft_cap", "sinks") if getattr(self, name))
+        return f"{self.op} {batch}{over}, {'x'.join(map(str, self.shape))}, {self.kv}, page {self.S}{options}"
 
     @property
     def even(self) -> bool:
         return len(set(self.lengths)) == 1
 
     @property
-    def position_bytes(self) -> int:
-        """Bytes of a cached position: K and V of all heads, and their float32 scales."""
-        K, _, H = self.shape
-        return 2 * K * (H * ITEMSIZE[self.kv] + (4 if self.kv != "bf16" else 0))
-
-    @property
     def bytes(self) -> int:
-        """Bytes that must be moved: what is cached once, queries once, the output once."""
+        """That must be moved: K, V and their float32 scales once, queries once, the output once."""
         K, G, H = self.shape
-        return sum(self.lengths) * self.position_bytes + 2 * len(self.lengths) * self.T * K * G * H * 2
+        position = 2 * K * (H * ITEMSIZE[self.kv] + (4 if ITEMSIZE[self.kv] == 1 else 0))
+        return sum(self.lengths) * position + 2 * len(self.lengths) * self.T * K * G * H * 2
 
     @property
     def flops(self) -> int:
@@ -55,23 +55,22 @@ class Row:
         seen = sum(self.T * (length - self.T) + self.T * (self.T + 1) // 2 for length in self.lengths)
         return 4 * K * G * H * seen
 
-    @property
-    def target(self) -> float | None:
-        """What share of the measured bandwidth a decode is to reach, where there is a target."""
-        if self.op == "decode" and self.even and self.lengths[0] >= 32768:
-            return {"bf16": 0.92, "fp8": 0.87}.get(self.kv)
-        return None
+
+def target_of(row: Mapping[str, Any]) -> float | None:
+    """What share of the measured bandwidth a decode is to reach, by its stored record, where there is a target."""
+    long = row["op"] == "decode" and len(set(row["lengths"])) == 1 and row["lengths"][0] >= 32768
+    return {"bf16": 0.92, "fp8": 0.87}.get(row["kv"]) if long else None
 
 
 def _short(positions: int) -> str:
     return f"{positions // 1024}k" if positions % 1024 == 0 else str(positions)
 
 
-def decode(batch: int, context: int, shape: tuple[int, int, int] = MODEL_8B, **options) -> Row:
+def decode(batch: int, context: int, shape: tuple[int, int, int] = MODEL_8B, **options: Any) -> Row:
     return Row((context,) * batch, shape=shape, **options)
 
 
-def prefill(batch: int, tokens: int, shape: tuple[int, int, int] = MODEL_8B, context: int = 0, **options) -> Row:
+def prefill(batch: int, tokens: int, shape: tuple[int, int, int] = MODEL_8B, context: int = 0, **options: Any) -> Row:
     return Row((context + tokens,) * batch, T=tokens, shape=shape, op="prefill", **options)
 
 
@@ -112,30 +111,23 @@ TINY = [
 """For a CPU."""
 
 
-def full() -> Iterator[Row]:
+def full() -> list[Row]:
     """The quick rows and the sweep, of at most 2**20 cached positions of an 8B or as many bytes."""
-    seen = set()
-    for row in (*QUICK, *_sweep()):
-        if row not in seen:
-            seen.add(row)
-            yield row
+    return list(dict.fromkeys([*QUICK, *_sweep()]))
 
 
 def _sweep() -> Iterator[Row]:
-    contexts = [1024 * 2**n for n in range(8)]
+    contexts, few = [1024 * 2**n for n in range(8)], (1024, 8192, 32768, 131072)
     for batch in (1, 8, 32, 128):
         yield from (decode(batch, context) for context in contexts if batch * context <= 2**20)
     for shape in (MODEL_70B, SHARD_70B, MHA, WIDE):
-        heads = shape[0] * shape[2]
-        most = 2**30 // heads  # positions
-        for context in (1024, 8192, 32768, 131072):
+        most = 2**30 // (shape[0] * shape[2])  # positions
+        for context in few:
             yield decode(max(1, min(64, most // context)), context, shape)
     for kv in ("int8", "fp8"):
-        for context in (1024, 8192, 32768, 131072):
-            yield decode(min(32, 2**20 // context), context, kv=kv)
-        yield decode(32, 32768, MODEL_70B, kv=kv)
-        yield decode(64, 32768, SHARD_70B, kv=kv)
-        yield decode(32, 32768, WIDE, kv=kv)
+        yield from (decode(min(32, 2**20 // context), context, kv=kv) for context in few)
+        for batch, shape in ((32, MODEL_70B), (64, SHARD_70B), (32, WIDE)):
+            yield decode(batch, 32768, shape, kv=kv)
     for kv in ("bf16", "int8", "fp8"):
         yield from (decode(32, 32768, kv=kv, S=S) for S in (16, 32, 64, 128))
     for shape in (MODEL_8B, MODEL_70B, SHARD_70B, MHA, WIDE):

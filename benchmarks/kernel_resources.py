@@ -10,13 +10,26 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matmul_rows import LAYERS, Row, rows
-from mosaic_dump import ASK, captured, kernels_in
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
 
+from ..cli.common import UsageError
+from ..sharding.targets import compile_for_target, find_chip, target_mesh
+from . import attention, matmul
+from .attention_rows import Row
+from .harness import Table
+from .limits import Figure
+from .matmul_rows import LAYERS, rows
+from .matmul_rows import Row as Product
+from .mosaic_dump import ASK, captured, kernels_in
+from .timing import reason
+
+MOST_REGISTERS = 255  # a thread
 REGISTERS = 65536  # 32-bit, a multiprocessor; NVIDIA, CUDA C++ Programming Guide, "Compute Capabilities", 8.0 to 10.0
 THREADS = 2048
 BLOCKS = 32
@@ -24,102 +37,72 @@ RESERVED = 1024  # bytes of shared memory that the system takes for each block
 
 FILLS = ("split_kernel", "matmul")  # launch as many blocks as the GPU is to hold at once; others, what the batch needs
 
-DTYPES = {"bf16": "bfloat16", "f16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One attention op to compile: H head dim, G queries a KV head, K KV heads, T new tokens, S positions a page.
-
-    `kv` is the pages' dtype, `q` the queries'; `tensor` the devices that the KV heads are split over; `every` a window,
-    a soft cap and sinks together; `quick` whether the case is of the short list.
-    """
-
-    H: int = 128
-    G: int = 4
-    K: int = 8
-    T: int = 1
-    S: int = 64
-    kv: str = "bf16"
-    q: str = "bf16"
-    tensor: int = 1
-    every: bool = False
-    op: str = "decode"
-    quick: bool = False
-
-    def __str__(self) -> str:
-        split = f" tensor {self.tensor}" if self.tensor > 1 else ""
-        options = " window cap sinks" if self.every else ""
-        queries = "" if self.q == "bf16" or self.kv == "f16" else f" q {self.q}"
-        return f"{self.op} {self.K}x{self.G}x{self.H} T {self.T} page {self.S} {self.kv}{queries}{split}{options}"
-
-
+CONTEXT = 8192
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-prefill = functools.partial(Case, op="prefill", T=512)
 
-CASES = [
-    # Every head dim, with every dtype of pages. 8 KV heads of 4 queries and 128 dims are an 8B.
-    *(Case(H=H, quick=H in (80, 128, 256)) for H in HEAD_DIMS),
-    *(Case(H=H, kv="int8", quick=H == 128) for H in HEAD_DIMS),
-    *(Case(H=H, kv="fp8", quick=H == 256) for H in HEAD_DIMS),
-    *(Case(H=H, kv="f16", q="f16") for H in (64, 128, 256)),
-    Case(kv="fp8", q="f16"),
-    # Page sizes.
-    *(Case(S=S, quick=S == 16) for S in (16, 32, 128)),
-    *(Case(S=S, kv="int8", quick=S == 16) for S in (16, 32, 128)),
-    # Queries a KV head: MHA, a 70B's, MQA.
-    Case(K=32, G=1),
-    Case(K=8, G=8),
-    Case(K=1, G=16),
-    Case(K=32, G=1, kv="int8"),
-    Case(K=1, G=16, kv="fp8"),
-    # Several new tokens.
-    Case(T=4, quick=True),
-    Case(T=16),
-    Case(T=4, kv="fp8"),
-    Case(T=16, kv="fp8", quick=True),
-    Case(T=16, G=16, K=1),
-    Case(T=16, H=256),
-    # All that scores go through.
-    Case(every=True, quick=True),
-    Case(every=True, kv="int8", S=32),
-    Case(every=True, kv="fp8", H=256, T=4),
-    # An 8B and a 70B, split over devices.
-    *(Case(G=4, tensor=n) for n in (2, 4, 8)),
-    *(Case(G=8, tensor=n, quick=n == 8) for n in (2, 4, 8)),
-    Case(G=8, tensor=8, kv="fp8"),
-    # Prefill.
-    *(prefill(H=H, quick=H in (128, 256)) for H in HEAD_DIMS),
-    *(prefill(H=H, kv="int8", quick=H == 128) for H in (64, 80, 128, 192, 256)),
-    *(prefill(H=H, kv="fp8", S=16) for H in (128, 256)),
-    prefill(kv="f16", q="f16"),
-    prefill(every=True, G=1, K=32, S=16),
-    prefill(every=True, H=256, kv="fp8"),
-    prefill(G=4, tensor=8),
-    prefill(G=8),
-    prefill(G=8, tensor=8, quick=True),
-    # Products of a few rows, of every weight of a layer in every form.
-    *rows(tuple(LAYERS), (1, 16, 64)),
+
+def decode(H: int = 128, G: int = 4, K: int = 8, *, every: bool = False, **options: Any) -> Row:
+    """8 KV heads of 4 queries and 128 dims are an 8B; `every` is a window, a soft cap and sinks together."""
+    together = {"window": 1024, "soft_cap": 50.0, "sinks": True} if every else {}
+    return Row((CONTEXT,), shape=(K, G, H), **together, **options)
+
+
+prefill = functools.partial(decode, op="prefill", T=512)
+
+QUICK: list[Row | Product] = [
+    *map(decode, (80, 128, 256)),
+    decode(kv="int8"),
+    decode(256, kv="fp8"),
+    decode(S=16),
+    decode(S=16, kv="int8"),
+    decode(T=4),
+    decode(T=16, kv="fp8"),
+    decode(every=True),
+    decode(G=8, K=1),  # a 70B's, split over 8 devices
+    *map(prefill, (128, 256)),
+    prefill(kv="int8"),
+    prefill(G=8, K=1),
+    *(row for row in rows(("8b",), (64,), ("bf16", "int8", "fp8", "fp8-block")) if row.gated),
+    *(row for row in rows(("70b tensor 8",), (64,), ("int4",)) if row.weight.endswith("down")),
+    *(row for row in rows(("8b",), (16,), ("int4-32-zero",)) if row.weight.endswith("qkv")),
+    *(row for row in rows(("1b",), (64,), ("int4-32",)) if row.weight.endswith("out")),
 ]
-
-QUICK_PRODUCTS = {
-    *(("8b gate_up", 64, form) for form in ("bf16", "int8", "fp8", "fp8-block")),
-    ("70b tensor 8 down", 64, "int4"),
-    ("8b qkv", 16, "int4-32-zero"),
-    ("1b out", 64, "int4-32"),
-}
-
-
-def quick(case: Case | Row) -> bool:
-    """Whether a case is of the short list."""
-    return (case.weight, case.M, case.form) in QUICK_PRODUCTS if isinstance(case, Row) else case.quick
+ATTENTION = [
+    # Every head dim, with every dtype of pages.
+    *(decode(H, kv=kv) for kv in ("bf16", "int8", "fp8") for H in HEAD_DIMS),
+    *(decode(H, kv="f16", q="f16") for H in (64, 128, 256)),
+    decode(kv="fp8", q="f16"),
+    # Page sizes; queries a KV head: MHA, a 70B's, MQA; several new tokens; all that scores go through.
+    *(decode(S=S, kv=kv) for kv in ("bf16", "int8") for S in (16, 32, 128)),
+    *(decode(G=G, K=K) for G, K in ((1, 32), (8, 8), (16, 1))),
+    decode(G=1, K=32, kv="int8"),
+    decode(G=16, K=1, kv="fp8"),
+    *(decode(T=T, kv=kv) for T in (4, 16) for kv in ("bf16", "fp8")),
+    decode(T=16, G=16, K=1),
+    decode(256, T=16),
+    decode(every=True),
+    decode(every=True, kv="int8", S=32),
+    decode(256, every=True, kv="fp8", T=4),
+    # An 8B and a 70B, split over 2, 4 and 8 devices.
+    *(decode(G=G, K=K) for G in (4, 8) for K in (4, 2, 1)),
+    decode(G=8, K=1, kv="fp8"),
+    *(prefill(H) for H in HEAD_DIMS),
+    *(prefill(H, kv="int8") for H in (64, 80, 128, 192, 256)),
+    *(prefill(H, kv="fp8", S=16) for H in (128, 256)),
+    prefill(kv="f16", q="f16"),
+    prefill(G=1, K=32, every=True, S=16),
+    prefill(256, every=True, kv="fp8"),
+    *(prefill(G=G, K=K) for G, K in ((4, 1), (8, 8), (8, 1))),
+]
+CASES = [*ATTENTION, *rows(tuple(LAYERS), (1, 16, 64))]
+"""Attention, and products of a few rows: of every weight of a layer in every form."""
 
 
 # --- compiling ---
 
 
 def resources(
-    cases: Sequence[Case | Row],
+    cases: Sequence[Row | Product],
     target: str = "h200",
     ptx: Path | None = None,
     done: Callable[[], None] = lambda: None,
@@ -133,117 +116,65 @@ def resources(
       done: called after each case.
 
     Returns:
-      A dictionary a case: "case", "compile_seconds" (lowering and compiling), "collectives", and "kernels", or "error"
-      where it does not compile. A kernel's: what `mosaic_dump.kernels_in` reads, the PTX apart; blocks_per_sm; and of
-      the kernel that is to fill the GPU exactly "waves": blocks launched over those that it holds at once.
+      A dictionary a case: "case", "op", "compile_seconds" (lowering and compiling), and "kernels", or "error" where it
+      does not compile. A kernel's: what `mosaic_dump.kernels_in` reads, the PTX apart; blocks_per_sm; and of the kernel
+      that is to fill the GPU exactly "waves": blocks launched over those that it holds at once.
 
     Raises:
       RuntimeError: the process had compiled a kernel before it was told to report, or the plugin is not installed.
     """
     os.environ.update(ASK)
-    from ridgeline.sharding.targets import find_chip, target_mesh
-
-    chip = find_chip(target)
-    target_mesh(target)  # says so at once if the plugin is missing
+    chip, mesh = find_chip(target), target_mesh(target)
     results = []
     for number, case in enumerate(cases):
-        result: dict[str, Any] = {"case": str(case), "op": "matmul", **dataclasses.asdict(case)}
-        result.pop("quick", None)
-        # A kernel that the process has compiled before is not reported again. Batch sizes that neither 2 nor 3 divides
-        # make all attention kernels differ, whatever the number of heads; products differ in their weights.
-        batch = 6 * number + 5
+        result: dict[str, Any] = {"case": name_of(case), "op": getattr(case, "op", "matmul")}
         started = time.perf_counter()
         try:
             with captured() as printed:
-                text = compiled_text(case, target, batch)
+                text = compile_for_target(lowered(case, number, mesh)).as_text()
         except Exception as error:  # of any kind: a table with a gap says more than none
-            result["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        else:
-            result |= {"compile_seconds": round(time.perf_counter() - started, 2), **text}
-            kernels = kernels_in(printed[0])
-            if len(kernels) != result.pop("custom_calls"):
-                raise RuntimeError(
-                    f"{case}: {len(kernels)} kernels were reported and another number compiled; "
-                    f"set {' '.join(f'{k}={v}' for k, v in ASK.items())} before anything is compiled"
-                )
-            for kernel in kernels:
-                text = kernel.pop("ptx")
-                if ptx is not None:
-                    (ptx / f"{number:03}-{kernel['kernel']}.ptx").write_text(text)
-            result["kernels"] = [kernel | occupancy(kernel, chip) for kernel in kernels]
-        results.append(result)
-        done()
+            results.append(result | {"error": reason(error)})
+            continue
+        finally:
+            done()
+        kernels = kernels_in(printed[0])
+        if len(kernels) != len(re.findall(r'custom_call_target="mosaic_gpu', text)):
+            raise RuntimeError(
+                f"{case}: {len(kernels)} kernels were reported and another number compiled; "
+                f"set {' '.join(f'{k}={v}' for k, v in ASK.items())} before anything is compiled"
+            )
+        for kernel in kernels:
+            text = kernel.pop("ptx")
+            if ptx is not None:
+                (ptx / f"{number:03}-{kernel['kernel']}.ptx").write_text(text)
+        result["compile_seconds"] = round(time.perf_counter() - started, 2)
+        results.append(result | {"kernels": [kernel | occupancy(kernel, chip) for kernel in kernels]})
     return results
 
 
-def compiled_text(case: Case | Row, target: str, batch: int) -> dict[str, int]:
-    """Compiles; returns how many Mosaic kernels the program has, and how many collectives."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
+def name_of(case: Row | Product) -> str:
+    if isinstance(case, Product):
+        return str(case)
+    queries = "" if case.q == "bf16" or case.kv == "f16" else f" q {case.q}"
+    options = " window cap sinks" if case.sinks else ""
+    return f"{case.op} {'x'.join(map(str, case.shape))} T {case.T} page {case.S} {case.kv}{queries}{options}"
 
-    from ridgeline.sharding.hlo import collectives, parse
-    from ridgeline.sharding.targets import compile_for_target, target_mesh
 
-    if isinstance(case, Row):
-        whole, mesh = PartitionSpec(), target_mesh(target)
-        op, out_spec = product_op(case), whole
-        shapes = {name: (*of, whole) for name, of in case.operands.items()}
+def lowered(case: Row | Product, number: int, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The kernel's op, lowered for the device of a mesh.
+
+    A kernel that the process has compiled before is not reported again. Batch sizes that neither 2 nor 3 divides make
+    all attention kernels differ, whatever the number of heads; products differ in their weights.
+    """
+    if isinstance(case, Product):
+        contender, make = matmul.product_of(case, "mosaic"), matmul.make_inputs
     else:
-        mesh = target_mesh(target, tensor=case.tensor)
-        op, shapes, out_spec = attention_op(case, batch)
-    arrays = {
-        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
-        for name, (shape, dtype, spec) in shapes.items()
-    }
-    specs = {name: spec for name, (_, _, spec) in shapes.items()}
-    local = jax.shard_map(
-        lambda arrays: op(**arrays), mesh=mesh, in_specs=(specs,), out_specs=out_spec, check_vma=False
-    )
-    text = compile_for_target(jax.jit(local).lower(arrays)).as_text()
-    return {
-        "custom_calls": len(re.findall(r'custom_call_target="mosaic_gpu', text)),
-        "collectives": sum(found.count for found in collectives(parse(text))),
-    }
-
-
-def product_op(row: Row) -> Callable[..., Any]:
-    from ridgeline.pallas_kernels.matmul import matmul
-
-    return functools.partial(matmul, activation="silu" if row.gated else None, implementation="mosaic")
-
-
-def attention_op(case: Case, batch: int) -> tuple[Callable[..., Any], dict[str, tuple[Any, ...]], Any]:
-    """The op, the shape, dtype and partition of each operand, and the partition of the result."""
-    from jax.sharding import PartitionSpec
-
-    from ridgeline.pallas_kernels.attention import decode_attention, prefill_attention
-    from ridgeline.pallas_kernels.pages import AttentionOptions, Pages
-
-    pages = 8192 // case.S
-    quantized = case.kv in ("int8", "fp8")
-    heads, whole = PartitionSpec(None, "tensor"), PartitionSpec()
-    q_spec = PartitionSpec(None, None, "tensor")
-    shapes = {
-        "q": ((batch, case.T, case.K, case.G, case.H), DTYPES[case.q], q_spec),
-        "k": ((4096, case.K, case.S, case.H), DTYPES[case.kv], heads),
-        "v": ((4096, case.K, case.S, case.H), DTYPES[case.kv], heads),
-        "block_tables": ((batch, pages), "int32", whole),
-        "lengths": ((batch,), "int32", whole),
-    }
-    if case.op == "prefill":
-        shapes["starts"] = ((batch,), "int32", whole)
-    if quantized:
-        shapes |= {f"{name}_scales": ((4096, case.K, case.S), "float32", heads) for name in "kv"}
-    if case.every:
-        shapes["sinks"] = ((case.K, case.G), "float32", PartitionSpec("tensor"))
-    options = AttentionOptions(case.H**-0.5, *((1024, 50.0) if case.every else ()))
-    attention = {"decode": decode_attention, "prefill": prefill_attention}[case.op]
-
-    def op(k, v, k_scales=None, v_scales=None, **arrays):
-        return attention(pages=Pages(k, v, k_scales, v_scales), options=options, implementation="mosaic", **arrays)
-
-    return op, shapes, q_spec
+        case = dataclasses.replace(case, lengths=case.lengths * (6 * number + 5))
+        contender, make = attention.paged(case, "mosaic"), attention.make_inputs
+    x, shared, [first] = jax.eval_shape(lambda: make(case, 1))
+    placed = NamedSharding(mesh, PartitionSpec())
+    operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), (x, shared | first))
+    return jax.jit(contender).lower(*operands)
 
 
 def occupancy(kernel: dict[str, Any], chip: Any) -> dict[str, Any]:
@@ -266,8 +197,6 @@ def faults(result: dict[str, Any], chip: Any) -> list[str]:
     if "error" in result:
         return [f"{result['case']}: {result['error']}"]
     found = []
-    if result["collectives"]:
-        found.append(f"{result['case']}: {result['collectives']} collectives; the heads of a device are its own")
     for kernel in result["kernels"]:
         where = f"{result['case']}, {kernel['kernel']}"
         if kernel["spill_stores"] or kernel["spill_loads"]:
@@ -284,78 +213,49 @@ def faults(result: dict[str, Any], chip: Any) -> list[str]:
     return found
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a line a kernel."""
-    head = ("case", "kernel", "registers", "spills", "shared memory", "threads", "blocks/SM", "waves", "compile s")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * 2 + " ---: |" * (len(head) - 2)]
-    for result in results:
-        if "error" in result:
-            lines.append(f"| {result['case']} | {result['error']} |" + " |" * (len(head) - 2))
-        for i, kernel in enumerate(result.get("kernels", ())):
-            cells = [
-                result["case"] if i == 0 else "",
-                kernel["kernel"],
-                kernel["registers"],
-                f"{kernel['spill_stores']}/{kernel['spill_loads']}",
-                kernel["shared_memory"],
-                kernel["threads"],
-                kernel["blocks_per_sm"],
-                kernel["waves"] or "",
-                result["compile_seconds"] if i == 0 else "",
-            ]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="h200", metavar="CHIP", help="the GPU (default: %(default)s)")
-    parser.add_argument("--cases", choices=("all", "quick"), default="all", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="the short list of cases alone")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
-    parser.add_argument("--ptx", type=Path, metavar="DIR", help="where to store each kernel's PTX (default: nowhere)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="where to store the results (default: results/kernel_resources-CHIP.json for all cases, else nowhere)",
-    )
-    args = parser.parse_args()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from tqdm import tqdm
+    parser.add_argument("--ptx", type=Path, metavar="DIR", help="write every kernel's PTX there")
 
-    from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
-    from ridgeline.sharding.targets import find_chip
 
-    cases = [case for case in CASES if (args.cases == "all" or quick(case)) and args.only in str(case)]
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    jax.config.update("jax_platforms", "cpu")  # no GPU is used, not even one that is there
+    cases = [case for case in (QUICK if args.quick else dict.fromkeys(CASES)) if args.only in name_of(case)]
     if not cases:
-        parser.error(f"--only is {args.only!r}, which no case has in its name; names look like {str(CASES[0])!r}")
-    if args.ptx is not None:
-        args.ptx.mkdir(parents=True, exist_ok=True)
+        raise UsageError(
+            f"--only is {args.only!r}, which no case has in its name; names look like {name_of(CASES[0])!r}"
+        )
     with tqdm(total=len(cases), unit="case", file=sys.stderr) as bar:
         results = resources(cases, args.target, args.ptx, bar.update)
     chip = find_chip(args.target)
-    found = [fault for result in results for fault in faults(result, chip)]
-    print(table(results))
-    print("\n".join(found) or f"{len(results)} cases compiled for {chip.name}: no spills, and all blocks fit")
-
-    report = {
-        "benchmark": "kernel_resources",
-        "date": now(),
-        "command": command(__file__, sys.argv[1:]),
-        "target": chip.name,
-        "hardware": hardware(),
-        "versions": versions("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin"),
-        "faults": found,
+    yield {
+        "subject": " ".join([*["quick"] * args.quick, args.only]),
+        "device": chip.name,
+        "failures": [fault for result in results for fault in faults(result, chip)],
         "results": results,
     }
-    whole = args.cases == "all" and not args.only
-    out = args.output or (RESULTS / f"kernel_resources-{args.target}.json" if whole else None)
-    if out is not None:
-        store(report, out)
-        print(f"stored in {out}")
-    if found:
-        sys.exit(1)
 
 
-if __name__ == "__main__":
-    main()
+def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
+    """A line a kernel."""
+    columns = ("case", "kernel", "registers", "spills", "shared memory", "threads", "blocks/SM", "waves", "compile s")
+    rows = []
+    for result in report["results"]:
+        for i, kernel in enumerate(result.get("kernels", ())):
+            spills = f"{kernel['spill_stores']}/{kernel['spill_loads']}"
+            taken = (kernel[name] for name in ("shared_memory", "threads", "blocks_per_sm"))
+            cells = [kernel["registers"], spills, *taken, kernel["waves"] or ""]
+            first = (result["case"], result["compile_seconds"]) if i == 0 else ("", "")
+            rows.append((first[0], kernel["kernel"], *map(str, cells), str(first[1])))
+    yield Table("", columns, rows, names=2)
+    if not report["failures"]:
+        yield f"{len(report['results'])} cases compiled for {report['device']}: no spills, and all blocks fit."
+
+
+def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
+    """Registers a thread beside the most that an instruction can name."""
+    for result in report["results"]:
+        for kernel in result.get("kernels", ()):
+            yield Figure(f"{result['case']}, {kernel['kernel']}", kernel["registers"], MOST_REGISTERS, "registers")

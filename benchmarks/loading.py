@@ -8,42 +8,43 @@ weights stay the page cache's.
 """
 
 import argparse
-import datetime
 import gc
 import json
+import math
 import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-CHUNK = 16 * 2**20
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+from ..cli.common import UsageError
+from ..model.checkpoint import Checkpoint
+from ..model.hf import config_from_hf, family_of
+from ..model.loading import convert_model, load_model
+from ..model.presets import PRESETS
+from ..sharding.mesh import make_mesh
+from .harness import Table
+from .limits import Figure
+from .timing import Turn, elapsed, in_turns
+from .worker import Worker
+
+CHUNK = 16 * 2**20
+TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
 SIZES = {"vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 5632}
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": False}
 
 
 # --- the contenders: each takes a directory, and returns what must stay alive while memory is counted ---
 
 
-def raw(directory: Path) -> Any:
+def raw(directory: Path) -> None:
     """Into one small buffer, again and again: nothing is kept."""
     buffer = memoryview(bytearray(CHUNK))
     for file in sorted(directory.glob("*.safetensors")):
@@ -54,8 +55,6 @@ def raw(directory: Path) -> Any:
 
 def raw_kept(directory: Path) -> Any:
     """Into fresh memory, which the system has to clear page by page: what every loader that copies does at least."""
-    import numpy as np
-
     files = sorted(directory.glob("*.safetensors"))
     contents = [np.empty(file.stat().st_size, np.uint8) for file in files]
     for file, content in zip(files, contents, strict=True):
@@ -67,40 +66,24 @@ def raw_kept(directory: Path) -> Any:
 
 
 def ridgeline(directory: Path) -> Any:
-    import ridgeline as rl
-
-    leaves = jax_leaves(rl.load_model(directory))
-    touch(memory_of(leaf) for leaf in leaves)
-    return leaves
-
-
-def ridgeline_mesh(directory: Path) -> Any:
-    import jax
-
-    import ridgeline as rl
-    from ridgeline.sharding.mesh import make_mesh
-
-    leaves = jax_leaves(rl.load_model(directory, mesh=make_mesh(tensor=len(jax.devices()))))
-    touch(memory_of(shard.data) for leaf in leaves for shard in leaf.addressable_shards)
-    return leaves
+    """Over all devices that there are."""
+    count = jax.device_count()
+    model = load_model(directory, mesh=None if count == 1 else make_mesh(tensor=count))
+    leaves = jax.block_until_ready(jax.tree.leaves(model.params))
+    return touched([shard.data for leaf in leaves for shard in leaf.addressable_shards])
 
 
 def safetensors_numpy(directory: Path) -> Any:
     from safetensors.numpy import load_file
 
-    tensors = [tensor for file in sorted(directory.glob("*.safetensors")) for tensor in load_file(file).values()]
-    touch(memory_of(tensor) for tensor in tensors)
-    return tensors
+    return touched([tensor for file in sorted(directory.glob("*.safetensors")) for tensor in load_file(file).values()])
 
 
 def safetensors_flax(directory: Path) -> Any:
-    import jax
     from safetensors.flax import load_file
 
     arrays = [array for file in sorted(directory.glob("*.safetensors")) for array in load_file(file).values()]
-    jax.block_until_ready(arrays)
-    touch(memory_of(array) for array in arrays)
-    return arrays
+    return touched(jax.block_until_ready(arrays))
 
 
 def transformers(directory: Path) -> Any:
@@ -108,7 +91,7 @@ def transformers(directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    touch(parameter.detach().view(torch.uint8).numpy() for parameter in model.parameters())
+    touched([parameter.detach().view(torch.uint8).numpy() for parameter in model.parameters()])
     return model
 
 
@@ -116,7 +99,7 @@ CONTENDERS: dict[str, tuple[Callable[[Path], Any], int]] = {
     "raw read": (raw, 1),
     "raw read, kept": (raw_kept, 1),
     "ridgeline": (ridgeline, 1),
-    "ridgeline, 8 devices": (ridgeline_mesh, 8),
+    "ridgeline, 8 devices": (ridgeline, 8),
     "ridgeline, converted": (ridgeline, 1),
     "safetensors.numpy": (safetensors_numpy, 1),
     "safetensors.flax": (safetensors_flax, 1),
@@ -125,59 +108,47 @@ CONTENDERS: dict[str, tuple[Callable[[Path], Any], int]] = {
 """Name -> function, and the devices that XLA's CPU backend is to show."""
 
 
-def jax_leaves(model: Any) -> list[Any]:
-    import jax
-
-    return jax.block_until_ready(jax.tree.leaves(model.params))
-
-
-def memory_of(array: Any) -> Any:
-    """An array's bytes, flat and without a copy (XLA:CPU shares its memory with numpy)."""
-    import numpy as np
-
-    return np.asarray(array).reshape(-1).view(np.uint8)
+def touched(arrays: list[Any]) -> list[Any]:
+    """The arrays, one byte in 4096 of each read (XLA:CPU shares its memory with numpy)."""
+    for array in arrays:
+        np.asarray(array).reshape(-1).view(np.uint8)[::4096].sum()
+    return arrays
 
 
-def touch(arrays: Any) -> int:
-    return sum(int(array.reshape(-1)[::4096].sum()) for array in arrays)
+# --- what a contender's process does ---
 
 
-# --- the process of one contender ---
-
-
-def serve(name: str, directory: Path, tiny: Path) -> None:
-    """Answer each line of standard input, "time" or "memory", with a line of JSON."""
+def contender(name: str, directory: Path, tiny: Path) -> Callable[[str], dict[str, int | float]]:
+    """Answers "time" or "memory" with that of one more load of a directory."""
     load = CONTENDERS[name][0]
-    say = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints must not be taken for an answer
     load(tiny)
-    say.write("{}\n")
-    for line in sys.stdin:
+
+    def answer(what: str) -> dict[str, int | float]:
         gc.collect()
-        answer = timed(load, directory) if line.strip() == "time" else watched(load, directory)
-        say.write(json.dumps(answer) + "\n")
+        return timed(load, directory) if what == "time" else watched(load, directory)
+
+    return answer
 
 
-def timed(load: Callable[[Path], Any], directory: Path) -> dict[str, float]:
-    before, started = storage_bytes(), time.perf_counter()
-    loaded = load(directory)
-    seconds = time.perf_counter() - started
-    del loaded
-    return {"seconds": seconds, "from_storage": storage_bytes() - before}
+def timed(load: Callable[[Path], Any], directory: Path) -> dict[str, int | float]:
+    before = counted("read_bytes")
+    seconds, _ = elapsed(lambda: load(directory))
+    return {"seconds": seconds, "from_storage": counted("read_bytes") - before}
 
 
 def watched(load: Callable[[Path], Any], directory: Path) -> dict[str, int]:
     """Peak of the process' own memory (mapped files not counted), in all and beyond the arrays that JAX holds."""
-    live = sys.modules["jax"].live_arrays if "jax" in sys.modules else list
-    before, peaks, done = own_bytes(), [0, 0], threading.Event()
-    held = sum(array.nbytes for array in live())
+    peaks, done = [0, 0], threading.Event()
+
+    def sizes() -> tuple[int, int]:
+        return counted("RssAnon") * 1024, sum(array.nbytes for array in jax.live_arrays())
+
+    own, arrays = sizes()
 
     def watch() -> None:
-        while not done.is_set():
-            grown = own_bytes() - before
-            arrays = sum(array.nbytes for array in live()) - held
-            peaks[:] = max(peaks[0], grown), max(peaks[1], grown - arrays)
-            time.sleep(0.001)
+        while not done.wait(0.001):
+            grown, held = sizes()
+            peaks[:] = max(peaks[0], grown - own), max(peaks[1], grown - own - (held - arrays))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -188,96 +159,45 @@ def watched(load: Callable[[Path], Any], directory: Path) -> dict[str, int]:
     return {"peak": peaks[0], "peak_beyond_arrays": peaks[1]}
 
 
-def own_bytes() -> int:
-    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
-
-
-def storage_bytes() -> int:
-    """Bytes that this process has had fetched from storage."""
-    return int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text()).group(1))
-
-
-class Contender:
-    """The process that runs one contender, on the checkpoint it is to load."""
-
-    def __init__(self, name: str, directory: Path, tiny: Path):
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={CONTENDERS[name][1]}"
-        self.name, self.directory = name, directory
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", name, str(directory), str(tiny)],
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        threading.Thread(target=self._drain, daemon=True).start()
-        self.errors: list[str] = []
-        self._answer()
-
-    def ask(self, what: str) -> dict[str, Any]:
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-
-    def _drain(self) -> None:
-        for line in self.process.stderr:
-            self.errors.append(line)
-
-    def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait(timeout=60)
-            raise RuntimeError(self.errors[-1].strip() if self.errors else f"exit code {self.process.returncode}")
-        return json.loads(line)
+def counted(what: str) -> int:
+    """Of this process: "RssAnon", KiB of its own memory; "read_bytes", bytes that it has had fetched from storage."""
+    texts = (Path("/proc/self", name).read_text() for name in ("status", "io"))
+    return int(re.search(rf"^{what}:\s+(\d+)", "\n".join(texts), re.MULTILINE).group(1))
 
 
 # --- checkpoints and the page cache ---
 
 
-def write_checkpoint(directory: Path, gigabytes: float, sizes: dict[str, int] = SIZES) -> None:
-    """A random Llama checkpoint in bfloat16 of about so many GB, in files of at most 512 MB."""
-    import jax.numpy as jnp
-    import numpy as np
+def write_checkpoint(directory: Path, gigabytes: int | float, sizes: Mapping[str, int]) -> None:
+    """A random Llama checkpoint in bfloat16 of about so many GB, one layer at least, in files of at most 512 MB."""
     from safetensors.numpy import save_file
 
-    from ridgeline.model.hf import config_from_hf, family_of
+    def hf(layers: int) -> dict[str, Any]:
+        return PRESETS["llama-2-7b"] | HEADS | sizes | {"num_hidden_layers": layers}
 
     def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-        config = config_from_hf(LLAMA | sizes | {"num_hidden_layers": layers})
+        config = config_from_hf(hf(layers))
         return {piece.tensor: piece.shape for pieces in family_of(config).tensors(config).values() for piece in pieces}
 
-    def size(layers: int) -> int:
-        return 2 * sum(int(np.prod(shape)) for shape in shapes(layers).values())
-
-    layers = max(1, round((gigabytes * 1e9 - size(1)) / (size(2) - size(1))) + 1)
+    one, two = (2 * sum(map(math.prod, shapes(layers).values())) for layers in (1, 2))
+    layers = max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1)
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(LLAMA | sizes | {"num_hidden_layers": layers}))
+    (directory / "config.json").write_text(json.dumps(hf(layers)))
     noise = np.random.default_rng(0).normal(size=2**20).astype(jnp.bfloat16)
     files: list[dict[str, Any]] = [{}]
     for name, shape in shapes(layers).items():
-        tensor = np.resize(noise, shape)
-        if sum(other.nbytes for other in files[-1].values()) + tensor.nbytes > 512e6:
+        if sum(tensor.nbytes for tensor in files[-1].values()) + 2 * math.prod(shape) > 512e6:
             files.append({})
-        files[-1][name] = tensor
-    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    for name, tensors in zip(names, files, strict=True):
-        save_file(tensors, directory / name, metadata={"format": "pt"})
-    weight_map = {tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors}
-    index = {"metadata": {"total_size": size(layers)}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def files_of(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
+        files[-1][name] = np.resize(noise, shape)
+    weight_map = {}
+    for index, tensors in enumerate(files):
+        save_file(tensors, directory / f"model-{index:05}.safetensors", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, f"model-{index:05}.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def drop_from_cache(directory: Path) -> None:
-    for path in files_of(directory):
+    for path in filter(Path.is_file, directory.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -286,139 +206,90 @@ def drop_from_cache(directory: Path) -> None:
 # --- the benchmark ---
 
 
-def measure(contenders: list[Contender], size: int, repeats: int, cold: bool) -> dict[str, dict[str, Any]]:
-    """GB/s of every contender, in turns; nothing for a cold run that storage did not have to serve."""
-    rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for turn in range(repeats):
-        for contender in contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]:
-            if cold:
-                drop_from_cache(contender.directory)
-            else:
-                raw(contender.directory)
-            answer = contender.ask("time")
-            if not cold or answer["from_storage"] > 0.9 * size:
-                rates[contender.name].append(size / 1e9 / answer["seconds"])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    help = "a checkpoint to load (default: a random one is written, and removed at the end)"
+    add("checkpoint", nargs="?", type=Path, metavar="HF_DIR", help=help)
+    add("--gigabytes", type=float, default=1.0, metavar="G", help="size of that one (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="runs of each contender (default: %(default)s)")
+    help = f"run these and the raw read, of {', '.join(CONTENDERS)}; repeatable"
+    add("--only", action="append", choices=list(CONTENDERS), metavar="NAME", help=help)
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if args.repeats < 1:
+        raise UsageError(f"--repeats is {args.repeats}; it must be at least 1")
+    with tempfile.TemporaryDirectory(prefix="ridgeline-loading-") as scratch:
+        yield measured(args, Path(scratch))
+
+
+def load_turn(worker: Worker, directory: Path, size: int, cold: bool) -> Turn:
+    """Seconds of loading so many bytes; nothing for a cold run that storage did not have to serve."""
+
+    def turn() -> Mapping[str, float]:
+        drop_from_cache(directory) if cold else raw(directory)
+        answer = worker.ask("time")
+        return {"load": answer["seconds"]} if not cold or answer["from_storage"] > 0.9 * size else {}
+
+    return turn
+
+
+def measured(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    directory, converted, tiny = args.checkpoint or scratch / "checkpoint", scratch / "converted", scratch / "tiny"
+    if args.checkpoint is None:
+        write_checkpoint(directory, args.gigabytes, SIZES if args.gigabytes else TINY)
+    write_checkpoint(tiny, 0, TINY)
+    names = [name for name in CONTENDERS if not args.only or name in ("raw read", *args.only)]
+    directories = {name: converted if "converted" in name else directory for name in names}
+    converting = elapsed(lambda: convert_model(directory, converted))[0] if converted in directories.values() else None
+    checkpoint = Checkpoint(directory)
+    size = sum(info.stop - info.start for info in checkpoint.tensors.values())
+    workers, left_out = {}, {}
+    for name in names:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={CONTENDERS[name][1]}"
+        environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        try:
+            workers[name] = Worker(contender, name, directories[name], tiny, environment=environment)
+        except RuntimeError as error:
+            left_out[name] = str(error)
+    # Memory before any run has left some behind that the next would take up again.
+    results = {name: {"memory": worker.ask("memory")} for name, worker in workers.items()}
+    for kind in ("warm", "cold"):
+        turns = {name: load_turn(workers[name], directories[name], size, kind == "cold") for name in workers}
+        for name, timings in in_turns(turns, args.repeats, turns)[0].items():
+            if timings:
+                rates = [size / 1e9 / seconds for seconds in timings["load"].runs]
+                results[name][kind] = {"gb_per_s": statistics.median(rates), "runs": rates}
+    for worker in workers.values():
+        worker.close()
     return {
-        name: {"gb_per_s": statistics.median(found), "runs": [round(rate, 3) for rate in found]}
-        for name, found in rates.items()
-        if found
+        "checkpoint": {"bytes": size, "files": len(checkpoint.files), "tensors": len(checkpoint.tensors)},
+        "conversion_seconds": converting,
+        "repeats": args.repeats,
+        "results": results,
+        "left_out": left_out,
     }
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    lines = [f"{'':24}{'warm GB/s':>12}{'of raw':>8}{'cold GB/s':>12}{'of raw':>8}{'peak MB':>10}{'beyond arrays':>15}"]
-    for name, found in results.items():
+def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
+    rows, raw_read = [], report["results"]["raw read"]
+    for name, result in report["results"].items():
         cells = []
         for kind in ("warm", "cold"):
-            reference = results["raw read"].get(kind)
-            rate = found.get(kind, {}).get("gb_per_s")
-            cells += [
-                f"{rate:.2f}" if rate else "-",
-                f"{rate / reference['gb_per_s']:.2f}" if rate and reference else "-",
-            ]
-        memory = found["memory"]
-        cells += [f"{memory['peak'] / 1e6:.0f}", f"{memory['peak_beyond_arrays'] / 1e6:.0f}"]
-        lines.append(f"{name:24}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (12, 8, 12, 8, 10, 15), strict=True)))
-    return "\n".join(lines)
+            rate, limit = (each.get(kind, {}).get("gb_per_s") for each in (result, raw_read))
+            cells += ["-" if rate is None else f"{rate:.2f}", f"{rate / limit:.2f}" if rate and limit else "-"]
+        memory = result["memory"]
+        rows.append((name, *cells, *(f"{memory[key] / 1e6:.0f}" for key in ("peak", "peak_beyond_arrays"))))
+    columns = ("", "warm GB/s", "of raw", "cold GB/s", "of raw", "peak MB", "beyond arrays")
+    size, files = report["checkpoint"]["bytes"] / 1e9, report["checkpoint"]["files"]
+    yield Table(f"{size:.2f} GB in {files} files, median of {report['repeats']} runs in turns", columns, rows)
+    yield from (f"{name} is left out: {why}" for name, why in report["left_out"].items())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        type=Path,
-        metavar="HF_DIR",
-        help="a checkpoint to load (default: a random one is written, and removed at the end)",
-    )
-    parser.add_argument(
-        "--gigabytes", type=float, default=1.0, metavar="G", help="size of that one (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="runs of each contender (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--only",
-        action="append",
-        choices=list(CONTENDERS),
-        metavar="NAME",
-        help="run these and the raw reads; repeatable",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to store the results (default: results/loading-DATE.json)"
-    )
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        name, directory, tiny = args.serve
-        return serve(name, Path(directory), Path(tiny))
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}; it must be at least 1")
-    with tempfile.TemporaryDirectory(prefix="ridgeline-loading-") as scratch:
-        run(args, Path(scratch))
-
-
-def run(args: argparse.Namespace, scratch: Path) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from ridgeline.model.checkpoint import Checkpoint
-    from ridgeline.model.loading import convert_model
-    from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
-
-    directory = args.checkpoint or scratch / "checkpoint"
-    if args.checkpoint is None:
-        write_checkpoint(directory, args.gigabytes)
-    write_checkpoint(scratch / "tiny", 0, TINY)
-    raws = ("raw read", "raw read, kept")
-    names = [name for name in CONTENDERS if name in raws or not args.only or name in args.only]
-    converted, converting = scratch / "converted", None
-    if "ridgeline, converted" in names:
-        started = time.perf_counter()
-        convert_model(directory, converted)
-        converting = time.perf_counter() - started
-
-    checkpoint = Checkpoint(directory)
-    tensors = checkpoint.tensors.values()
-    size = sum(info.stop - info.start for info in tensors)
-    contenders, skipped = [], {}
-    for name in names:
-        try:
-            contenders.append(Contender(name, converted if "converted" in name else directory, scratch / "tiny"))
-        except RuntimeError as error:
-            skipped[name] = str(error)
-            print(f"{name} is left out: {error}", file=sys.stderr)
-    results: dict[str, dict[str, Any]] = {contender.name: {} for contender in contenders}
-    for contender in contenders:  # before any run has left memory behind that the next would take up again
-        results[contender.name]["memory"] = contender.ask("memory")
+def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
+    """Each loader beside the raw read."""
     for kind in ("warm", "cold"):
-        for name, found in measure(contenders, size, args.repeats, cold=kind == "cold").items():
-            results[name][kind] = found
-    for contender in contenders:
-        contender.close()
-
-    print(f"{size / 1e9:.2f} GB in {len(checkpoint.files)} files, median of {args.repeats} runs in turns")
-    print(table(results))
-    arguments = ["HF_DIR" if arg == str(args.checkpoint) else arg for arg in sys.argv[1:]]
-    report = {
-        "benchmark": "loading",
-        "date": now(),
-        "command": command(__file__, arguments),
-        "hardware": hardware(),
-        "versions": versions("ridgeline", "jax", "numpy", "safetensors", "orbax-checkpoint", "transformers", "torch"),
-        "checkpoint": {
-            "bytes": size,
-            "files": len(checkpoint.files),
-            "tensors": len(tensors),
-            "largest_tensor_bytes": max(info.stop - info.start for info in tensors),
-            "dtypes": sorted({info.dtype for info in tensors}),
-        },
-        "conversion_seconds": converting,
-        "results": results,
-        "left_out": skipped,
-    }
-    out = args.out or RESULTS / f"loading-{datetime.date.today():%Y-%m-%d}.json"
-    store(report, out)
-    print(f"stored in {out}")
-
-
-if __name__ == "__main__":
-    main()
+        for name, result in report["results"].items():
+            if kind in result and name != "raw read" and kind in report["results"]["raw read"]:
+                limit = report["results"]["raw read"][kind]["gb_per_s"]
+                yield Figure(f"{name}, {kind}", result[kind]["gb_per_s"], limit, "GB/s", rate=True)

@@ -45,26 +45,29 @@ class Row:
         """Shape and dtype of each array that `matmul` takes."""
         values, group, scale, zeros = FORMS[self.form]
         lead = (2, self.outputs) if self.gated else (self.N,)
-        found: Shapes = {
+        operands: Shapes = {
             "x": ((self.M, self.K), "bfloat16"),
             "values": ((*lead, self.K // 2 if values == "uint8" else self.K), values),
         }
         if scale is not None:
             rows = lead[-1] // BLOCK_ROWS if self.form == "fp8-block" else lead[-1]
             grid = (*lead[:-1], rows, 1 if group is None else self.K // group)
-            found["scales"] = (grid, scale)
+            operands["scales"] = (grid, scale)
             if zeros:
-                found["zeros"] = (grid, "uint8")
+                operands["zeros"] = (grid, "uint8")
         if self.residual:
-            found["residual"] = ((self.M, self.outputs), "bfloat16")
-        return found
+            operands["residual"] = ((self.M, self.outputs), "bfloat16")
+        return operands
 
     @property
     def bytes(self) -> int:
         """That the product has to move: every operand and the result, once each."""
-        return sum(math.prod(shape) * ITEMSIZE[dtype] for shape, dtype in self.operands.values()) + (
-            self.M * self.outputs * 2
-        )
+        operands = sum(math.prod(shape) * ITEMSIZE[dtype] for shape, dtype in self.operands.values())
+        return operands + self.M * self.outputs * 2
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.M * self.N * self.K
 
 
 def layer(model: str, D: int, F: int, K: int, G: int, H: int, tensor: int = 1) -> list[functools.partial]:

@@ -10,59 +10,49 @@ Tokens count from when they reach the host, which gets them a block of decode st
 waits for the whole block, and its TPOT shows that.
 
 Prompts are random tokens of the trace's lengths and outputs have exactly its lengths, whatever the model says. Without
-a trace, requests are generated as `request_trace.py` tells. For now the requests that have arrived run as a batch, and
-those that arrive meanwhile wait until it is done; a batching engine takes that server's place behind the same `Server`.
+a trace, requests are generated as `request_trace.py` tells. The requests that have arrived run as a batch, and those
+that arrive meanwhile wait until it is done.
 
-    python benchmarks/replay.py --requests 40 --scale-lengths 0.2
-    python benchmarks/replay.py --trace AzureLLMInferenceTrace_conv.csv --requests 200 --speed 0.5
-    python benchmarks/replay.py --fit AzureLLMInferenceTrace_conv.csv
+    ridgeline bench replay --requests 40 --scale-lengths 0.2
+    ridgeline bench replay --trace AzureLLMInferenceTrace_conv.csv --requests 200 --speed 0.5
+    ridgeline bench replay --fit AzureLLMInferenceTrace_conv.csv
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
-from request_trace import (
-    CONVERSATION,
-    TraceRequest,
-    clamp,
-    comparison_table,
-    fit_workload,
-    generate_trace,
-    read_trace,
-    scale,
-)
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
-from ridgeline import Model, SamplingParams, init_params, load_model
-from ridgeline.decode import buckets
-from ridgeline.decode.generate import stream, warm_up
-from ridgeline.model.loading import GenerationDefaults
-from ridgeline.model.presets import PRESETS, preset
-from ridgeline.roofline.environment import RESULTS, command, hardware, now, store, versions
+from ..cli.common import add_format_options, terminal, usage_errors
+from ..decode import buckets
+from ..decode.generate import stream, warm_up
+from ..decode.sampling.params import SamplingParams
+from ..model.loading import Model
+from ..roofline.plot import new_figure
+from . import subject as subjects
+from .harness import Table
+from .limits import Figure
+from .request_trace import CONVERSATION, TraceRequest, clamp, generate_trace, read_trace, scale
+from .timing import elapsed
+from .trace_fit import comparison, fit_workload
 
 PERCENTILES = (50, 90, 99)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A request as a server takes it.
-
-    Attributes:
-      arrival: seconds after serving begins, before which the server must not touch it.
-      prompt: token ids.
-      output_tokens: how many to generate, neither more nor fewer.
+    """A request as a server takes it: seconds after serving begins, before which it must not be touched; token ids; and
+    how many tokens to generate, neither more nor fewer.
     """
 
     arrival: float
@@ -70,54 +60,43 @@ class Job:
     output_tokens: int
 
 
-class Server(Protocol):
-    """What a trace is replayed against."""
-
-    def serve(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[float]]]:
-        """Serves jobs in real time; time 0 is when the first result is asked for.
-
-        Args:
-          jobs: in order of arrival.
-
-        Yields:
-          For each job as it is done: its index, and when each of its tokens reached the host, in seconds.
-        """
-        ...
+Serve = Callable[[Sequence[Job]], Iterator[tuple[int, list[float]]]]
+"""What a trace is replayed against: serves jobs, in order of arrival, in real time; time 0 is when the first result is
+asked for. For each job as it is done it yields the index, and when each of its tokens reached the host, in seconds."""
 
 
+@dataclasses.dataclass(frozen=True)
 class InOrder:
     """Runs what has arrived as one batch, in order of arrival; the next batch begins when all of it is done.
 
-    Args:
-      model: what to run.
+    Attributes:
+      model, kv_dtype: as `generate` takes them.
       max_batch: most requests of a batch.
       clock, sleep: of real time.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        max_batch: int,
-        clock: Callable[[], float] = time.perf_counter,
-        sleep: Callable[[float], None] = time.sleep,
-    ):
-        self.model, self.max_batch, self.clock, self.sleep = model, max_batch, clock, sleep
+    model: Model
+    max_batch: int
+    kv_dtype: str | None = None
+    clock: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], None] = time.sleep
 
     def warm_up(self, jobs: Sequence[Job]) -> None:
         """Compiles the programs of every batch that can come about, which depends on how fast earlier ones run."""
         for batch in tqdm(representatives(jobs, self.max_batch), unit="shape", desc="warm-up", leave=False):
-            warm_up(self.model, *_arguments(batch), max_batch_size=len(batch))
+            warm_up(self.model, *_arguments(batch), max_batch_size=len(batch), kv_dtype=self.kv_dtype)
 
     def serve(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[float]]]:
         start, done = self.clock(), 0
         while done < len(jobs):
-            elapsed = self.clock() - start
-            if jobs[done].arrival > elapsed:
-                self.sleep(jobs[done].arrival - elapsed)
+            now = self.clock() - start
+            if jobs[done].arrival > now:
+                self.sleep(jobs[done].arrival - now)
                 continue
-            batch = [job for job in jobs[done : done + self.max_batch] if job.arrival <= elapsed]
+            batch = [job for job in jobs[done : done + self.max_batch] if job.arrival <= now]
             times: list[list[float]] = [[] for _ in batch]
-            for chunk in stream(self.model, *_arguments(batch), max_batch_size=len(batch)):
+            chunks = stream(self.model, *_arguments(batch), max_batch_size=len(batch), kv_dtype=self.kv_dtype)
+            for chunk in chunks:
                 times[chunk.index] += [self.clock() - start] * len(chunk.tokens)
                 if chunk.output is not None:
                     yield done + chunk.index, times[chunk.index]
@@ -132,7 +111,7 @@ def _arguments(batch: Sequence[Job]) -> tuple[list[tuple[int, ...]], list[Sampli
 def representatives(jobs: Sequence[Job], max_batch: int) -> list[Sequence[Job]]:
     """Batches of neighbors that together need every shape any batch of up to `max_batch` neighbors would."""
     known: set[tuple[int, int, int, bool]] = set()
-    found = []
+    batches = []
     for first in range(len(jobs)):
         longest = total = 0
         for end in range(first + 1, min(first + max_batch, len(jobs)) + 1):
@@ -143,34 +122,19 @@ def representatives(jobs: Sequence[Job], max_batch: int) -> list[Sequence[Job]]:
             needed = {(rows, cache, buckets.prefill_bucket(longest - start), start > 0) for start in starts}
             if not needed <= known:
                 known |= needed
-                found.append(jobs[first:end])
-    return found
-
-
-# --- requests ---
+                batches.append(jobs[first:end])
+    return batches
 
 
 def make_jobs(trace: Sequence[TraceRequest], vocab_size: int, seed: int) -> list[Job]:
     rng = np.random.default_rng(seed)
-    return [
-        Job(
-            request.arrival, tuple(rng.integers(vocab_size, size=request.prompt_tokens).tolist()), request.output_tokens
-        )
-        for request in trace
-    ]
-
-
-# --- measures ---
+    prompts = (tuple(rng.integers(vocab_size, size=request.prompt_tokens).tolist()) for request in trace)
+    return [Job(each.arrival, prompt, each.output_tokens) for each, prompt in zip(trace, prompts, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A request that was served.
-
-    Attributes:
-      arrival: seconds.
-      times: when each of its tokens came, in seconds on the same clock; one at least.
-    """
+    """A request that was served: when it arrived and each of its tokens came, in seconds on one clock; one at least."""
 
     arrival: float
     times: Sequence[float]
@@ -195,12 +159,11 @@ class Served:
         return self.ttft <= ttft_limit and (self.tpot is None or self.tpot <= tpot_limit)
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float] | None:
+def percentiles(values: Sequence[int | float]) -> dict[str, float] | None:
     """`PERCENTILES`, interpolated linearly between values; None of nothing."""
     if not values:
         return None
-    found = np.percentile(values, PERCENTILES).tolist()
-    return {f"p{percent}": value for percent, value in zip(PERCENTILES, found, strict=True)}
+    return {f"p{percent}": float(np.percentile(values, percent)) for percent in PERCENTILES}
 
 
 def summarize(served: Sequence[Served], ttft_limit: float, tpot_limit: float) -> dict[str, Any]:
@@ -220,14 +183,14 @@ def summarize(served: Sequence[Served], ttft_limit: float, tpot_limit: float) ->
     }
 
 
-def replay(server: Server, jobs: Sequence[Job]) -> list[Served]:
+def replay(serve: Serve, jobs: Sequence[Job]) -> list[Served]:
     """Serves the jobs and returns what came, in their order.
 
     Raises:
       RuntimeError: the server left a job out, gave it other than the tokens asked for, or served it before it arrived.
     """
     served: dict[int, Served] = {}
-    for index, times in tqdm(server.serve(jobs), total=len(jobs), unit="request", file=sys.stderr):
+    for index, times in tqdm(serve(jobs), total=len(jobs), unit="request", file=sys.stderr):
         job = jobs[index]
         if len(times) != job.output_tokens or times[0] < job.arrival:
             raise RuntimeError(
@@ -256,97 +219,20 @@ def counted_compilations() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-# --- what is printed and drawn ---
-
-
-def print_fit(file: Path, console: Console) -> None:
-    """The workload fitted to a trace, and the trace beside what is generated after that and after what ships."""
-    real = read_trace(file)
-    fitted = fit_workload(real)
-    console.print(fitted)
-    for title, workload in (("fitted to this trace", fitted), ("as it ships", CONVERSATION)):
-        console.print(comparison_table(f"generator {title}: {len(real)} requests, seed 0", real, workload))
-
-
-def describe(result: dict[str, Any]) -> Table:
-    """Percentiles of the latencies, in milliseconds."""
-    limits = result["limits"]
-    table = Table(title="milliseconds", title_justify="left")
-    for column in ("", *(f"p{percent}" for percent in PERCENTILES), "limit"):
-        table.add_column(column, justify="right" if table.columns else "left")
-    for name, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("end to end", "end_to_end")):
-        found = result[key]
-        cells = ["-"] * len(PERCENTILES) if found is None else [f"{1e3 * value:.1f}" for value in found.values()]
-        table.add_row(name, *cells, f"{1e3 * limits[key]:.0f}" if key in limits else "")
-    return table
-
-
-def require_matplotlib() -> None:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            '--plot needs matplotlib, which is not installed: pip install "ridgeline[notebooks]"'
-        ) from None
-
-
-def plot(served: Sequence[Served], ttft_limit: float, tpot_limit: float, file: Path) -> None:
-    """Draws the share of requests whose TTFT, and whose TPOT, is at most so long, with the limits."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    tpots = [each.tpot for each in served if each.tpot is not None]
-    panels = (("TTFT", [each.ttft for each in served], ttft_limit), ("TPOT", tpots, tpot_limit))
-    for axes, (name, seconds, limit) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        if seconds:
-            axes.ecdf([1e3 * value for value in seconds], label=f"{len(seconds)} requests")
-        axes.axvline(1e3 * limit, color="tab:red", linestyle="--", label=f"limit, {1e3 * limit:g} ms")
-        axes.set(xlabel=f"{name} (ms)", xlim=(0, None), ylim=(0, 1.02))
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    figure.axes[0].set_ylabel("share of requests")
-    figure.savefig(file, dpi=150)
-
-
-# --- the program ---
-
-
-def load(name: str, layers: int | None, dtype: str | None) -> Model:
-    """A preset with random weights, of so many layers, or whatever `load_model` finds under the name.
-
-    Raises:
-      ValueError: layers of a model that has its own, or more than the preset has; what `load_model` refuses.
-    """
-    if name not in PRESETS:
-        if layers is not None:
-            raise ValueError(f"--layers is {layers}, but {name} has weights; it is for presets: {', '.join(PRESETS)}")
-        return load_model(name, dtype=dtype)
-    config = preset(name)
-    if layers is not None and layers > len(config.layers):
-        raise ValueError(f"--layers is {layers}; {name} has {len(config.layers)}: ask for as many at most")
-    config = config.replace(layers=config.layers[:layers], dtype=dtype or config.dtype)
-    return Model(config, init_params(config, jax.random.key(0)), None, GenerationDefaults(), Path(name))
-
-
-def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def positive(kind: Callable[[str], Any], text: str) -> Any:
     """A number from the command line, above 0."""
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a positive {'number' if kind is float else 'integer'}")
-        return value
-
-    return read
+    with contextlib.suppress(ValueError):
+        if 0 < (value := kind(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive {'number' if kind is float else 'integer'}")
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    whole, real = positive(int), positive(float)
-
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    whole, real = functools.partial(positive, int), functools.partial(positive, float)
+    subjects.add_arguments(parser, default="bundled")
+    add_format_options(parser)
+    add = parser.add_argument
+    add("--max-batch", type=whole, default=8, metavar="B", help="most requests of a batch (default: %(default)s)")
     add = parser.add_argument_group("requests").add_argument
     add("--trace", type=Path, metavar="FILE", help="a CSV with TIMESTAMP, ContextTokens and GeneratedTokens")
     add("--requests", type=whole, metavar="N", help="the first N of the trace (default: all), or N generated (100)")
@@ -355,102 +241,99 @@ def arguments() -> argparse.ArgumentParser:
     add("--speed", type=real, default=1.0, metavar="X", help="replay X times as fast (default: 1)")
     add("--scale-lengths", type=real, default=1.0, metavar="X", help="lengths of prompts and outputs, times X (1)")
     add("--fit", type=Path, metavar="FILE", help="fit the generator to a trace, print how well it does, and stop")
-
-    add = parser.add_argument_group("model and server").add_argument
-    add("--model", default="bundled", metavar="M", help="bundled (default), a preset (random weights), or a directory")
-    add("--layers", type=whole, metavar="N", help="only so many layers of a preset")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and cache (default: the model's own)")
-    add("--max-batch", type=whole, default=8, metavar="B", help="most requests of a batch (default: %(default)s)")
-
-    add = parser.add_argument_group("results").add_argument
-    add("--ttft-limit", type=real, default=1.0, metavar="SECONDS", help="for goodput (default: %(default)s)")
-    add("--tpot-limit", type=real, default=0.1, metavar="SECONDS", help="for goodput (default: %(default)s)")
-    add("--output", type=Path, metavar="FILE", help="where to store them (default: results/replay-MODEL-DEVICE.json)")
-    add("--plot", type=Path, metavar="PNG", help="draw the distributions of TTFT and TPOT")
-    return parser
+    add = parser.add_argument_group("limits, for goodput").add_argument
+    add("--ttft-limit", type=real, default=1.0, metavar="SECONDS", help="(default: %(default)s)")
+    add("--tpot-limit", type=real, default=0.1, metavar="SECONDS", help="(default: %(default)s)")
 
 
-def main() -> None:
-    parser = arguments()
-    args = parser.parse_args()
-    console = Console()
-    try:
-        if args.fit is not None:
-            return print_fit(args.fit, console)
-        if args.plot is not None:
-            require_matplotlib()
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if args.fit is not None:
+        return print_fit(args.fit)
+    with usage_errors():
         if args.trace is not None and args.rate is not None:
             raise ValueError("--rate is for generated requests; change a trace's with --speed")
         if args.trace is not None:
             trace = read_trace(args.trace)[: args.requests]
         else:
             trace = generate_trace(args.requests or 100, args.seed, CONVERSATION, args.rate)
-        model = load(args.model, args.layers, args.dtype)
-    except (ValueError, OSError) as error:  # bad usage, told in full by the message
-        parser.error(str(error))
-    run(args, model, trace, console)
-
-
-def run(args: argparse.Namespace, model: Model, trace: Sequence[TraceRequest], console: Console) -> None:
-    """Warms up, replays, prints and stores."""
-    config, device = model.config, jax.devices()[0]
-    trace, clamped = clamp(scale(trace, lengths=args.scale_lengths, speed=args.speed), config.max_position)
-    jobs = make_jobs(trace, config.vocab_size, args.seed)
-    span = trace[-1].arrival
-    offered = (len(trace) - 1) / span if span else None
-    console.print(
-        f"{len(trace)} requests"
-        + (f", {offered:.2f} a second" if offered else "")
-        + f"; {clamped} cut to the {config.max_position} positions of {model.name}"
-    )
-
-    server = InOrder(model, args.max_batch)
-    started = time.perf_counter()
-    server.warm_up(jobs)
-    warm_up_seconds = time.perf_counter() - started
+        schemes = args.dtype, args.quantize, args.quantize_output
+        subject = subjects.find_subject(args.model, args.layers, args.set, *schemes)
+    trace = scale(trace, lengths=args.scale_lengths, speed=args.speed)
+    trace, clamped = clamp(trace, subject.config.max_position)
+    server = InOrder(subjects.make_model(subject), args.max_batch, args.kv_dtype)
+    jobs = make_jobs(trace, subject.config.vocab_size, args.seed)
+    warm_up_seconds, _ = elapsed(lambda: server.warm_up(jobs))
     with counted_compilations() as compilations:
-        served = replay(server, jobs)
-    result = summarize(served, args.ttft_limit, args.tpot_limit)
-
-    console.print(describe(result))
-    goodput = result["goodput"]
-    console.print(
-        f"{result['seconds']:.1f} s: {result['requests_per_s']:.2f} requests/s, "
-        f"{result['output_tokens_per_s']:.1f} output tokens/s; "
-        f"goodput {goodput['requests_per_s']:.2f} requests/s, {goodput['share']:.1%} within both limits"
-    )
-    if compilations():
-        console.print(f"[red]{compilations()} programs were compiled while the clock ran: the times are too long[/red]")
-    report = {
-        "benchmark": "replay",
-        "date": now(),
-        "command": command(__file__, sys.argv[1:]),
-        "device": device.device_kind,
-        "hardware": hardware(),
-        "versions": versions("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin", "numpy"),
-        "model": {"name": model.name, "layers": len(config.layers), "dtype": config.dtype},
+        served = replay(server.serve, jobs)
+    span = trace[-1].arrival
+    yield {
+        "subject": subject.title,
+        "model": subject.record | {"kv": args.kv_dtype},
         "server": {"kind": "batches in order of arrival", "max_batch": args.max_batch},
         "trace": {
             "source": "generated" if args.trace is None else args.trace.name,
             "requests": len(trace),
-            "requests_per_s": offered,
+            "requests_per_s": (len(trace) - 1) / span if span else None,
             "clamped": clamped,
-            "max_position": config.max_position,
+            "max_position": subject.config.max_position,
             "prompt_tokens": percentiles([request.prompt_tokens for request in trace]),
             "output_tokens": percentiles([request.output_tokens for request in trace]),
         },
         "warm_up_seconds": round(warm_up_seconds, 3),
         "compiled_while_serving": compilations(),
-        "result": result,
+        "result": summarize(served, args.ttft_limit, args.tpot_limit),
+        "ttft": [each.ttft for each in served],
+        "tpot": [each.tpot for each in served if each.tpot is not None],
     }
-    kind = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower().removeprefix("nvidia ")).strip("-")
-    out = args.output or RESULTS / f"replay-{model.name}-{kind}.json"
-    store(report, out)
-    console.print(f"stored in {out}")
-    if args.plot is not None:
-        plot(served, args.ttft_limit, args.tpot_limit, args.plot)
-        console.print(f"drawn in {args.plot}")
 
 
-if __name__ == "__main__":
-    main()
+def print_fit(file: Path) -> None:
+    """The workload fitted to a trace, and the trace beside what is generated after that and after what ships."""
+    with usage_errors():
+        real = read_trace(file)
+        fitted = fit_workload(real)
+    terminal().print(fitted)
+    for title, workload in (("fitted to this trace", fitted), ("as it ships", CONVERSATION)):
+        comparison(f"generator {title}: {len(real)} requests, seed 0", real, workload).print()
+
+
+def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
+    """Percentiles of the latencies, then what passed and was good."""
+    result, trace, goodput = report["result"], report["trace"], report["result"]["goodput"]
+    rows = []
+    for name, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("end to end", "end_to_end")):
+        cells = ["-"] * len(PERCENTILES) if result[key] is None else [f"{1e3 * v:.1f}" for v in result[key].values()]
+        rows.append((name, *cells, f"{1e3 * result['limits'][key]:.0f}" if key in result["limits"] else ""))
+    yield Table("milliseconds", ("", *(f"p{percent}" for percent in PERCENTILES), "limit"), rows)
+    rate = f", {trace['requests_per_s']:.2f} a second" if trace["requests_per_s"] else ""
+    yield (
+        f"{trace['requests']} requests{rate}; {trace['clamped']} cut to the {trace['max_position']} positions of "
+        f"{report['subject']}. {result['seconds']:.1f} s: {result['requests_per_s']:.2f} requests/s, "
+        f"{result['output_tokens_per_s']:.1f} output tokens/s; goodput {goodput['requests_per_s']:.2f} requests/s, "
+        f"{goodput['share']:.1%} within both limits."
+    )
+    if report["compiled_while_serving"]:
+        count = report["compiled_while_serving"]
+        yield f"{count} programs were compiled while the clock ran: THE TIMES ARE TOO LONG."
+
+
+def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
+    """The slowest of a hundred requests beside the limits of goodput."""
+    result = report["result"]
+    for key, limit in result["limits"].items():
+        if result[key] is not None:
+            yield Figure(f"{key.upper()}, p99", result[key]["p99"] * 1e3, limit * 1e3, "ms")
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """The share of requests whose TTFT, and whose TPOT, is at most so long, with the limits."""
+    figure = new_figure(figsize=(9, 3.6))
+    for axes, (key, limit) in zip(figure.subplots(1, 2, sharey=True), report["result"]["limits"].items(), strict=True):
+        if report[key]:
+            axes.ecdf([1e3 * value for value in report[key]], label=f"{len(report[key])} requests")
+        axes.axvline(1e3 * limit, color="tab:red", linestyle="--", label=f"limit, {1e3 * limit:g} ms")
+        axes.set(xlabel=f"{key.upper()} (ms)", xlim=(0, None), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    figure.axes[0].set_ylabel("share of requests")
+    figure.savefig(path, dpi=150)

@@ -1,93 +1,100 @@
-"""Timing on a device: contenders in turns, many calls a program; and the ceilings that they are held against."""
+"""How everything is timed: contenders in turns, many calls before one waits, and what the timings come to."""
 
-import functools
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-MOST_RUNS = 100  # a round
+MOST_RUNS = 100  # a turn
+
+Turn = Callable[[], Mapping[str, int | float]]
+"""Runs something once; seconds (or what else is measured) by what was timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Repeated timings of one thing, in seconds: the median, which counts, the extremes, and all of them."""
+
+    median: float
+    min: float
+    max: float
+    runs: Sequence[float]
+
+
+def spread(runs: Sequence[int | float]) -> Spread:
+    """Summary of at least one timing."""
+    runs = list(map(float, runs))
+    return Spread(statistics.median(runs), min(runs), max(runs), runs)
 
 
 def in_turns(
-    programs: Mapping[str, Callable[[], Any]], calls: Mapping[str, int], *, rounds: int, seconds: float
-) -> dict[str, dict[str, Any]]:
-    """Times programs one after the other, `rounds` times over, each time beginning with another.
+    turns: Mapping[Hashable, Turn],
+    rounds: int,
+    required: Container[Hashable] = (),
+    tick: Callable[[Hashable], None] = lambda name: None,
+) -> tuple[dict[Hashable, dict[str, Spread]], dict[Hashable, str]]:
+    """Lets every contender run once to compile, then `rounds` times in turns; each round begins with another.
+
+    A slow minute of the machine so falls on all. A contender that fails is out.
 
     Args:
-      programs: each starts its work and returns what to wait for. They have run before.
-      calls: how many calls of what is measured each program makes.
-      rounds: turns of each.
-      seconds: how long a program is repeated in a turn; three times at least.
+      turns: by contender.
+      rounds: that count.
+      required: contenders whose failure is raised.
+      tick: told of every turn.
 
     Returns:
-      For each: "us", the median microseconds a call; "us_min" and "us_max"; "us_rounds", the median of each turn, whose
-      spread is the noise; "runs", how many.
+      What was timed, by contender; and why a contender is out.
     """
-    found: dict[str, list[list[float]]] = {name: [] for name in programs}
-    names = list(programs)
-    for turn in range(rounds):
-        start = turn % len(names) if names else 0
-        for name in names[start:] + names[:start]:
-            jax.block_until_ready(programs[name]())  # the device's clock and caches are this program's
-            runs: list[float] = []
-            until = time.perf_counter() + seconds
-            while len(runs) < 3 or (time.perf_counter() < until and len(runs) < MOST_RUNS):
-                started = time.perf_counter()
-                jax.block_until_ready(programs[name]())
-                runs.append((time.perf_counter() - started) / calls[name] * 1e6)
-            found[name].append(runs)
-    return {name: _summary(turns) for name, turns in found.items()}
+    names, failures = list(turns), {}
+    runs: dict[Hashable, dict[str, list[int | float]]] = {name: {} for name in names}
+    for turn in range(rounds + 1):
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            tick(name)
+            if name in failures:
+                continue
+            try:
+                timed = turns[name]()
+            except Exception as error:  # whatever another program raises is a result
+                if name in required:
+                    raise
+                failures[name] = reason(error)
+                continue
+            for what, seconds in timed.items() if turn else ():
+                runs[name].setdefault(what, []).append(seconds)
+    done = {name: timed for name, timed in runs.items() if name not in failures}
+    return {name: {what: spread(each) for what, each in timed.items()} for name, timed in done.items()}, failures
 
 
-def _summary(turns: list[list[float]]) -> dict[str, Any]:
-    runs = [run for turn in turns for run in turn]
-    return {
-        "us": round(statistics.median(runs), 3),
-        "us_min": round(min(runs), 3),
-        "us_max": round(max(runs), 3),
-        "us_rounds": [round(statistics.median(turn), 3) for turn in turns],
-        "runs": len(runs),
-    }
+def program_turn(program: Callable[[], Any], calls: int, seconds: int | float) -> Turn:
+    """A turn of a program that starts so many calls and returns what to wait for: "call", the median of one's seconds.
 
-
-def ceilings(*, tiny: bool, rounds: int, seconds: float) -> dict[str, Any]:
-    """What the device does at best: bytes/s of a copy and of a streaming read, FLOP/s of a bfloat16 matrix product.
-
-    Args:
-      tiny: sizes that a CPU is done with at once, and that say nothing.
-      rounds, seconds: as in `in_turns`.
-
-    Returns:
-      "copy", "read" and "matmul", each the timing of one and its "gb_per_s" or "tflop_per_s"; "gb_per_s", the larger of
-      the two bandwidths; "tflop_per_s".
+    The program is repeated for so many seconds, three times at least.
     """
-    size, width, repeats = (2**20, 256, 2) if tiny else (2**30, 8192, 8)
-    words = jax.random.bits(jax.random.key(0), (size // 8192, 8192))  # 4 GiB of uint32
 
-    x, w = jax.random.normal(jax.random.key(1), (2, width, width), jnp.bfloat16)
-    w = (w * width**-0.5).astype(w.dtype)  # products keep their size, pass after pass
-    passes = {
-        "copy": (jax.jit(lambda x: ~x), words),
-        "read": (jax.jit(lambda c, x: (x ^ c).sum(axis=1).sum()), jnp.uint32(0), words),
-        "matmul": (jax.jit(lambda x, w: x @ w), x, w),
-    }
+    def turn() -> Mapping[str, float]:
+        jax.block_until_ready(program())  # the device's clock and caches are this program's
+        runs: list[float] = []
+        until = time.perf_counter() + seconds
+        while len(runs) < 3 or (time.perf_counter() < until and len(runs) < MOST_RUNS):
+            runs.append(elapsed(lambda: jax.block_until_ready(program()))[0] / calls)
+        return {"call": statistics.median(runs)}
 
-    def repeated(one, first, *others):  # a pass takes milliseconds: the device never waits for the next to be started
-        out = first
-        for _ in range(repeats):
-            out = one(out, *others)
-        return out
+    return turn
 
-    programs = {name: functools.partial(repeated, *parts) for name, parts in passes.items()}
-    for program in programs.values():
-        jax.block_until_ready(program())
-    found = in_turns(programs, dict.fromkeys(programs, repeats), rounds=rounds, seconds=seconds)
-    found["copy"]["gb_per_s"] = round(2 * words.nbytes / found["copy"]["us"] / 1e3, 2)
-    found["read"]["gb_per_s"] = round(words.nbytes / found["read"]["us"] / 1e3, 2)
-    found["matmul"]["tflop_per_s"] = round(2 * width**3 / found["matmul"]["us"] / 1e6, 3)
-    bandwidth = max(found["copy"]["gb_per_s"], found["read"]["gb_per_s"])
-    return found | {"gb_per_s": bandwidth, "tflop_per_s": found["matmul"]["tflop_per_s"]}
+
+def elapsed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that a function takes, and what it returns."""
+    started = time.perf_counter()
+    out = run()
+    return time.perf_counter() - started, out
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:300]}"

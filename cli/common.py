@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,10 @@ from rich.console import Console
 
 from ..decode.generate import default_sampling, warm_up
 from ..decode.sampling.params import SamplingParams
-from ..model.checkpoint.description import is_converted, read_description
-from ..model.checkpoint.settings import read_config
-from ..model.config import DTYPES, ModelConfig
-from ..model.hf import config_from_hf
+from ..model.config import DTYPES
 from ..model.kv_specs import KV_DTYPES
-from ..model.loading import BUNDLED, Model, load_model
-from ..model.presets import PRESETS, preset
-from ..model.schemes import SCHEMES, quantization
+from ..model.loading import Model, load_model
+from ..model.schemes import SCHEMES
 from ..sharding.mesh import make_mesh
 
 OK, FAILURE, USAGE = 0, 1, 2
@@ -40,18 +36,30 @@ def usage_errors() -> Iterator[None]:
         raise UsageError(str(error)) from None
 
 
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """ValueError for an option of whole numbers, one or a list, that has one below 1."""
+    for name in names:
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """What the reader of a table has to know, below it."""
+    for note in notes:
+        terminal().print(note, style="dim", highlight=False, soft_wrap=True)
+
+
 def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """Add the options of model, sampling and output; those of sampling have `SamplingParams`' names."""
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        default="bundled",
-        metavar="DIR",
-        help="a Hugging Face checkpoint directory, or 'bundled' for the included model (default)",
-    )
+    add = model.add_argument
+    help = "a Hugging Face checkpoint directory, or 'bundled' for the included model (default)"
+    add("--model", default="bundled", metavar="DIR", help=help)
     add_format_options(model)
-    model.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share every layer (default: 1)")
-    model.add_argument("--data", type=int, default=1, metavar="N", help="copies that share out the rows (default: 1)")
+    add("--tensor", type=int, default=1, metavar="N", help="devices that share every layer (default: 1)")
+    add("--data", type=int, default=1, metavar="N", help="copies that share out the rows (default: 1)")
 
     sampling = parser.add_argument_group("sampling (where no default is given, the model's own applies)")
     add = sampling.add_argument
@@ -88,6 +96,11 @@ def add_format_options(parser: argparse._ActionsContainer, *, dtype: str | None 
         add("--kv-dtype", choices=KV_DTYPES, metavar="DTYPE", help=f"of cached keys and values: {formats}")
 
 
+def schemes(args: argparse.Namespace) -> dict[str, str | None]:
+    """How a model is to be quantized, as `load_model` takes it."""
+    return {"quantize": args.quantize, "quantize_output": args.quantize_output}
+
+
 def _bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
     try:
@@ -106,9 +119,21 @@ def load(args: argparse.Namespace) -> tuple[Model, SamplingParams]:
             given["logit_bias"] = dict(given["logit_bias"])
         SamplingParams(**given)  # refused before a model is loaded
         mesh = None if args.tensor == args.data == 1 else make_mesh(data=args.data, tensor=args.tensor)
-    schemes = {"quantize": args.quantize, "quantize_output": args.quantize_output}
-    model = load_model(args.model, mesh=mesh, dtype=args.dtype, **schemes)
+    model = load_model(args.model, mesh=mesh, dtype=args.dtype, **schemes(args))
     return model, default_sampling(model, **given)
+
+
+def read_text(option: str, file: Path) -> str:
+    """What an option's file holds."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{option} {file} is not UTF-8: {error}; convert it, with iconv for one") from None
+    except OSError as error:
+        raise UsageError(f"{option} {file} cannot be read: {error.strerror}; name a text file") from None
+    if not text:
+        raise UsageError(f"{option} {file} is empty; name a file with some text in it")
+    return text
 
 
 def cache_compilations() -> None:
@@ -129,31 +154,3 @@ def warm_up_programs(model: Model, prompt: Any, params: SamplingParams, kv_dtype
 def terminal(stderr: bool = False) -> Console:
     """Where text for people goes."""
     return Console(stderr=stderr)
-
-
-def model_config(model: str) -> ModelConfig:
-    """The configuration of a preset, a bundled model, or a directory in Hugging Face layout or converted."""
-    if model in PRESETS:
-        return preset(model)
-    directory = BUNDLED.get(model) or Path(model).expanduser()
-    file = directory / "config.json"
-    converted = is_converted(directory)
-    if not file.exists():
-        names = ", ".join((*PRESETS, *BUNDLED))
-        raise UsageError(f"{model!r} is no directory with a config.json and no preset; presets: {names}")
-    stated = config_from_hf(read_config(directory))
-    return read_description(directory, stated) if converted else stated
-
-
-def quantized(config: ModelConfig, quantize: str | None, quantize_output: str | None) -> ModelConfig:
-    """The configuration of a model that is to be quantized; the schemes as `load_model` takes them.
-
-    Raises:
-      ValueError: its weights come quantized.
-    """
-    asked = quantization(quantize, quantize_output)
-    if asked is None:
-        return config
-    if config.quantization is not None:
-        raise ValueError("its weights come quantized; leave out --quantize and --quantize-output")
-    return config.replace(quantization=asked)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ..model.loading import convert_model
-from .common import FAILURE, OK, add_format_options
+from .common import FAILURE, OK, add_format_options, schemes
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -25,13 +25,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
-        out = convert_model(
-            args.checkpoint,
-            args.out,
-            dtype=args.dtype,
-            quantize=args.quantize,
-            quantize_output=args.quantize_output,
-        )
+        out = convert_model(args.checkpoint, args.out, dtype=args.dtype, **schemes(args))
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return FAILURE

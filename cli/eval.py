@@ -12,7 +12,7 @@ from ..decode.score import Comparison, Evaluation, evaluate
 from ..model.config import DTYPES
 from ..model.loading import load_model
 from ..sharding.mesh import make_mesh
-from .common import OK, UsageError, add_format_options, cache_compilations, terminal, usage_errors
+from .common import OK, add_format_options, cache_compilations, print_notes, read_text, schemes, terminal, usage_errors
 from .formats import simple_table
 
 
@@ -39,12 +39,11 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    text = _text(args.text)
+    text = read_text("--text", args.text)
     cache_compilations()
     with usage_errors():
         mesh = None if args.tensor == 1 else make_mesh(tensor=args.tensor)
-    schemes = {"quantize": args.quantize, "quantize_output": args.quantize_output}
-    model = load_model(args.model, mesh=mesh, dtype=args.dtype, **schemes)
+    model = load_model(args.model, mesh=mesh, dtype=args.dtype, **schemes(args))
     against = args.against and load_model(args.model, mesh=mesh, dtype=args.against)
     with tqdm(unit="token", unit_scale=True, disable=None, leave=False) as bar, usage_errors():
 
@@ -52,80 +51,42 @@ def run(args: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        found = evaluate(
-            model,
-            text,
-            context=args.context,
-            stride=args.stride,
-            batch_size=args.batch,
-            kv_dtype=args.kv_dtype,
-            limit=args.limit,
-            against=against,
-            progress=progress,
-        )
-    settings = {
-        "text": args.text.name,
-        "model": Path(args.model).name,
-        "dtype": model.config.dtype,
-        "quantize": args.quantize,
-        "quantize_output": args.quantize_output,
-        "kv_dtype": args.kv_dtype,
-    }
+        windows = {"context": args.context, "stride": args.stride, "batch_size": args.batch, "limit": args.limit}
+        scores = evaluate(model, text, kv_dtype=args.kv_dtype, against=against, progress=progress, **windows)
+    names = {"text": args.text.name, "model": Path(args.model).name, "dtype": model.config.dtype}
+    settings = names | schemes(args) | {"kv_dtype": args.kv_dtype}
     if args.json:
-        print(json.dumps(settings | {"against": args.against} | found.as_dict()))
+        print(json.dumps(settings | {"against": args.against} | scores.as_dict()))
         return OK
     console = terminal()
-    console.print(_table(settings, found))
-    if found.comparison is not None:
-        console.print(_comparison_table(found, found.comparison, args.against))
-    console.print(_note(found), style="dim", highlight=False, soft_wrap=True)
+    console.print(_table(settings, scores))
+    if scores.comparison is not None:
+        console.print(_comparison_table(scores, scores.comparison, args.against))
+    print_notes([_note(scores)])
     return OK
 
 
-def _text(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--text {file} is not UTF-8: {error}; convert it, with iconv for one") from None
-    except OSError as error:
-        raise UsageError(f"--text {file} cannot be read: {error.strerror}; name a text file") from None
-    if not text:
-        raise UsageError(f"--text {file} is empty; name a file with some text in it")
-    return text
-
-
-def _table(settings: dict[str, Any], found: Evaluation) -> Table:
-    numbers = [f"weights {settings['quantize'] or settings['dtype']}"]
-    if settings["quantize_output"]:
-        numbers.append(f"output {settings['quantize_output']}")
-    if settings["kv_dtype"]:
-        numbers.append(f"KV {settings['kv_dtype']}")
-    title = f"{settings['model']} on {settings['text']}: {', '.join(numbers)}"
+def _table(settings: dict[str, Any], scores: Evaluation) -> Table:
+    stored = {"weights": settings["quantize"] or settings["dtype"]}
+    stored |= {"output": settings["quantize_output"], "KV": settings["kv_dtype"]}
+    numbers = ", ".join(f"{what} {name}" for what, name in stored.items() if name)
+    title = f"{settings['model']} on {settings['text']}: {numbers}"
     table = simple_table(title, "tokens", "bytes", "nats/token", "perplexity", "bits/byte")
-    table.add_row(
-        f"{found.tokens:,}",
-        f"{found.bytes:,}",
-        f"{found.loss:.4f}",
-        f"{found.perplexity:,.3f}",
-        f"{found.bits_per_byte:.4f}",
-    )
+    counts = f"{scores.tokens:,}", f"{scores.bytes:,}"
+    table.add_row(*counts, f"{scores.loss:.4f}", f"{scores.perplexity:,.3f}", f"{scores.bits_per_byte:.4f}")
     return table
 
 
-def _comparison_table(found: Evaluation, compared: Comparison, dtype: str) -> Table:
+def _comparison_table(scores: Evaluation, compared: Comparison, dtype: str) -> Table:
     table = simple_table(f"Against {dtype}", "its nats/token", "loss", "same top-1", "KL, nats/token")
-    table.add_row(
-        f"{compared.loss:.4f}",
-        f"{found.as_dict()['loss_delta']:+.3%}",
-        f"{compared.agreement:.2%}",
-        f"{compared.divergence:.6f}",
-    )
+    losses = f"{compared.loss:.4f}", f"{scores.as_dict()['loss_delta']:+.3%}"
+    table.add_row(*losses, f"{compared.agreement:.2%}", f"{compared.divergence:.6f}")
     return table
 
 
-def _note(found: Evaluation) -> str:
-    least = found.context - found.stride + 1
+def _note(scores: Evaluation) -> str:
+    least = scores.context - scores.stride + 1
     return (
-        f"Every token but the first is scored once, in windows of {found.context:,} tokens that start {found.stride:,} "
-        f"apart: after the first window, each from at least {least:,} tokens before it."
+        f"Every token but the first is scored once, in windows of {scores.context:,} tokens that start "
+        f"{scores.stride:,} apart: after the first window, each from at least {least:,} tokens before it."
     )

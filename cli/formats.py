@@ -14,11 +14,11 @@ def integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between, such as 1,2,4") from None
 
 
-def simple_table(title: str, *columns: str) -> Table:
-    """A table of figures under a title."""
+def simple_table(title: str, *columns: str, names: int = 0) -> Table:
+    """A table under a title: `names` columns of words, then figures."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < names else "right", no_wrap=True)
     return table
 
 
@@ -32,3 +32,8 @@ def duration(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:,.2f} s"
     return f"{number(seconds * 1e3)} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"
+
+
+def percent(share: float) -> str:
+    """With a digit more where it is small."""
+    return f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"

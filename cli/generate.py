@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ..decode.generate import make_requests
-from .common import OK, UsageError, add_options, load, terminal, usage_errors, warm_up_programs
+from .common import OK, UsageError, add_options, load, read_text, terminal, usage_errors, warm_up_programs
 from .reply import Reply
 
 
@@ -38,11 +38,6 @@ def run(args: argparse.Namespace) -> int:
 def _prompt(args: argparse.Namespace) -> str:
     if (args.prompt is None) == (args.file is None):
         raise UsageError("give a PROMPT, - for standard input, or --file FILE: one of them")
-    try:
-        if args.file is not None:
-            return args.file.read_text(encoding="utf-8")
-        return sys.stdin.read() if args.prompt == "-" else args.prompt
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the prompt is not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise UsageError(f"cannot read the prompt: {error}") from None
+    if args.file is not None:
+        return read_text("--file", args.file)
+    return sys.stdin.read() if args.prompt == "-" else args.prompt

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,18 @@ import jax
 from rich.table import Table
 
 from ..decode.buckets import PREFILL_CHUNK
+from ..model.find import find_config
 from ..model.presets import PRESETS
 from ..roofline.deployment import KV_FORMATS, WEIGHT_FORMATS, Deployment
 from ..roofline.hardware import HARDWARE, Hardware, find_hardware
 from ..roofline.measure import measure
-from ..roofline.plan import PlanRow, plan, remedies
+from ..roofline.plan import PlanRow, check_plan, plan, remedies
 from ..roofline.plot import check_plot, plot_plan
 from ..roofline.predict import Phase
-from .common import OK, model_config, terminal, usage_errors
-from .formats import duration, integers, number, simple_table
+from .common import OK, print_notes, terminal, usage_errors
+from .formats import duration, integers, number, percent, simple_table
 
 HERE = "here"
-_MEMORY_FRACTION = 0.9
 _BOUNDS = {"compute": "compute", "bandwidth": "memory", "communication": "links"}
 
 
@@ -35,41 +36,21 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a preset, a directory with a model's config.json, or 'bundled'")
-    add(
-        "--hardware",
-        choices=(*HARDWARE, HERE),
-        default="h100",
-        metavar="NAME",
-        help=f"one of {', '.join(HARDWARE)} (default: %(default)s), or '{HERE}' to measure this machine",
-    )
+    help = f"one of {', '.join(HARDWARE)} (default: %(default)s), or '{HERE}' to measure this machine"
+    add("--hardware", choices=(*HARDWARE, HERE), default="h100", metavar="NAME", help=help)
     add("--tensor", type=integers, default=[1], metavar="N,...", help="devices that share every layer (default: 1)")
     add("--batch", type=integers, default=[1, 8, 32], metavar="B,...", help="rows (default: 1,8,32)")
     add("--context", type=int, metavar="S", help="positions a row holds (default: 8192, or the model's longest)")
     add("--prompt", type=int, metavar="T", help="of them, prompt tokens (default: half)")
-    add(
-        "--weights",
-        choices=WEIGHT_FORMATS,
-        default="bfloat16",
-        metavar="FORMAT",
-        help=f"{', '.join(WEIGHT_FORMATS)}; int4 has groups of 128, int4-32 of 32 (default: %(default)s)",
-    )
-    add(
-        "--kv",
-        choices=KV_FORMATS,
-        metavar="FORMAT",
-        help=f"of the cache: {', '.join(KV_FORMATS)} (default: unquantized)",
-    )
+    help = f"{', '.join(WEIGHT_FORMATS)}; int4 has groups of 128, int4-32 of 32 (default: %(default)s)"
+    add("--weights", choices=WEIGHT_FORMATS, default="bfloat16", metavar="FORMAT", help=help)
+    help = f"of the cache: {', '.join(KV_FORMATS)} (default: unquantized)"
+    add("--kv", choices=KV_FORMATS, metavar="FORMAT", help=help)
     add("--price", type=float, metavar="USD", help="of one device for an hour, to work out the price of a token")
-    add(
-        "--memory-fraction",
-        type=float,
-        default=_MEMORY_FRACTION,
-        metavar="F",
-        help="of a device's memory, for weights and cache (default: %(default)s)",
-    )
-    add(
-        "--efficiency", type=float, default=1.0, metavar="F", help="fraction of each limit that is reached (default: 1)"
-    )
+    help = "of a device's memory, for weights and cache (default: %(default)s)"
+    add("--memory-fraction", type=float, default=0.9, metavar="F", help=help)
+    help = "fraction of each limit that is reached (default: 1)"
+    add("--efficiency", type=float, default=1.0, metavar="F", help=help)
     add("--plot", type=Path, metavar="FILE", help="draw the roofline, TPOT and throughput to a .png, .pdf or .svg")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     parser.set_defaults(run=run)
@@ -77,88 +58,47 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 def run(args: argparse.Namespace) -> int:
     with usage_errors():
-        _check(args)
-        config = model_config(args.model)
+        # A weight format leaves activations as they are, and a checkpoint's float32 is not how it is run.
+        config = find_config(args.model).replace(dtype="bfloat16")
         context = min(8192, config.max_position) if args.context is None else args.context
         prompt = max(1, context // 2) if args.prompt is None else args.prompt
-        if not 1 <= context <= config.max_position:
-            raise ValueError(
-                f"--context is {context}; it must be between 1 and {config.max_position}, the longest that "
-                f"{args.model} was made for"
-            )
-        if not 1 <= prompt <= context:
-            raise ValueError(f"--prompt is {prompt}; it must be between 1 and --context {context}")
+        settings = {"context": context, "weights": args.weights, "kv": args.kv, "memory_fraction": args.memory_fraction}
+        limits = {"efficiency": args.efficiency, "price": args.price}
+        sizes = {"tensors": args.tensor, "batches": args.batch, "prompt": prompt}
+        check_plan(config, **sizes, **limits, **settings)
         if args.plot is not None:
             check_plot(args.plot)
-        # A weight format leaves activations as they are, and a checkpoint's float32 is not how it is run.
-        config = config.replace(dtype="bfloat16")
-        for tensor in args.tensor:  # a degree that the model cannot be shared by is refused before anything is measured
-            Deployment(config, args.weights, args.kv, tensor)
-    hardware, kv = _hardware(args.hardware), args.kv
+    hardware = _hardware(args.hardware)
     if args.hardware == HERE and jax.default_backend() == "cpu":
-        kv = kv or "float32"  # as `init_cache` has it on a CPU
-    settings = {"context": context, "weights": args.weights, "kv": kv, "memory_fraction": args.memory_fraction}
+        settings["kv"] = args.kv or "float32"  # as `init_cache` has it on a CPU
     with usage_errors():
-        rows = plan(
-            config,
-            hardware,
-            tensors=args.tensor,
-            batches=args.batch,
-            prompt=prompt,
-            chunk=PREFILL_CHUNK,
-            efficiency=args.efficiency,
-            price=args.price,
-            **settings,
-        )
-        deployment = Deployment(config, args.weights, kv)
+        rows = plan(config, hardware, chunk=PREFILL_CHUNK, **sizes, **limits, **settings)
+        deployment = Deployment(config, args.weights, settings["kv"])
         dtype = deployment.config.dtype
-        title = f"{args.model} on {hardware.name}: weights {args.weights}, KV {kv or dtype}, context {context:,}"
+        kv = settings["kv"] or dtype
+        title = f"{args.model} on {hardware.name}: weights {args.weights}, KV {kv}, context {context:,}"
         if args.plot is not None:
             plot_plan(args.plot, title, hardware, dtype, rows)
     helps = [[] if row.fits else remedies(config, hardware, row, **settings) for row in rows]
     if args.json:
-        report = {
-            "model": args.model,
-            "hardware": dataclasses.asdict(hardware),
-            "dtype": dtype,
-            "ridge": hardware.ridge(dtype),
-            "prompt": prompt,
-            **(settings | {"kv": kv or dtype}),
-            "efficiency": args.efficiency,
-            "price": args.price,
-            "kv_bytes_per_token": deployment.kv_bytes_per_token,
-            "rows": [_report(row, help) for row, help in zip(rows, helps, strict=True)],
-        }
-        print(json.dumps(report))
+        report = {"model": args.model, "hardware": dataclasses.asdict(hardware), "dtype": dtype, "prompt": prompt}
+        report |= {"ridge": hardware.ridge(dtype), "kv_bytes_per_token": deployment.kv_bytes_per_token}
+        report |= settings | {"kv": kv} | limits
+        print(json.dumps(report | {"rows": list(map(_report, rows, helps))}))
         return OK
-    console = terminal()
-    fitting = [row for row in rows if row.fits]
-    tables = [_memory_table(title, rows, helps)]
+    console, fitting = terminal(), [row for row in rows if row.fits]
+    console.print(_memory_table(title, rows, helps))
     if fitting:
-        tables += [_phase_table("prefill", fitting), _phase_table("decode", fitting)]
-        if args.price is not None:
-            tables.append(_price_table(fitting))
-    for table in tables:
+        console.print(_phase_table("prefill", fitting), _phase_table("decode", fitting), sep="\n")
+    if fitting and args.price is not None:
+        table = simple_table("USD a million tokens", "tensor", "batch", "of prompts", "new")
+        for row in fitting:
+            table.add_row(str(row.tensor), str(row.batch), f"{row.cost_input:,.3f}", f"{row.cost_output:,.3f}")
         console.print(table)
-    for line in _notes(args, hardware, deployment, fitting, prompt):
-        console.print(line, style="dim", highlight=False, soft_wrap=True)
+    print_notes(_notes(args, hardware, deployment, fitting, prompt))
     if args.plot is not None:
         console.print(f"The plot is in {args.plot}.", highlight=False, soft_wrap=True)
     return OK
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what needs no model to be refused."""
-    for name in ("tensor", "batch"):
-        for value in getattr(args, name):
-            if value < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1")
-    for name in ("memory_fraction", "efficiency"):
-        value = getattr(args, name)
-        if not 0 < value <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and at most 1")
-    if args.price is not None and not 0 < args.price < float("inf"):
-        raise ValueError(f"--price is {args.price}; it must be positive")
 
 
 def _hardware(name: str) -> Hardware:
@@ -190,65 +130,49 @@ def _phase_table(name: str, rows: list[PlanRow]) -> Table:
     for row in rows:
         phase: Phase = getattr(row, name)
         rate = phase.counts.tokens / phase.seconds
-        rates = (rate,) if prefill else (rate / row.batch, rate)
-        shares = (phase.mfu, phase.mbu, phase.communication_seconds / phase.seconds)
-        table.add_row(
-            str(row.tensor),
-            str(row.batch),
-            duration(phase.seconds),
-            *map(number, rates),
-            _BOUNDS[phase.bound],
-            *(f"{share:.1%}" if share < 0.0995 else f"{share:.0%}" for share in shares),
-            number(phase.intensity),
-        )
-    return table
-
-
-def _price_table(rows: list[PlanRow]) -> Table:
-    table = simple_table("USD a million tokens", "tensor", "batch", "of prompts", "new")
-    for row in rows:
-        table.add_row(str(row.tensor), str(row.batch), f"{row.cost_input:,.3f}", f"{row.cost_output:,.3f}")
+        rates = map(number, (rate,) if prefill else (rate / row.batch, rate))
+        shares = map(percent, (phase.mfu, phase.mbu, phase.communication_seconds / phase.seconds))
+        cells = (duration(phase.seconds), *rates, _BOUNDS[phase.bound], *shares, number(phase.intensity))
+        table.add_row(str(row.tensor), str(row.batch), *cells)
     return table
 
 
 def _notes(
     args: argparse.Namespace, hardware: Hardware, deployment: Deployment, fitting: list[PlanRow], prompt: int
-) -> list[str]:
-    dtype, fraction = deployment.config.dtype, args.memory_fraction
-    notes = [
+) -> Iterator[str]:
+    fraction = args.memory_fraction
+    yield (
         f"A device has {number(hardware.memory / 1e9)} GB, of which {fraction:.0%} is for weights and cache (JAX "
         f"takes 75% of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:g} is set). A token's keys and values "
-        f"take {deployment.kv_bytes_per_token / 1024:,.4g} KiB, all devices together.",
-    ]
+        f"take {deployment.kv_bytes_per_token / 1024:,.4g} KiB, all devices together."
+    )
     if not fitting:
-        return notes
+        return
     row = fitting[0]
     flops, rate = row.decode.counts.flops, row.decode.counts.flops / row.tpot
-    limits = (
-        "their limits, and nothing runs faster: --efficiency 0.8 leaves a margin"
-        if args.efficiency == 1
-        else f"{args.efficiency:.0%} of their limits"
-    )
-    return [
-        *notes,
-        f"Ridge: {hardware.roof(dtype)}. Left of it a phase waits for memory, right of it for arithmetic.",
+    limits = "their limits, and nothing runs faster: --efficiency 0.8 leaves a margin"
+    limits = limits if args.efficiency == 1 else f"{args.efficiency:.0%} of their limits"
+    roof = hardware.roof(deployment.config.dtype)
+    yield f"Ridge: {roof}. Left of it a phase waits for memory, right of it for arithmetic."
+    yield (
         f"TTFT: {prompt:,} prompt tokens a row, all rows together, in chunks of {PREFILL_CHUNK:,}. TPOT: a decode step "
         "at the full context, the slowest there is. Links: the part of the time that all-reduces take. "
-        f"Arithmetic, memory and links run at {limits}.",
+        f"Arithmetic, memory and links run at {limits}."
+    )
+    yield (
         f"MFU and MBU are rates over rates: the decode step of tensor {row.tensor}, batch {row.batch} is "
         f"{flops / 1e9:,.3g} GFLOP a device, and in {duration(row.tpot)} that is {rate / 1e12:,.3g} TFLOP/s, "
         f"{row.decode.mfu:.2%} of the peak. Texts that give an 8 B model on an A100 16 GFLOP/s and 0.005% take FLOP a "
-        "token for a rate: at 125 tokens/s it is 2 TFLOP/s, 0.64%.",
-    ]
+        "token for a rate: at 125 tokens/s it is 2 TFLOP/s, 0.64%."
+    )
 
 
 def _report(row: PlanRow, help: list[str]) -> dict[str, Any]:
-    named = ("fits", "ttft", "tpot", "tokens_per_second")
+    named = {name: getattr(row, name) for name in ("fits", "ttft", "tpot", "tokens_per_second")}
     plain = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     per_row = {"tokens_per_second_per_row": row.tpot and 1 / row.tpot, "remedies": help}
-    phases = {name: getattr(row, name) and _phase(getattr(row, name)) for name in ("prefill", "decode")}
-    return plain | {name: getattr(row, name) for name in named} | per_row | phases
+    return plain | named | per_row | {"prefill": _phase(row.prefill), "decode": _phase(row.decode)}
 
 
-def _phase(phase: Phase) -> dict[str, Any]:
-    return dataclasses.asdict(phase) | {"bound": phase.bound, "intensity": phase.intensity}
+def _phase(phase: Phase | None) -> dict[str, Any] | None:
+    return phase and dataclasses.asdict(phase) | {"bound": phase.bound, "intensity": phase.intensity}

@@ -60,19 +60,19 @@ class Reply:
 
     def print_summary(self) -> None:
         """One line on standard error: tokens, times, and compilation where it was measured."""
-        usage = self._usage()
-        parts = [f"{usage['prompt_tokens']} prompt tokens", f"{usage['new_tokens']} new tokens"]
-        if usage["ttft_seconds"] is not None:
-            parts.append(f"TTFT {usage['ttft_seconds'] * 1e3:.1f} ms")
-        if usage["tpot_seconds"] is not None:
-            parts.append(f"TPOT {usage['tpot_seconds'] * 1e3:.2f} ms")
-        if usage["tokens_per_second"] is not None:
-            parts.append(f"{usage['tokens_per_second']:.0f} tokens/s")
-        if self.compile_seconds is not None:
-            parts.append(f"compiled in {self.compile_seconds:.1f} s before")
-        if self.output is None:
-            parts.append("interrupted")
-        terminal(stderr=True).print(", ".join(parts), style="dim", markup=False, highlight=False, soft_wrap=True)
+        usage = self._usage() | {"compiled": self.compile_seconds}
+        texts = {
+            "prompt_tokens": "{} prompt tokens",
+            "new_tokens": "{} new tokens",
+            "ttft_seconds": "TTFT {:.1f} ms",
+            "tpot_seconds": "TPOT {:.2f} ms",
+            "tokens_per_second": "{:.0f} tokens/s",
+            "compiled": "compiled in {:.1f} s before",
+        }
+        scales = {"ttft_seconds": 1e3, "tpot_seconds": 1e3}
+        parts = [text.format(usage[k] * scales.get(k, 1)) for k, text in texts.items() if usage[k] is not None]
+        line = ", ".join(parts + ["interrupted"] * (self.output is None))
+        terminal(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -76,6 +76,7 @@ class Runner:
         logits = None
         for _, tokens, new in self._chunks(prompts, None):
             chunk, self.cache = prefill(self.model.params, self.model.config, tokens, new, self.cache)
+            settle(self.model, chunk)
             logits = chunk if logits is None else _newer(new, chunk, logits)
         return logits
 
@@ -83,6 +84,7 @@ class Runner:
         """Run the texts `width` tokens at a time: the first token's place, and the logits after each of them."""
         for start, tokens, new in self._chunks(texts, width):
             logits, self.cache = _prefill_all(self.model.params, self.model.config, tokens, new, self.cache)
+            settle(self.model, logits)
             yield start, logits
 
     def first(self, logits: Float[Array, "B V"]) -> Sampled:
@@ -107,6 +109,7 @@ class Runner:
         made, logprobs, self.tokens, self.cache, self.state = decode_steps(
             self.model.params, self.model.config, self.tokens, self.cache, self.state, self.plan, steps=steps
         )
+        settle(self.model, made)
         return made, logprobs
 
     def _read_again(self, texts: Texts) -> None:
@@ -141,6 +144,12 @@ class Runner:
                 tokens[row, : len(part)], new[row] = part, len(part)
             yield start, tokens, new
             start += columns
+
+
+def settle(model: Model, out: jax.Array) -> None:
+    """Wait, on a mesh of CPU devices: collective programs that are queued there wait for each other for ever."""
+    if model.mesh is not None and model.mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(out)
 
 
 @jax.jit

@@ -5,8 +5,6 @@ step = predict_decode(deployment, find_hardware("h100"), batch=8, context=8192)
 print(step.seconds, step.bound, step.intensity, step.ridge)
 """
 
-from .bench import BenchCell, Scaling, Spread, decode_cell, explain_growth, prefill_cell, scaling
-from .bench_plot import plot_bench
 from .counts import Counts, Part, count_decode, count_prefill, count_step
 from .deployment import KV_FORMATS, WEIGHT_FORMATS, Deployment
 from .hardware import HARDWARE, Hardware, find_hardware
@@ -28,7 +26,6 @@ __all__ = [
     "HARDWARE",
     "KV_FORMATS",
     "WEIGHT_FORMATS",
-    "BenchCell",
     "Counts",
     "Deployment",
     "Generation",
@@ -36,20 +33,15 @@ __all__ = [
     "Part",
     "Phase",
     "PlanRow",
-    "Scaling",
     "Speculation",
-    "Spread",
     "cost_per_million",
     "count_decode",
     "count_prefill",
     "count_step",
-    "decode_cell",
     "expected_tokens",
-    "explain_growth",
     "find_hardware",
     "measure",
     "plan",
-    "plot_bench",
     "plot_plan",
     "plot_roofline",
     "predict",
@@ -57,7 +49,5 @@ __all__ = [
     "predict_generation",
     "predict_prefill",
     "predict_speculation",
-    "prefill_cell",
     "remedies",
-    "scaling",
 ]

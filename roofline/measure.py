@@ -22,6 +22,10 @@ _ACCUMULATOR = {"int8": "int32"}  # float32 for the others
 _NAMES = {"fp8": "float8_e4m3fn"}
 _READ_ARRAYS = 4
 _REDUCTIONS = 9
+_QUEUED = 16
+"""Runs of about a millisecond that an accelerator is given before they are waited for: a launch and the way to the host
+and back, some tens of microseconds, would else be in each, and every share of such a roof too high. A CPU is given one:
+it takes longer, and programs of several devices that are queued there may wait for each other for ever."""
 
 _Timer = Callable[[Callable[[], Any]], float]
 """What a run takes, by the repeats and the statistic that `measure` was asked for."""
@@ -73,14 +77,15 @@ def measure(
     mesh = Mesh(devices, ("devices",), axis_types=(AxisType.Auto,))
     told = progress or (lambda what: None)
     seconds = functools.partial(_seconds, repeats=repeats, statistic=min if best else statistics.median)
+    queued = functools.partial(seconds, queued=1 if on_cpu else _QUEUED)
 
     told("memory bandwidth")
-    bandwidth = _read_bandwidth(mesh, read_bytes, seconds)
+    bandwidth = _read_bandwidth(mesh, read_bytes, queued)
     peaks = {}
     for dtype in dtypes:
         told(f"matrix products in {dtype}")
         try:
-            peaks[dtype] = _matmul_peak(mesh, width, dtype, seconds)
+            peaks[dtype] = _matmul_peak(mesh, width, dtype, queued)
         except jax.errors.JaxRuntimeError:  # the backend has no such product
             continue
     links: dict[str, Any] = {}
@@ -176,11 +181,13 @@ def _over(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("devices"))
 
 
-def _seconds(run: Callable[[], Any], repeats: int, statistic: Callable[[list[float]], float]) -> float:
-    """Seconds of a run, after one that compiles and warms up; each is waited for before the next."""
+def _seconds(run: Callable[[], Any], repeats: int, statistic: Callable[[list[float]], float], queued: int = 1) -> float:
+    """Seconds of a run, `queued` of which are started before they are waited for; the first time warms up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - started)
+        for _ in range(queued):
+            out = run()  # what the run before made is let go
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - started) / queued)
     return statistic(times[1:])

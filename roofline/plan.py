@@ -93,20 +93,7 @@ def plan(
     Raises:
       ValueError: an argument out of range, or a degree that the model cannot be shared by.
     """
-    for name, values in (("tensors", tensors), ("batches", batches)):
-        if not values or min(values) < 1:
-            raise ValueError(f"{name} are {list(values)}; give at least one, each at least 1")
-    if not 1 <= context <= config.max_position:
-        raise ValueError(
-            f"context is {context}; it must be between 1 and {config.max_position}, the longest the model was made for"
-        )
-    if not 1 <= prompt <= context:
-        raise ValueError(f"prompt is {prompt}; it must be between 1 and the context, {context}")
-    if not 0 < memory_fraction <= 1:
-        raise ValueError(f"memory_fraction is {memory_fraction}; it must be above 0 and at most 1")
-    if price is not None and not price > 0:
-        raise ValueError(f"price is {price}; it must be positive")
-
+    check_plan(config, tensors, batches, context, prompt, weights, kv, memory_fraction, efficiency, price)
     usable = memory_fraction * hardware.memory
     rows = []
     for tensor in tensors:
@@ -137,6 +124,37 @@ def plan(
                     )
             rows.append(row)
     return rows
+
+
+def check_plan(
+    config: ModelConfig,
+    tensors: Sequence[int],
+    batches: Sequence[int],
+    context: int,
+    prompt: int,
+    weights: str | None,
+    kv: str | None,
+    memory_fraction: int | float,
+    efficiency: int | float,
+    price: int | float | None,
+) -> None:
+    """ValueError for arguments that `plan` refuses, whatever the hardware."""
+    for name, values in (("tensors", tensors), ("batches", batches)):
+        if not values or min(values) < 1:
+            raise ValueError(f"{name} are {list(values)}; give at least one, each at least 1")
+    if not 1 <= context <= config.max_position:
+        raise ValueError(
+            f"context is {context}; it must be between 1 and {config.max_position}, the longest the model was made for"
+        )
+    if not 1 <= prompt <= context:
+        raise ValueError(f"prompt is {prompt}; it must be between 1 and the context, {context}")
+    for name, value in (("memory_fraction", memory_fraction), ("efficiency", efficiency)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
+    if price is not None and not 0 < price < float("inf"):
+        raise ValueError(f"price is {price}; it must be positive")
+    for tensor in tensors:
+        Deployment(config, weights, kv, tensor)
 
 
 def remedies(

@@ -23,7 +23,7 @@ def check_plot(path: Path) -> None:
         raise ValueError(
             f"plot {str(path)!r} is in no directory that exists; make {str(path.absolute().parent)!r} first"
         )
-    _figure_class()
+    new_figure()
 
 
 def plot_plan(path: Path, title: str, hardware: Hardware, dtype: str, rows: Sequence[PlanRow]) -> None:
@@ -47,7 +47,7 @@ def plot_plan(path: Path, title: str, hardware: Hardware, dtype: str, rows: Sequ
             fitting.setdefault(row.tensor, []).append(row)
     if not fitting:
         raise ValueError(f"plot {str(path)!r} would be empty, since nothing fits; take more devices or a smaller batch")
-    figure = _figure_class()(figsize=(15, 5), layout="constrained")
+    figure = new_figure(figsize=(15, 5))
     roof, tpot, throughput = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
     figure.suptitle(title)
     plot_roofline(roof, hardware, dtype, fitting)
@@ -113,11 +113,16 @@ def _over_batch(axes: Any, rows: dict[int, list[PlanRow]], label: str, value: An
     axes.legend(fontsize=8)
 
 
-def _figure_class() -> Any:
+def new_figure(**options: Any) -> Any:
+    """An empty figure of matplotlib.
+
+    Raises:
+      RuntimeError: it is not installed.
+    """
     try:
         from matplotlib.figure import Figure  # no pyplot: it needs no display and keeps no state
     except ImportError:
         raise RuntimeError(
             "plots need matplotlib, which is not installed: pip install 'ridgeline[notebooks]', or matplotlib alone"
         ) from None
-    return Figure
+    return Figure(layout="constrained", **options)

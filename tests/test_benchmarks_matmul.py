@@ -1,83 +1,69 @@
-"""The benchmark of few-row products: what it counts, compares and wants, and that a wrong product fails it."""
+"""The benchmark of few-row products: what it counts, compares and wants."""
 
+import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from ridgeline.benchmarks import matmul
+from ridgeline.benchmarks.kernel_rows import BOUND
+from ridgeline.cli import main
+from ridgeline.roofline import Hardware
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import matmul
-
-    return matmul
-
-
-@pytest.fixture
-def run(benchmark, monkeypatch, tmp_path):
-    """Runs the program with arguments; returns its exit code and what it stored."""
+def run(tmp_path):
+    """Runs the command with arguments; returns its exit code and what it stored."""
 
     def run(*arguments):
         out = tmp_path / "matmul.json"
-        arguments = ("--implementation", "reference", *arguments, "--output", str(out))
-        monkeypatch.setattr(sys, "argv", ["matmul.py", *arguments])
-        try:
-            benchmark.main()
-        except SystemExit as error:
-            return error.code, json.loads(out.read_text())
-        return 0, json.loads(out.read_text())
+        code = main(["bench", "matmul", *arguments, "--output", str(out)])
+        return code, json.loads(out.read_text())
 
     return run
 
 
-def test_bytes_are_those_of_every_operand_and_the_result(benchmark):
-    bf16 = benchmark.Row("w", 512, 256, 3, gated=True)
+def test_bytes_are_those_of_every_operand_and_the_result():
+    bf16 = matmul.Row("w", 512, 256, 3, gated=True)
     assert bf16.bytes == 512 * 256 * 2 + 3 * 256 * 2 + 3 * 256 * 2
-    int4 = benchmark.Row("w", 512, 256, 1, "int4-32-zero", residual=True)
+    int4 = matmul.Row("w", 512, 256, 1, "int4-32-zero", residual=True)
     assert int4.bytes == 512 * 256 // 2 + 512 * 8 * (4 + 1) + 256 * 2 + 512 * 2 + 512 * 2
-    block = benchmark.Row("w", 512, 256, 1, "fp8-block", gated=True)
+    block = matmul.Row("w", 512, 256, 1, "fp8-block", gated=True)
     assert block.operands["scales"] == ((2, 2, 2), "float32")
 
 
-def test_rows_are_each_listed_once(benchmark):
-    rows = [*benchmark.full(), *benchmark.TINY]
+def test_rows_are_each_listed_once():
+    rows = [*matmul.full(), *matmul.TINY]
     assert len({str(row) for row in rows}) == len(rows)
 
 
-def test_on_a_cpu_the_reference_runs_and_is_compared_with_bf16(benchmark, run, monkeypatch):
-    monkeypatch.setattr(benchmark, "TINY", [benchmark.TINY[0], benchmark.TINY[-1]])
+def test_on_a_cpu_the_reference_runs_and_is_compared_with_bf16(run, monkeypatch):
+    monkeypatch.setattr(matmul, "TINY", [matmul.TINY[0], matmul.TINY[-1]])
     code, report = run()
     assert code == 0
-    assert report["label"] == benchmark.CPU_LABEL
-    assert [result["form"] for result in report["results"]] == ["bf16", "int4-32-zero"]
-    for result in report["results"]:
-        found = result["implementations"]["reference"]
-        assert result["errors"]["reference"] == 0.0
-        assert found["gb_per_s"] == pytest.approx(result["bytes"] / found["us"] / 1e3, rel=1e-2, abs=1e-2)
-        assert result["over_bf16"] > 0
-    first = report["results"][0]
-    assert first["errors"]["xla"] < benchmark.BOUND
-    assert first["over_bf16"] == 1.0
+    bf16, int4 = report["rows"]
+    assert [bf16["form"], int4["form"]] == ["bf16", "int4-32-zero"]
+    assert bf16["errors"]["xla"] < BOUND
+    shares = {figure["what"]: figure["share"] for figure in report["figures"]}
+    speed = bf16["seconds"]["reference"]["median"] / int4["seconds"]["reference"]["median"]
+    assert shares[f"{int4['row']} beside bf16"] == pytest.approx(speed)
+    limit = max(
+        bf16["bytes"] / report["roof"]["used"]["bandwidth"], bf16["flops"] / report["roof"]["used"]["peaks"]["bfloat16"]
+    )
+    assert shares[f"{bf16['row']}, reference"] == pytest.approx(limit / bf16["seconds"]["reference"]["median"])
 
 
-def test_a_wrong_product_is_not_timed_and_fails_the_run(benchmark, run, monkeypatch):
-    monkeypatch.setattr(benchmark, "xla", lambda row: lambda x, _: x[:, ::2] * float("nan"))
-    code, report = run("--only", str(benchmark.TINY[0]))
-    assert code == 1
-    assert "relative error" in report["results"][0]["failed"]
+def test_targets_are_met_or_not():
+    def row(form, rows, seconds, nbytes=0):
+        timings = {name: {"median": seconds} for name in ("mosaic", "xla")}
+        sizes = {"bytes": nbytes, "flops": 0, "weight": "8b gate_up", "form": form, "M": rows}
+        return {"row": f"{form} {rows}", "seconds": timings, **sizes}
 
-
-def test_targets_are_met_or_not(benchmark):
-    def result(form, rows, us, of_limit=0.5):
-        found = {name: {"us": us, "of_limit": of_limit} for name in ("mosaic", "xla")}
-        row = {"row": f"{form} {rows}", "weight": "8b gate_up", "form": form, "rows": rows}
-        return row | {"implementations": found}
-
-    results = [result("bf16", 1, 100, 0.91), result("int8", 1, 50), result("int4", 1, 40), result("int4", 64, 90)]
-    benchmark.compare(results, "mosaic")
-    found = {target["row"]: (target["found"], target["met"]) for target in benchmark.targets(results, "mosaic")}
-    assert found == {"bf16 1": (0.91, True), "int8 1": (2.0, True), "int4 1": (2.5, False)}
+    rows = [row("bf16", 1, 1.0, 0.91e9), row("int8", 1, 0.5), row("int4", 1, 0.4), row("int4", 64, 0.9)]
+    used = dataclasses.asdict(Hardware("test", 10**10, 1e9, {"bfloat16": 1e12}))
+    figures = [figure.as_dict() for figure in matmul.figures({"rows": rows, "roof": {"used": used}})]
+    assert {f["what"]: (pytest.approx(f["share"]), f["met"]) for f in figures if f["wanted"] is not None} == {
+        "bf16 1, mosaic": (0.91, True),
+        "int8 1 beside bf16": (2.0, True),
+        "int4 1 beside bf16": (2.5, False),
+    }

@@ -1,10 +1,8 @@
-"""Scores of texts, held to `forward` window by window; what `ridgeline eval` and the quality table make of them."""
+"""Scores of texts, held to `forward` window by window; what `ridgeline eval` makes of them."""
 
 import dataclasses
 import json
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -195,44 +193,3 @@ def test_bad_usage_is_one_line_without_a_traceback(capsys, tmp_path, content, ar
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
-
-
-# --- the quality table ---
-
-
-def test_quality_table_is_measured_stored_and_drawn(capsys, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    import quality
-
-    monkeypatch.setattr(quality, "KV_SCHEMES", ("int8",))
-    book = "\n\n".join(f"The {name} went into the wood and did not come out again." for name in "ABCDEFGHIJKLMN" * 6)
-    (tmp_path / "books.txt").write_text(book)
-    out, picture = tmp_path / "quality.json", tmp_path / "quality.png"
-    arguments = ["--text", str(tmp_path / "books.txt"), "--json", str(out), "--plot", str(picture)]
-    arguments += ["--model", "bundled-draft", "--weights", "int8+out-int8", "--limit", "20"]
-    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
-    quality.main()
-    assert "int8+out-int8" in capsys.readouterr().out
-    assert picture.stat().st_size > 0
-    report = json.loads(out.read_text())
-    assert report["command"].startswith("python benchmarks/quality.py --text books.txt")
-    plain, found = report["rows"]
-    assert [(row["weights"], row["kv"]) for row in (plain, found)] == [("bfloat16", "int8"), ("int8+out-int8", "int8")]
-    config = rl.load_model("bundled-draft").config
-    assert plain["parameter_bytes"] == 2 * rl.count_parameters(config)  # the embedding is the output projection
-    assert 0.5 < found["parameter_bytes"] / plain["parameter_bytes"] < 0.6  # scales, and one row of the embedding
-    assert found["kv_bytes"] == 2 * config.num_layers * config.num_kv_heads * (config.head_dim + 4)
-    assert plain["loss_delta_bfloat16"] == 0
-    assert found["loss_delta_bfloat16"] == found["loss"] / plain["loss"] - 1
-    assert all(row["tokens"] == 20 and abs(row["loss_delta"]) < 0.01 for row in report["rows"])
-
-
-def test_quality_table_names_the_schemes_it_knows(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    import quality
-
-    monkeypatch.setattr(sys, "argv", ["quality.py", "--text", "t", "--json", "o", "--weights", "int3"])
-    with pytest.raises(SystemExit):
-        quality.main()
-    assert "--weights 'int3' is not known; known: float32, bfloat16, int8" in capsys.readouterr().err

@@ -1,47 +1,27 @@
-"""The kernels, compiled for an H200 that is not there: no spills, blocks that fit, and no hazard in their PTX."""
+"""The kernels, compiled for an H200 that is not there: no spills, and blocks that fit."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import ptx
 import pytest
 
+from ridgeline.benchmarks import kernel_resources as program
+from ridgeline.benchmarks import mosaic_dump
 from ridgeline.sharding.targets import CHIPS
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-
-@pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import kernel_resources
-
-    return kernel_resources
-
-
-@pytest.fixture
-def dump(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import mosaic_dump
-
-    return mosaic_dump
-
-
-def test_the_kernels_fit_an_h200_and_are_without_hazards(plugin, program, tmp_path):
+def test_the_kernels_fit_an_h200_and_are_without_hazards(plugin, tmp_path):
     out = tmp_path / "resources.json"
-    script = BENCHMARKS / "kernel_resources.py"  # a process of its own, since a kernel is reported once in each
-    arguments = [sys.executable, script, "--cases", "quick", "--output", out, "--ptx", tmp_path]
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "ridgeline", "bench", "resources"]  # a process reports a kernel once
+    arguments = ["--quick", "--output", out, "--ptx", tmp_path]
+    run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     report = json.loads(out.read_text())
-    assert [result["case"] for result in report["results"]] == [
-        str(case) for case in program.CASES if program.quick(case)
-    ]
+    assert [result["case"] for result in report["results"]] == list(map(program.name_of, program.QUICK))
     for result in report["results"]:
         assert "error" not in result
-        assert result["collectives"] == 0
         kernels = result["kernels"]
         assert len(kernels) == (2 if result["op"] == "decode" else 1)
         for kernel in kernels:
@@ -91,8 +71,8 @@ define TYPE @one_mosaic_gpu(ptr %0, ptr %1) {{
     ],
     ids=["0.10", "0.11", "0.12"],
 )
-def test_reports_of_compiler_and_host_code_are_read(dump, kind, call):
-    (kernel,) = dump.kernels_in(PRINTED.replace("TYPE", kind).replace("CALL", call))
+def test_reports_of_compiler_and_host_code_are_read(kind, call):
+    (kernel,) = mosaic_dump.kernels_in(PRINTED.replace("TYPE", kind).replace("CALL", call))
     assert kernel == {
         "kernel": "one",
         "registers": 168,
@@ -118,18 +98,18 @@ def test_reports_of_compiler_and_host_code_are_read(dump, kind, call):
         (32, 16, 0, 32),
     ],
 )
-def test_blocks_a_multiprocessor(program, threads, registers, shared, held):
+def test_blocks_a_multiprocessor(threads, registers, shared, held):
     kernel = {"kernel": program.FILLS[0], "threads": threads, "registers": registers, "shared_memory": shared}
     found = program.occupancy(kernel | {"blocks": 3 * held * 132}, CHIPS["h200"])
     assert found == {"blocks_per_sm": held, "waves": 3.0}
 
 
-def test_what_does_not_fit_is_a_fault(program):
+def test_what_does_not_fit_is_a_fault():
     good = {"kernel": "one", "registers": 100, "spill_stores": 0, "spill_loads": 0, "shared_memory": 232448}
     good |= {"serialized": [], "blocks_per_sm": 1, "waves": 1.0}
 
     def faults(**changes):
-        return program.faults({"case": "c", "collectives": 0, "kernels": [good | changes]}, CHIPS["h200"])
+        return program.faults({"case": "c", "kernels": [good | changes]}, CHIPS["h200"])
 
     assert faults() == []
     assert faults(spill_stores=4) == ["c, one: spills, 4 bytes stored and 0 loaded"]
@@ -142,7 +122,7 @@ def test_what_does_not_fit_is_a_fault(program):
 
 
 @pytest.mark.parametrize(("known", "message"), [("@CALL", "no launch was found"), (".entry", "no PTX was found")])
-def test_what_is_printed_in_another_form_is_an_error(dump, known, message):
+def test_what_is_printed_in_another_form_is_an_error(known, message):
     printed = PRINTED.replace(known, "other").replace("CALL", "mosaic_gpu_launch_kernel")
     with pytest.raises(RuntimeError, match=f"one: {message}"):
-        dump.kernels_in(printed)
+        mosaic_dump.kernels_in(printed)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import ptx
 
+from ridgeline.benchmarks.mosaic_dump import ASK, kernels_in
+
 TESTS = Path(__file__).parent
 KINDS = {
     "accumulator": "accumulators of a wgmma in flight",
@@ -16,10 +18,7 @@ KINDS = {
 }
 
 
-def test_planted_faults_are_found_and_sound_kernels_are_not_accused(plugin, monkeypatch):
-    monkeypatch.syspath_prepend(TESTS.parent / "benchmarks")
-    from mosaic_dump import ASK, kernels_in
-
+def test_planted_faults_are_found_and_sound_kernels_are_not_accused(plugin):
     environment = os.environ | ASK | {"JAX_PLATFORMS": "cpu"}
     script = [sys.executable, TESTS / "planted_kernels.py"]
     run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)

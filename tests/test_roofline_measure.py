@@ -1,5 +1,6 @@
 """The measured roof at sizes that are done at once: that figures come out and mean what they say, not how large."""
 
+import importlib
 import itertools
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from ridgeline.roofline import Deployment, measure, predict_decode
 from tiny import tiny_config
 
+module = importlib.import_module("ridgeline.roofline.measure")  # the function hides the module
 TINY = {"read_bytes": 1 << 16, "width": 32, "reduce_bytes": 1 << 12, "repeats": 2}
 
 
@@ -38,6 +40,13 @@ def test_the_median_counts_or_the_best(monkeypatch, best, seconds):
     found = measure(jax.devices()[:1], **(TINY | {"repeats": 3}), dtypes=("float32",), best=best)
     assert (found.bandwidth, found.peaks) == ((1 << 16) / seconds, {"float32": 2 * 32**3 / seconds})
     assert f"{'best' if best else 'median'} of 3" in found.sources[0]
+
+
+def test_queued_runs_are_waited_for_once_and_share_the_time(clock, monkeypatch):
+    runs, waits = [], []
+    monkeypatch.setattr(jax, "block_until_ready", waits.append)
+    assert module._seconds(lambda: runs.append(None), repeats=2, statistic=min, queued=16) == 0.5 / 16
+    assert (len(runs), len(waits)) == (3 * 16, 3)
 
 
 def test_predictions_take_it():

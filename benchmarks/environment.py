@@ -7,25 +7,43 @@ import os
 import platform
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+import jax
+
+RESULTS = Path(__file__).parent / "results"
 """Where a checkout keeps results; an installed package has no such directory."""
 
-LOAD_BEFORE = round(os.getloadavg()[0], 2)
+_DISTRIBUTIONS = (
+    *("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-cuda-nvcc", "numpy"),
+    *("safetensors", "orbax-checkpoint", "torch", "transformers"),
+)
 
 
-def hardware() -> dict[str, Any]:
-    """The processor, the cores that this process may use, memory, and the load before the benchmark began."""
-    cpuinfo, meminfo = _read("/proc/cpuinfo"), _read("/proc/meminfo")
-    model = re.search(r"model name\s*:\s*(.*)", cpuinfo)
-    memory = re.search(r"MemTotal:\s+(\d+)", meminfo)
+def record(benchmark: str, command: str) -> dict[str, Any]:
+    """The benchmark, its command line, the date and time in UTC, the machine, and the versions of what is installed."""
+    versions = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    model = re.search(r"model name\s*:\s*(.*)", _read("/proc/cpuinfo"))
+    memory = re.search(r"MemTotal:\s+(\d+)", _read("/proc/meminfo"))
     return {
-        "cpu": model.group(1) if model else platform.machine(),
-        "cores": cores(),
-        "memory_gb": round(int(memory.group(1)) / 1e6, 1) if memory else None,
-        "load_average_before": LOAD_BEFORE,  # above 0, others had their share of the cores
+        "benchmark": benchmark,
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": jax.devices()[0].device_kind,
+        "hardware": {
+            "devices": jax.device_count(),
+            "cpu": model.group(1) if model else platform.machine(),
+            "cores": cores(),
+            "memory_gb": round(int(memory.group(1)) / 1e6, 1) if memory else None,
+        },
+        "versions": versions,
     }
 
 
@@ -63,30 +81,19 @@ def _read(path: str) -> str:
     return Path(path).read_text() if Path(path).exists() else ""
 
 
-def versions(*names: str) -> dict[str, str]:
-    """Python's version, and that of each named distribution that is installed."""
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def command(arguments: Sequence[str]) -> str:
+    """A command line of `ridgeline`, with the names of files and no directories."""
+    names = (Path(text).name if os.sep in text and Path(text).parent.is_dir() else text for text in arguments)
+    return " ".join(["ridgeline", *names])
 
 
-def now() -> str:
-    """The date and time, in UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def command(program: str, arguments: list[str]) -> str:
-    """The command line of a program in `benchmarks/`, with the names of files and no directories."""
-    return " ".join([f"python benchmarks/{Path(program).name}", *(Path(argument).name for argument in arguments)])
+def slug(text: str) -> str:
+    """A part of a file's name: "NVIDIA H200" is "h200"."""
+    return re.sub(r"[^a-z0-9.+]+", "-", text.lower().removeprefix("nvidia ")).strip("-")
 
 
 def store(report: dict[str, Any], out: Path) -> None:
     """Writes JSON; whoever reads meanwhile, or after a run that was cut off, finds a whole report."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     partial.write_text(json.dumps(report, indent=1) + "\n")
     partial.replace(out)

@@ -7,6 +7,7 @@ no stopping criteria. torch and transformers are imported when a comparison is a
 import copy
 import importlib.util
 import inspect
+import json
 import os
 import shutil
 import time
@@ -17,41 +18,42 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..roofline.environment import cores
-from .bench_runs import Steps, Turn
+from ..model.loading import BUNDLED
+from .environment import cores
+from .steps import Steps
+from .subject import Subject
+from .timing import Turn
 
 EAGER, COMPILED = "transformers eager", "transformers compiled"
 PEERS = (EAGER, COMPILED)
 
 
 def check_installed() -> None:
-    """Raise RuntimeError where torch or transformers are missing."""
+    """RuntimeError where torch or transformers are missing."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"--compare needs {' and '.join(missing)}: pip install 'ridgeline[parity]'")
 
 
-def write_random_weights(directory: Path, dtype: str) -> Any:
-    """Make a random model of the config.json in a directory, save it there in files, and return it.
+def load(subject: Subject, directory: Path | None) -> Any:
+    """The subject in transformers: its own weights, or random ones, which are written to a directory in files.
 
     Both programs then have these weights: transformers as it made them, Ridgeline as it reads them.
     """
     torch, transformers = _import()
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.from_pretrained(directory)
-    # Norms at one and biases at zero, as transformers makes them; logits of random weights have clear winners.
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model.save_pretrained(directory, max_shard_size="512MB")
-    return _placed(model)
-
-
-def load(directory: Path, dtype: str) -> Any:
-    """A model from its directory."""
-    torch, transformers = _import()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), local_files_only=True
-    )
-    return _placed(model)
+    dtype = getattr(torch, subject.config.dtype)
+    if directory is None:
+        own = BUNDLED.get(subject.name) or Path(subject.name).expanduser()
+        model = transformers.AutoModelForCausalLM.from_pretrained(own, dtype=dtype, local_files_only=True)
+    else:
+        (directory / "config.json").write_text(json.dumps(dict(subject.hf)))
+        torch.manual_seed(0)
+        # Norms at one and biases at zero, as transformers makes them; logits of random weights have clear winners.
+        config = transformers.AutoConfig.from_pretrained(directory)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.save_pretrained(directory, max_shard_size="512MB")
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    return model.eval().requires_grad_(False).to(device)
 
 
 def _import() -> tuple[Any, Any]:
@@ -63,11 +65,6 @@ def _import() -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return torch, transformers
-
-
-def _placed(model: Any) -> Any:
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    return model.eval().requires_grad_(False).to(device)
 
 
 class Peer:

@@ -1,4 +1,4 @@
-"""`ridgeline bench`: what it counts, how it explains a gap, what it stores and refuses. No time is asserted."""
+"""`ridgeline bench decode`: what it counts, how it explains a gap, what it stores and refuses. No time is asserted."""
 
 import json
 import os
@@ -9,14 +9,16 @@ import sys
 import jax
 import pytest
 
+from ridgeline.benchmarks.cells import Cell, decode_cell, explain_growth, prefill_cell, scaling
+from ridgeline.benchmarks.decode_tables import show
+from ridgeline.benchmarks.environment import Others
+from ridgeline.benchmarks.limits import Figure, better, roof_record
+from ridgeline.benchmarks.steps import padded_prompt, plan_steps
+from ridgeline.benchmarks.subject import find_subject
+from ridgeline.benchmarks.timing import in_turns, spread
 from ridgeline.cli import main
-from ridgeline.cli.bench_model import find_subject
-from ridgeline.cli.bench_runs import OURS, Contest, in_turns, padded_prompt, plan_steps
-from ridgeline.cli.bench_tables import notes
 from ridgeline.model.presets import PRESETS, preset
 from ridgeline.roofline import Deployment, Hardware, count_decode, count_prefill
-from ridgeline.roofline.bench import better, decode_cell, drift, explain_growth, prefill_cell, ratios, scaling, spread
-from ridgeline.roofline.environment import Others
 
 MACHINE = Hardware("test machine", 10**10, 1e10, {"float32": 1e11, "bfloat16": 2e11}, 1e9, 1e-6)
 SHAPE = {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 300}
@@ -26,7 +28,7 @@ SIZES = ["--batch", "1,2", "--context", "24,40", "--prompt", "5,33", "--tokens",
 
 @pytest.fixture
 def machine(monkeypatch):
-    monkeypatch.setattr("ridgeline.cli.bench.measure", lambda devices, dtypes, progress: MACHINE)
+    monkeypatch.setattr("ridgeline.benchmarks.decode.measured_roof", lambda *args: MACHINE)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,10 @@ def results(tmp_path_factory):
     """One run, as it is stored, and its picture."""
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ridgeline.cli.bench.measure", lambda devices, dtypes, progress: MACHINE)
-        assert main(["bench", *TINY, *SIZES, "--dtype", "float32", "--output", str(folder / "bench.json")]) == 0
+        patch.setattr("ridgeline.benchmarks.decode.measured_roof", lambda *args: MACHINE)
+        assert (
+            main(["bench", "decode", *TINY, *SIZES, "--dtype", "float32", "--output", str(folder / "bench.json")]) == 0
+        )
     return json.loads((folder / "bench.json").read_text())
 
 
@@ -50,7 +54,7 @@ def test_every_cell_is_stored_with_its_timings(results):
         assert (seconds["min"], seconds["max"]) == (min(seconds["runs"]), max(seconds["runs"]))
     assert results["model"]["changes"] == SHAPE | {"num_layers": 2}
     assert results["model"]["dtype"] == "float32"
-    assert results["command"].startswith("ridgeline bench llama-3.2-1b --set embed_dim=64 ")
+    assert results["command"].startswith("ridgeline bench decode llama-3.2-1b --layers 2 --set embed_dim=64 ")
     assert {"date", "hardware", "versions", "roofs"} <= results.keys()
     assert results["agreement"] is None
     assert not results["dry_run"]
@@ -74,7 +78,6 @@ def test_fractions_follow_from_counts_times_and_limits(results):
         assert cell["mbu"] == pytest.approx(nbytes / seconds / 1e10)
         roof = sum(max(count.flops / 1e11, count.bytes / 1e10) for count in counts) / runs
         assert cell["predicted"] == pytest.approx(roof)
-        assert cell["of_roof"] == pytest.approx(roof / seconds)
         assert cell["tokens_per_second"] == pytest.approx(tokens / seconds)
 
 
@@ -99,12 +102,12 @@ def test_prompts_are_padded_as_generate_pads_them():
     assert [padded_prompt(length) for length in (5, 33, 1024, 1025)] == [16, 64, 1024, 1040]
 
 
-def cell(batch=1, cached=99, tpot=0.02, single=0.027, step=0.026, deployment=None, **peers):
+def cell(batch=1, cached=99, tpot=0.02, queued=0.019, step=0.018, deployment=None, **peers) -> Cell:
     deployment = deployment or Deployment(preset("llama-3.2-1b"), None, "float32")
-    runs = {"tpot": [tpot] * 3, "single": [single] * 3, "step": [step] * 3}
-    sizes = {"batch": batch, "cached": cached, "steps": 1, "block": 8}
+    timings = {"tpot": spread([tpot] * 3), "queued": spread([queued] * 3), "step": spread([step] * 3)}
+    sizes = {"batch": batch, "cached": cached, "steps": 1}
     machine = Hardware("test", 10**10, 1e12, {"bfloat16": 1e15})
-    return decode_cell(deployment, machine, **sizes, runs=runs, peers=peers, failures={})
+    return decode_cell(deployment, machine, timings, **sizes, peers=peers)
 
 
 def test_differences_of_measurements_become_causes():
@@ -112,18 +115,18 @@ def test_differences_of_measurements_become_causes():
     counts = count_decode(Deployment(preset("llama-3.2-1b"), None, "float32"), 1, 100)
     assert found["weights"] == counts.weights.bytes / 1e12
     assert found["kv_read"] == counts.kv_read.bytes / 1e12
-    assert found["launch"] == pytest.approx(0.007 / 7)  # a dispatch costs 8 ms; shared by 8 steps, 1 ms each
+    assert found["host"] == pytest.approx(0.001)
     assert found["sampling"] == pytest.approx(0.001)
     rest = 0.02 - counts.bytes / 1e12 - 0.002
     assert found["unattributed"] == pytest.approx(rest)
 
 
 def test_noise_below_zero_explains_nothing_and_no_cause_takes_more_than_there_is():
-    found = cell(single=0.01, step=0.02).attributed
-    assert (found["launch"], found["sampling"]) == (0, 0)
-    found = cell(tpot=0.003, single=0.03, step=0.001).attributed
+    found = cell(queued=0.021, step=0.022).attributed
+    assert (found["host"], found["sampling"]) == (0, 0)
+    found = cell(tpot=0.02, queued=0.001, step=0.0).attributed
     assert found["unattributed"] == pytest.approx(0)
-    assert found["sampling"] == 0  # launching took all
+    assert found["sampling"] == 0  # the host took all
 
 
 def test_growth_with_context_and_rows_is_told_apart():
@@ -131,7 +134,7 @@ def test_growth_with_context_and_rows_is_told_apart():
         return cell(batch, context - 1, tpot=1.0).predicted + 1e-3 + 3e-6 * context + 2e-4 * batch
 
     sizes = [(batch, context) for batch in (1, 4, 8) for context in (100, 500)]
-    found = explain_growth([cell(b, c - 1, tpot=tpot(b, c), single=0.0, step=0.0) for b, c in sizes])
+    found = explain_growth([cell(b, c - 1, tpot=tpot(b, c), queued=1.0, step=1.0) for b, c in sizes])
     for (batch, context), one in zip(sizes, found, strict=True):
         assert one.attributed["context"] == pytest.approx(3e-6 * context)
         assert one.attributed["rows"] == pytest.approx(2e-4 * batch)
@@ -144,9 +147,9 @@ def test_growth_with_context_and_rows_is_told_apart():
 def test_a_prefill_s_padding_and_set_up_are_named():
     deployment = Deployment(preset("llama-3.2-1b"), None, "float32")
     machine = Hardware("test", 10**10, 1e12, {"bfloat16": 1e13})
-    runs = {"ttft": [0.5, 0.5], "set_up": [0.01, 0.01], "sampling": [0.002, 0.002]}
+    timings = {"ttft": spread([0.5, 0.5]), "set_up": spread([0.01]), "sampling": spread([0.002])}
     sizes = {"batch": 1, "prompt": 600, "chunk": 1024, "padded": 1024}
-    found = prefill_cell(deployment, machine, **sizes, runs=runs, peers={}, failures={})
+    found = prefill_cell(deployment, machine, timings, **sizes)
     exact, padded = (count_prefill(deployment, 1, tokens).flops / 1e13 for tokens in (600, 1024))
     assert found.attributed["products"] + found.attributed["attention"] == pytest.approx(exact)
     assert found.attributed["padding"] == pytest.approx(padded - exact)
@@ -159,29 +162,30 @@ def test_the_roof_is_the_better_of_two_measurements():
     roof = better(MACHINE, later)
     assert (roof.bandwidth, roof.peaks) == (2e10, {"float32": 1e11, "bfloat16": 3e11})
     assert (roof.link_bandwidth, roof.start_latency) == (2e9, 1e-6)
-    assert drift(MACHINE, later, "float32") == {"bandwidth": 1.0, "peak": -0.5}
+    record = roof_record(MACHINE, later, "float32")
+    assert record["drift"] == {"bandwidth": 1.0, "peak": -0.5}
+    assert record["used"]["bandwidth"] == 2e10
 
 
 def test_scaling_and_ratios():
     two = Deployment(preset("llama-3.2-1b"), None, "float32", 2)
     linked = Hardware("test", 10**10, 1e12, {"bfloat16": 1e15}, 1e12)
-    runs = {"tpot": [0.0125], "single": [0.0125], "step": [0.0125]}
-    sizes = {"batch": 1, "cached": 99, "steps": 1, "block": 8}
-    second = decode_cell(two, linked, **sizes, runs=runs, peers={}, failures={})
+    timings = dict.fromkeys(("tpot", "queued", "step"), spread([0.0125]))
+    second = decode_cell(two, linked, timings, batch=1, cached=99, steps=1)
     rows = scaling([cell(), second])
-    assert [row.tensor for row in rows] == [1, 2]
-    assert [row.speedup for row in rows] == pytest.approx([1, 1.6])
-    assert [row.efficiency for row in rows] == pytest.approx([1, 0.8])
-    assert 1.5 < rows[1].predicted < 2
-    assert ratios(cell(peer=[0.03, 0.05])) == {"peer": pytest.approx(2)}
-    assert spread([3.0]).low == spread([3.0]).high == 3.0
+    assert [row["tensor"] for row in rows] == [1, 2]
+    assert [row["speedup"] for row in rows] == pytest.approx([1, 1.6])
+    assert [row["efficiency"] for row in rows] == pytest.approx([1, 0.8])
+    assert 1.5 < rows[1]["predicted"] < 2
+    assert cell(peer=spread([0.03, 0.05])).ratios == {"peer": pytest.approx(2)}
 
 
 def test_a_busy_machine_is_told(results):
-    cells, roofs = [cell()], {1: MACHINE}
-    stored = results | {"cores_busy_with_others": 1.5, "roofs": {1: results["roofs"]["1"]}}
-    assert "BUSY MACHINE: other processes kept 1.50 of" in "".join(notes(stored, cells, roofs))
-    assert "BUSY" not in "".join(notes(stored | {"cores_busy_with_others": 0.05}, cells, roofs))
+    def notes(busy):
+        return "".join(part for part in show(results | {"cores_busy_with_others": busy}) if isinstance(part, str))
+
+    assert "BUSY MACHINE: other processes kept 1.50 of" in notes(1.5)
+    assert "BUSY" not in notes(0.05)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system does not tell")
@@ -194,7 +198,7 @@ def test_the_work_of_other_processes_is_counted():
     assert busy > 0
 
 
-def test_turns_alternate_and_a_peer_that_fails_is_out_with_its_reason():
+def test_turns_alternate_and_a_contender_that_fails_is_out_with_its_reason():
     order = []
 
     def contender(name, fail=False):
@@ -202,23 +206,44 @@ def test_turns_alternate_and_a_peer_that_fails_is_out_with_its_reason():
             order.append(name)
             if fail and order.count(name) == 2:
                 raise RuntimeError("out of luck\nsecond line")
-            return {name: float(len(order))}
+            return {"all": float(len(order))}
 
         return turn
 
-    contest = Contest("decode", 1, 8, {OURS: contender(OURS), "a": contender("a"), "b": contender("b", fail=True)})
-    in_turns([contest], 3, lambda what: None)
-    assert order == [OURS, "a", "b", "a", "b", OURS, OURS, "a", OURS, "a"]
-    assert contest.failures == {"b": "RuntimeError: out of luck"}
-    assert contest.runs == {"a": [4.0, 8.0, 10.0], OURS: [6.0, 7.0, 9.0]}
+    turns = {"us": contender("us"), "a": contender("a"), "b": contender("b", fail=True)}
+    timed, failures = in_turns(turns, 3)
+    assert order == ["us", "a", "b", "a", "b", "us", "us", "a", "us", "a"]  # the first round is not counted
+    assert failures == {"b": "RuntimeError: out of luck"}
+    assert {name: each["all"].runs for name, each in timed.items()} == {"a": [4.0, 8.0, 10.0], "us": [6.0, 7.0, 9.0]}
     with pytest.raises(RuntimeError, match="out of luck"):
-        in_turns([Contest("decode", 1, 8, {OURS: contender("x", fail=True)})], 3, lambda what: None)
+        in_turns({"us": contender("x", fail=True)}, 3, required={"us"})
+
+
+def test_a_figure_is_a_share_of_its_limit():
+    assert Figure("time", 20.0, 15.0, "ms", wanted=0.7).as_dict()["met"]
+    assert Figure("time", 20.0, 15.0, "ms").share == 0.75
+    rate = Figure("rate", 3.0, 4.0, "GB/s", 0.8, rate=True)
+    assert (rate.share, rate.as_dict()["met"]) == (0.75, False)
 
 
 def test_tables_fit_a_narrow_terminal_and_json_is_what_is_stored(capsys, monkeypatch, machine, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "out.json"
-    run = ["bench", *TINY, "--batch", "1", "--context", "24", "--prompt", "5", "--tokens", "8", "--repeats", "1"]
+    run = [
+        "bench",
+        "decode",
+        *TINY,
+        "--batch",
+        "1",
+        "--context",
+        "24",
+        "--prompt",
+        "5",
+        "--tokens",
+        "8",
+        "--repeats",
+        "1",
+    ]
     assert main([*run, "--output", str(out)]) == 0
     tables, notes = capsys.readouterr().out.split("Roof of each device")
     assert "…" not in tables
@@ -228,14 +253,18 @@ def test_tables_fit_a_narrow_terminal_and_json_is_what_is_stored(capsys, monkeyp
         assert heading in tables
     assert "20 FLOP/byte (200 GFLOP/s in bfloat16, 10 GB/s)" in notes
     assert main([*run, "--output", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(out.read_text())
+    stored = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == stored
+    assert [figure["share"] for figure in stored["figures"][:2]] == [
+        cell["predicted"] / cell["seconds"]["median"] for cell in stored["cells"]
+    ]
 
 
 def test_bundled_weights_and_a_plot(capsys, machine, tmp_path):
     pytest.importorskip("matplotlib")
     run = ["--batch", "1", "--context", "24", "--prompt", "5", "--tokens", "8", "--repeats", "1"]
     files = ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "bench.png")]
-    assert main(["bench", "bundled", *run, *files]) == 0
+    assert main(["bench", "decode", "bundled", *run, *files]) == 0
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out.json").read_text())["model"]["random_weights"] is False
 
@@ -243,11 +272,12 @@ def test_bundled_weights_and_a_plot(capsys, machine, tmp_path):
 def test_tensor_degrees_on_forced_devices(tmp_path):
     code = f"""
 import sys
-from ridgeline.cli import bench, main
+from ridgeline.benchmarks import decode
+from ridgeline.cli import main
 from ridgeline.roofline import Hardware
 machine = Hardware("test machine", 10**10, 1e10, {{"float32": 1e11}}, 1e9, 1e-6)
-bench.measure = lambda devices, dtypes, progress: machine
-sys.exit(main({["bench", *TINY]} + sys.argv[1:]))
+decode.measured_roof = lambda *args: machine
+sys.exit(main({["bench", "decode", *TINY]} + sys.argv[1:]))
 """
     out = tmp_path / "out.json"
     sizes = ["--tensor", "1,2", "--batch", "1", "--context", "24", "--prompt", "5", "--tokens", "8", "--repeats", "1"]
@@ -274,6 +304,7 @@ def test_transformers_runs_beside_and_agrees(capsys, machine, tmp_path):
     sizes = ["--batch", "2", "--context", "24", "--prompt", "9", "--tokens", "8", "--repeats", "2"]
     run = [
         "bench",
+        "decode",
         *TINY,
         "--layers",
         "1",
@@ -320,7 +351,7 @@ def test_transformers_runs_beside_and_agrees(capsys, machine, tmp_path):
     ],
 )
 def test_bad_arguments_are_one_line_without_a_traceback(capsys, machine, args, message):
-    assert main(["bench", *args]) == 2
+    assert main(["bench", "decode", *args]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
@@ -328,11 +359,11 @@ def test_bad_arguments_are_one_line_without_a_traceback(capsys, machine, args, m
 
 def test_too_few_devices_say_how_to_force_them(capsys, machine):
     wanted = 2 * jax.device_count()
-    assert main(["bench", "llama-3.2-1b", "--tensor", str(wanted)]) == 2
+    assert main(["bench", "decode", "llama-3.2-1b", "--tensor", str(wanted)]) == 2
     assert f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted}" in capsys.readouterr().err
 
 
 def test_compare_without_transformers_says_how_to_get_it(capsys, monkeypatch, machine):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["bench", "bundled", "--compare", "transformers"]) == 1
+    assert main(["bench", "decode", "bundled", "--compare", "transformers"]) == 1
     assert "pip install 'ridgeline[parity]'" in capsys.readouterr().err

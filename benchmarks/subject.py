@@ -1,7 +1,7 @@
-"""The model that is measured: a preset, scaled where asked, with random weights; or the weights of a directory."""
+"""The model that is measured: a preset, scaled as asked, with random weights; or the weights of a directory."""
 
+import argparse
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ import jax
 from jax.sharding import Mesh
 
 from ..model.config import ModelConfig
+from ..model.find import find_config, quantized
+from ..model.generation import GenerationDefaults
 from ..model.hf import config_from_hf
-from ..model.loading import BUNDLED, GenerationDefaults, Model, load_model
+from ..model.loading import Model, load_model
 from ..model.params import float_specs, init_params
 from ..model.presets import PRESETS
 from ..roofline.deployment import Deployment
-from .common import model_config, quantized
 
 _FIELDS: dict[str, tuple[str, type]] = {
     "vocab_size": ("vocab_size", int),
@@ -30,7 +31,6 @@ _FIELDS: dict[str, tuple[str, type]] = {
 }
 """What `--set` may change: field of `ModelConfig` -> key of config.json, from which all that depends on it follows."""
 
-SETTABLE = tuple(_FIELDS)
 _MEMORY_FRACTION = 0.9
 
 
@@ -51,6 +51,27 @@ class Subject:
     hf: Mapping[str, Any] | None
     changes: Mapping[str, Any]
     schemes: Mapping[str, str | None]
+
+    @property
+    def title(self) -> str:
+        """For a file's name: without directories, and marked where it is scaled."""
+        return Path(self.name).name + (" scaled" if self.changes else "")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What results are stored with."""
+        own = {"random_weights": self.hf is not None, **self.schemes}
+        return {"name": Path(self.name).name, "changes": dict(self.changes), "dtype": self.config.dtype, **own}
+
+
+def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """The model and its size."""
+    add = parser.add_argument
+    help = "a preset, with random weights; a directory with a model; or 'bundled' (default: %(default)s)"
+    add("model", metavar="MODEL", nargs="?", default=default, help=help)
+    add("--layers", type=int, metavar="N", help="of a preset, run N layers")
+    help = f"of a preset, change a size; repeatable. Fields: {', '.join(_FIELDS)}"
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help=help)
 
 
 def find_subject(
@@ -74,26 +95,25 @@ def find_subject(
       ValueError: a field that is not known, a value of the wrong type, or a shape that the family cannot have.
     """
     changes, schemes = dict(map(_setting, settings)), {"quantize": quantize, "quantize_output": quantize_output}
-    if layers is not None:
-        changes["num_layers"] = layers
-        if layers < 1:
-            raise ValueError(f"--layers is {layers}; it must be at least 1")
+    if layers is not None and layers < 1:
+        raise ValueError(f"--layers is {layers}; it must be at least 1")
+    changes |= {} if layers is None else {"num_layers": layers}
     if model not in PRESETS:
         if changes:
             raise ValueError(
                 f"{model!r} has weights of its own, whose shape is fixed; leave out {', '.join(changes)}, or measure a "
                 f"preset with random weights: {', '.join(PRESETS)}"
             )
-        config = model_config(model)
+        config = find_config(model, **schemes)
         config = config if dtype is None else config.replace(dtype=dtype)
-        return Subject(model, quantized(config, **schemes), None, {}, schemes)
+        return Subject(model, config, None, {}, schemes)
     hf = PRESETS[model] | {_FIELDS[field][0]: value for field, value in changes.items()}
-    if dtype is not None:
-        hf["torch_dtype"] = dtype
+    hf |= {} if dtype is None else {"torch_dtype": dtype}
     try:
         config = config_from_hf(hf)
     except ValueError as error:
-        raise ValueError(f"{model} with {_listed(changes)} is no model: {error}") from None
+        listed = ", ".join(f"{field} {value}" for field, value in changes.items()) or "no changes"
+        raise ValueError(f"{model} with {listed} is no model: {error}") from None
     for field, value in changes.items():
         if getattr(config, field) != value:
             raise ValueError(f"--set {field}={value} has no effect: for {model} it is {getattr(config, field)}")
@@ -106,8 +126,7 @@ def _setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {text!r} is not FIELD=VALUE, such as embed_dim=768")
     if field not in _FIELDS:
         raise ValueError(f"--set {text!r}: there is no field {field!r}; there are {', '.join(_FIELDS)}")
-    kind = _FIELDS[field][1]
-    if kind is bool:
+    if _FIELDS[field][1] is bool:
         if value not in ("true", "false"):
             raise ValueError(f"--set {text!r}: {field} is true or false")
         return field, value == "true"
@@ -116,11 +135,7 @@ def _setting(text: str) -> tuple[str, Any]:
     return field, int(value)
 
 
-def _listed(changes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{field} {value}" for field, value in changes.items()) or "no changes"
-
-
-def make_model(subject: Subject, mesh: Mesh | None, checkpoint: Path | None) -> Model:
+def make_model(subject: Subject, mesh: Mesh | None = None, checkpoint: Path | None = None) -> Model:
     """The model on its devices.
 
     Args:
@@ -133,17 +148,6 @@ def make_model(subject: Subject, mesh: Mesh | None, checkpoint: Path | None) -> 
     config = subject.config
     params = jax.block_until_ready(init_params(config, jax.random.key(0), mesh))
     return Model(config, params, None, GenerationDefaults(), Path(subject.name), mesh)
-
-
-def checkpoint_directory(subject: Subject) -> Path:
-    """Where the weights of a subject with weights of its own lie."""
-    return BUNDLED.get(subject.name) or Path(subject.name).expanduser()
-
-
-def write_config(subject: Subject, directory: Path) -> None:
-    """The config.json of random weights."""
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(dict(subject.hf)))
 
 
 def check_memory(
