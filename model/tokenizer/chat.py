@@ -45,6 +45,8 @@ class ChatTemplate:
             raise ValueError(
                 f"chat template {name!r} does not parse at line {error.lineno}: {error.message}"
             ) from error
+        except RecursionError as error:
+            raise ValueError(f"chat template {name!r} does not parse: it is nested too deeply") from error
 
     def render(
         self,

@@ -33,7 +33,11 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     description, *sections = _SECTION.split("\n" + text)
     sections = dict(zip(sections[::2], sections[1::2], strict=True))
     told = _arguments(sections.get("Args", ""))
-    hints, properties, required = typing.get_type_hints(function), {}, []
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise ValueError(f"function {name!r} is a tool with a type hint that is not defined: {error}") from error
+    properties, required = {}, []
     for key, parameter in inspect.signature(function).parameters.items():
         if not properties and key in ("self", "cls") and key not in hints:
             continue
