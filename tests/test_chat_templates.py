@@ -2,6 +2,7 @@
 
 import datetime
 import enum
+import functools
 from typing import Any, Literal
 
 import pytest
@@ -384,7 +385,8 @@ def odd(x: bytes):
         (undocumented, "function 'undocumented' is a tool and has no docstring"),
         (half, "parameter 'y' of function 'half', a tool, has no type hint; add it"),
         (odd, "parameter 'x' of function 'odd', a tool, has type <class 'bytes'>, which has no JSON schema"),
-        (undefined, "function 'undefined' is a tool with a type hint that is not defined: name 'Nothing'"),
+        (undefined, "type hints of 'undefined', which is a tool, cannot be read: name 'Nothing'"),
+        (functools.partial(add, 1), "type hints of 'functools.partial.*, which is a tool, cannot be read"),
         (3, "tool 3 is neither a JSON schema, which is a mapping, nor a function"),
     ],
 )

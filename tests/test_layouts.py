@@ -220,9 +220,9 @@ def test_the_layout_of_mistral_and_of_meta(tmp_path):
 def test_an_adapter(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     write(tmp_path / "adapter_model.safetensors", {"x": np.ones(2, "float32")})
-    refused(tmp_path, r"is an adapter \(LORA\) of the model 'org/base', .*merge_and_unload")
+    refused(tmp_path, r"is an adapter \(LoRA\) of the model 'org/base', .*merge_and_unload")
     save(tmp_path)
-    with pytest.warns(UserWarning, match=r"also holds an adapter \(LORA\) of the model 'org/base', which is not"):
+    with pytest.warns(UserWarning, match=r"also holds an adapter \(LoRA\) of the model 'org/base', which is not"):
         load_model(tmp_path)
 
 

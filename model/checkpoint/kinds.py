@@ -49,10 +49,9 @@ def foreign_file(path: Path) -> str | None:
 
 def adapter(directory: Path) -> str:
     """What a directory with an adapter_config.json is, and the remedy."""
-    settings = read_object(directory / "adapter_config.json")
+    base = read_object(directory / "adapter_config.json").get("base_model_name_or_path")
     return (
-        f"an adapter ({settings.get('peft_type', 'LORA')}) of the model "
-        f"{settings.get('base_model_name_or_path')!r}, which is not applied here; merge it with peft, "
+        f"an adapter (LoRA) of the model {base!r}, which is not applied here; merge it with peft, "
         f"AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}).merge_and_unload().save_pretrained(out), and "
         "load `out`"
     )
