@@ -2,6 +2,7 @@
 
 import datetime
 import enum
+import functools
 from typing import Any, Literal
 
 import pytest
@@ -293,6 +294,8 @@ def test_reasoning_by_any_name(given, read):
         ("{% macro f(x) %}\n{{ 1 // x }}{% endmacro %}{{ f(0) }}", said("x"), r"ZeroDivisionError: .* \(line 2\)"),
         (CALLS, said("", tool_calls=[{"function": {"arguments": "no JSON"}}]), r"refuses .* \(line 1\)"),
         ("{{ 'x'.encode('nothing') }}", said("x"), "LookupError: unknown encoding: nothing"),
+        ("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", said("x"), "'default' does not parse: it is nested too deeply"),
+        ("a\n{{ x | nothing }}", said("x"), "'default' does not parse at line 2: No filter named 'nothing'"),
     ],
 )
 def test_every_failure_names_template_and_line(template, message, pattern):
@@ -360,6 +363,14 @@ def half(x: int, y):
     """
 
 
+def undefined(x: "Nothing"):
+    """Undefined.
+
+    Args:
+        x: one
+    """
+
+
 def odd(x: bytes):
     """Odd.
 
@@ -374,6 +385,8 @@ def odd(x: bytes):
         (undocumented, "function 'undocumented' is a tool and has no docstring"),
         (half, "parameter 'y' of function 'half', a tool, has no type hint; add it"),
         (odd, "parameter 'x' of function 'odd', a tool, has type <class 'bytes'>, which has no JSON schema"),
+        (undefined, "type hints of 'undefined', which is a tool, cannot be read: name 'Nothing'"),
+        (functools.partial(add, 1), "type hints of 'functools.partial.*, which is a tool, cannot be read"),
         (3, "tool 3 is neither a JSON schema, which is a mapping, nor a function"),
     ],
 )

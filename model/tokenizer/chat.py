@@ -45,6 +45,8 @@ class ChatTemplate:
             raise ValueError(
                 f"chat template {name!r} does not parse at line {error.lineno}: {error.message}"
             ) from error
+        except RecursionError as error:
+            raise ValueError(f"chat template {name!r} does not parse: it is nested too deeply") from error
 
     def render(
         self,
@@ -88,10 +90,11 @@ class ChatTemplate:
 
     def _continued(self, messages: list[dict[str, Any]], field: str, variables: Mapping[str, Any]) -> str:
         last, content = messages[-1], messages[-1].get(field)
-        texts = [part for part in content if "text" in part] if isinstance(content, list | tuple) else []
+        parts = list(content) if isinstance(content, list | tuple) else []
+        texts = [n for n, part in enumerate(parts) if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
         if texts:
-            end, content = texts[-1], texts[-1]["text"]
-            parts = [part | {"text": content + _TAG} if part is end else part for part in last[field]]
+            content = parts[texts[-1]]["text"]
+            parts[texts[-1]] = {**parts[texts[-1]], "text": content + _TAG}
             last = last | {field: parts}
         elif isinstance(content, str):
             fields = [name for name in _REASONING if last.get(name) == content] if field in _REASONING else [field]

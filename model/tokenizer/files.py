@@ -47,8 +47,8 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     if moved:
         _say(f"{source} gives {listing(moved)} other ids than tokenizer.json leads to, which are used")
     for name, place in zip(_ENDS, (0, -1), strict=True):
-        ends, adds = tokenizer.encode(""), stated.get(f"add_{name}")
-        if adds is not None and adds != (tokenizer.special_id(name) in ends[place:][:1]):
+        adds = stated.get(f"add_{name}")
+        if adds is not None and adds != (tokenizer.special_id(name) in tokenizer.encode("a")[place:][:1]):
             _say(f"{directory / CONFIG} has add_{name} {adds!r}, and tokenizer.json does otherwise, which is followed")
     return tokenizer
 
@@ -106,7 +106,8 @@ def _listed_tokens(directory: Path, stated: dict[str, Any]) -> tuple[dict[int, A
     if (listed := stated.get("added_tokens_decoder")) is not None:
         if not isinstance(listed, dict) or not all(id.isdecimal() for id in listed):
             raise CheckpointError(f"{file}: added_tokens_decoder is {listed!r}, expected an object of ids and tokens")
-        return {id: _token(listed[str(id)], file) for id in sorted(map(int, listed))}, file
+        tokens = {int(id): _token(token, file) for id, token in listed.items()}
+        return dict(sorted(tokens.items())), file
     stated.update(read_optional(directory / "special_tokens_map.json"))
     file = directory / "added_tokens.json"
     listed = read_optional(file)
@@ -121,6 +122,8 @@ def _listed_tokens(directory: Path, stated: dict[str, Any]) -> tuple[dict[int, A
 def _special_tokens(stated: Mapping[str, Any], file: Path) -> tuple[dict[str, AddedToken], list[AddedToken]]:
     """The special tokens that have a name, and those that have none."""
     extra = stated.get("extra_special_tokens") or stated.get("additional_special_tokens") or []
+    if not isinstance(extra, list | Mapping):
+        raise CheckpointError(f"{file}: extra special tokens are {extra!r}, expected a list or an object of tokens")
     known, more = {}, extra if isinstance(extra, Mapping) else {}
     for name, value in (*stated.items(), *more.items()):
         is_token = isinstance(value, str) or (isinstance(value, Mapping) and "content" in value)
@@ -134,7 +137,7 @@ def _token(value: Any, file: Path, special: bool | None = None) -> AddedToken:
     if isinstance(value, str):
         value = {"content": value}
     flags = {name: value[name] for name in _FLAGS if name in value} if isinstance(value, Mapping) else {}
-    if not flags.keys() <= set(_FLAGS) or not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
+    if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
         raise CheckpointError(f"{file}: {value!r:.200} is no token, expected a text, or an object with content")
     if not all(type(flag) is bool for flag in flags.values()):
         raise CheckpointError(f"{file}: token {value['content']!r} has flags {flags}, expected true or false")

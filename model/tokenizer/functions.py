@@ -27,13 +27,17 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     Raises:
       ValueError: no docstring, a parameter without a type hint or a description, or a type that JSON lacks.
     """
-    name, text = getattr(function, "__name__", "operation"), inspect.getdoc(function)
+    name, text = getattr(function, "__name__", repr(function)), inspect.getdoc(function)
     if not text:
         raise ValueError(f"function {name!r} is a tool and has no docstring; write one, or give its JSON schema")
     description, *sections = _SECTION.split("\n" + text)
     sections = dict(zip(sections[::2], sections[1::2], strict=True))
     told = _arguments(sections.get("Args", ""))
-    hints, properties, required = typing.get_type_hints(function), {}, []
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError) as error:
+        raise ValueError(f"the type hints of {name!r}, which is a tool, cannot be read: {error}") from error
+    properties, required = {}, []
     for key, parameter in inspect.signature(function).parameters.items():
         if not properties and key in ("self", "cls") and key not in hints:
             continue
