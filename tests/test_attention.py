@@ -166,7 +166,7 @@ def test_a_cuda_that_miscompiles_the_kernels_is_refused_by_its_version(told, mon
     (message,) = messages
     assert f"CUDA is 12.{version // 10 % 10}, whose ptxas" in message and not kernel  # noqa: PT018
     with pytest.raises(NotImplementedError, match="CUDA is 12"):
-        decode_attention(**Case().arrays(0), scale=1.0, implementation="mosaic")
+        decode_attention(**Case().arrays(0), implementation="mosaic")
 
 
 def test_the_version_of_cuda_is_that_of_the_plugin(plugin):
