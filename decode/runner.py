@@ -20,7 +20,7 @@ from .sampling.draw import SampleLogprobs
 from .sampling.params import SamplingParams
 from .sampling.state import make_sampling_state
 
-Texts = Sequence[Sequence[int] | Int[np.ndarray, "_"]]
+Texts = Sequence[Sequence[int] | Int[np.ndarray, "_"]] | Int[np.ndarray, "_ _"]
 """Token ids of each row."""
 
 Sampled = tuple[Int[Array, "N B"], SampleLogprobs | None]
