@@ -40,9 +40,8 @@ Case = Row | matmul_rows.Row
 def cases(small: bool) -> list[Case]:
     """The plainest first; then every case that is compiled for the table of resources, and most products."""
     if small:
-        heads = {"shape": (1, 4, 64), "S": 16}
-        rows = [Row((90, 0), kv="int8", window=50, **heads), Row((70, 20), T=32, kv="fp8", op="prefill", **heads)]
-        return [*rows, matmul_rows.Row("tiny", 192, 256, 3, "int4-32")]
+        prefilled = Row((70, 20), T=32, shape=(1, 4, 64), kv="fp8", S=16, op="prefill")
+        return [Row((20, 0), shape=(1, 4, 64), window=10), prefilled, matmul_rows.Row("tiny", 64, 128, 3, "int4-32")]
     plain = [decode(1, 512), decode(1, 512, (8, 4, 64)), prefill(1, 2048), Row((32768, *range(100, 115)))]
     products = matmul_rows.rows(("8b",), (1, 64))
     products += matmul_rows.rows(("1b", "70b tensor 8"), (16,), ("bf16", "int8", "int4"))

@@ -25,10 +25,11 @@ from .report import write_report
 
 GRACE = 45  # seconds that the last stage may take beyond the minutes
 SHAPE = ["embed_dim=64", "num_heads=4", "num_kv_heads=2", "head_dim=16", "ffn_dim=96", "vocab_size=300"]
-TINY = " ".join(["llama-3.2-1b --layers 2", *(f"--set {setting}" for setting in SHAPE)])
+TINY = " ".join(["llama-3.2-1b --layers 1", *(f"--set {setting}" for setting in SHAPE)])
 SHORT = "--batch 1 --context 24 --tokens 8 --repeats 1"
 ONE, BITS = "--batch 1 --context 512 --repeats 3", "--quantize int4 --quantize-output int8"
 FORMATS = "--formats bfloat16,bfloat16/int8+int8,bfloat16/int4+int8,bfloat16/fp8+fp8 --repeats 3"
+TWO = f"{SHORT} --formats float32,bfloat16/int4+int8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ STAGES = (
     Stage("prefill", 90, ALL, f"decode llama-3.1-8b --layers 8 --prompt 2048,8192 {ONE}", None, None),
     Stage("profile", 90, ALL, "profile llama-3.1-8b --layers 4", "profile bundled", f"profile {TINY}"),
     Stage("transformers", 150, ALL, f"decode llama-3.2-1b {ONE} --compare transformers", None, None),
-    Stage("formats", 240, ALL, f"formats llama-3.1-8b {FORMATS}", "formats", f"formats {TINY} {SHORT} {FORMATS}"),
+    Stage("formats", 240, ALL, f"formats llama-3.1-8b {FORMATS}", "formats", f"formats {TINY} {TWO}"),
     Stage(
         "replay",
         240,

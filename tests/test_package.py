@@ -40,6 +40,12 @@ def test_arrows_point_down():
                     assert module in below | {folder}, f"{file.relative_to(ROOT)} imports {module or 'the root'}"
 
 
+def test_nothing_imports_benchmarks_but_their_entry():
+    files = [file for folder in ROOT.glob("*/__init__.py") for file in folder.parent.rglob("*.py")]
+    uses = {str(file.relative_to(ROOT)) for file in files if re.search(r"from \.+benchmarks\b", file.read_text())}
+    assert uses == {"cli/__init__.py"}
+
+
 def test_every_data_file_is_shipped():
     for package, patterns in SETUPTOOLS["package-data"].items():
         folder = ROOT.joinpath(*package.split(".")[1:])
