@@ -23,6 +23,7 @@ from ..model.loading import Model
 from .timing import Turn, elapsed
 
 CHUNK = buckets.PREFILL_CHUNK
+cache_bucket = buckets.cache_bucket
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
 
 
@@ -44,11 +45,11 @@ def prefill_turn(model: Model, prompts: np.ndarray, kv_dtype: str | None) -> Tur
     rows, length = prompts.shape
 
     def set_up() -> tuple[KVCache, Any, Any]:
-        return new_cache(model, rows, prefill_capacity(length), kv_dtype), *_sampling(model, prompts)
+        return new_cache(model, rows, cache_bucket(length + 1), kv_dtype), *_sampling(model, prompts)
 
     def first_token() -> tuple[jax.Array, Any, Any, Any]:
         cache, state, plan = set_up()
-        for start, width in _chunks(length):
+        for start, width in chunks(length):
             part = prompts[:, start : start + width]
             padded = np.zeros((rows, width), np.int32)
             padded[:, : part.shape[1]] = part
@@ -72,31 +73,17 @@ def prefill_turn(model: Model, prompts: np.ndarray, kv_dtype: str | None) -> Tur
     return turn
 
 
-def padded_prompt(length: int) -> int:
-    """Tokens that the programs for a prompt were compiled for."""
-    return sum(width for _, width in _chunks(length))
-
-
-def _chunks(length: int) -> list[tuple[int, int]]:
-    """Start and width of each run of the prefill program, as `generate` has them."""
+def chunks(length: int) -> list[tuple[int, int]]:
+    """Start and width of each run of the prefill program over a prompt, as `generate` has them."""
     starts = range(0, length, CHUNK)
     return [(start, buckets.prefill_bucket(min(length - start, CHUNK))) for start in starts]
 
 
-def prefill_capacity(length: int) -> int:
-    """Positions of the cache that a prompt is measured with."""
-    return buckets.cache_bucket(length + 1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Decode steps that are timed together, around a context.
-
-    Attributes:
-      cached: positions a row holds before the first: so many that the steps see the context in the mean.
-      count: of steps, in whole blocks.
-      block: steps a dispatch.
-      capacity: positions of the cache: as `generate` has it for the context, and no fewer than the steps need.
+    """Decode steps that are timed together: positions a row holds before the first, so that they see a context in the
+    mean; how many, in whole blocks; steps a dispatch; positions of the cache, as `generate` has it for the context and
+    no fewer than the steps need.
     """
 
     cached: int
@@ -110,7 +97,7 @@ def plan_steps(context: int, tokens: int) -> Steps:
     block = min(tokens, buckets.DECODE_STEPS)
     count = -(-tokens // block) * block
     cached = max(1, context - (count + 1) // 2)
-    return Steps(cached, count, block, max(buckets.cache_bucket(context), cached + count))
+    return Steps(cached, count, block, max(cache_bucket(context), cached + count))
 
 
 def decode_turn(model: Model, batch: int, steps: Steps, kv_dtype: str | None) -> Turn:
