@@ -23,19 +23,15 @@ class Cell:
 
     Attributes:
       phase: "prefill", whose seconds are the TTFT, or "decode", whose seconds are a step's, the TPOT.
-      tensor: devices that share every layer.
-      batch: rows.
+      tensor, batch: devices that share every layer, and rows.
       length: tokens of a prompt, or positions that a step sees in the mean, its own included.
-      seconds: measured.
-      tokens_per_second: of all rows: prompt tokens of a prefill, new tokens of decode.
+      seconds, tokens_per_second: measured; tokens of all rows, of prompts or new ones.
       flops, bytes: that a run of the phase has to do and to move; in decode the mean step.
-      predicted: seconds at the roof.
-      bound: what the prediction waits for.
+      predicted, bound: seconds at the roof, and what they wait for.
       mfu, mbu: FLOPs and bytes over measured seconds, over the measured peak and bandwidth.
       attributed: seconds by cause; they sum to the measured median.
-      timings: what else was measured, by name, for the attribution.
-      peers: other programs' seconds for the same work, by name.
-      failures: why a peer has none, by name.
+      timings: what else was measured, for the attribution.
+      peers, failures: other programs' seconds for the same work, or why there are none.
     """
 
     phase: Literal["prefill", "decode"]
@@ -98,8 +94,7 @@ def prefill_cell(
     Args:
       deployment, hardware: the model, and the roof of each device.
       timings: "ttft" of the whole, "set_up" of cache and sampling state alone, "sampling" of the first token.
-      batch: rows.
-      prompt: tokens a row.
+      batch, prompt: rows, and tokens of each.
       chunk: longest run of the program, in tokens a row.
       padded: tokens a row that the programs were compiled for, at least `prompt`.
       peers: `peers` and `failures` of `Cell`.
@@ -141,8 +136,7 @@ def decode_cell(
       deployment, hardware: the model, and the roof of each device.
       timings: of a step: "tpot" as tokens are generated; "queued" with the host reading them at the end alone; "step"
         likewise, without sampling.
-      batch: rows.
-      cached: positions a row before the first step.
+      batch, cached: rows, and positions of each before the first step.
       steps: that were timed together.
       peers: `peers` and `failures` of `Cell`.
 

@@ -138,11 +138,12 @@ def supervise(numbers: Sequence[int], until: float, results: dict[int, dict[str,
     """Has cases run in a process; one that fails there fails alone, and the next case begins a new process, since an
     error of CUDA's takes the device from the old one."""
     worker = None
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"  # the reference need not be fast
     for number in numbers:
         if time.monotonic() > until:
             break
         try:
-            worker = worker or Worker(checker)
+            worker = worker or Worker(checker, environment={"XLA_FLAGS": flags.strip()})
             results[number] = worker.ask(number, PATIENCE)
         except RuntimeError as error:
             results[number] = {"failed": str(error)}

@@ -35,11 +35,11 @@ from .peers import Peer, check_installed, load
 from .steps import (
     CHUNK,
     GREEDY,
+    cache_bucket,
+    chunks,
     decode_turn,
     kv_name,
-    padded_prompt,
     plan_steps,
-    prefill_capacity,
     prefill_turn,
     random_prompts,
 )
@@ -147,7 +147,7 @@ def _check_memory(
 ) -> None:
     lengths = [plan_steps(context, args.tokens).capacity for context in args.context]
     sizes = [(batch, length) for batch in args.batch for length in lengths]
-    sizes += [(args.batch[0], prefill_capacity(prompt)) for prompt in args.prompt]
+    sizes += [(args.batch[0], cache_bucket(prompt + 1)) for prompt in args.prompt]
     # A peer has weights of its own, and torch packs them anew into each program that it freezes.
     frozen = len(sizes) + 1 if jax.default_backend() == "cpu" else 0
     for tensor, deployment in deployments.items():
@@ -231,7 +231,7 @@ def _cells(results: _Results, deployment: Deployment, roof: Hardware, tokens: in
         out = {other: why for (theirs, other), why in failures.items() if theirs == work}
         shared = {"batch": batch, "peers": peers, "failures": out}
         if phase == "prefill":
-            sizes = {"prompt": length, "chunk": CHUNK, "padded": padded_prompt(length)}
+            sizes = {"prompt": length, "chunk": CHUNK, "padded": sum(width for _, width in chunks(length))}
             prefills.append(prefill_cell(deployment, roof, timings[work, OURS], **sizes, **shared))
         else:
             steps = plan_steps(length, tokens)

@@ -17,6 +17,14 @@ _CAUSES = {
 }
 """Columns of the attribution, by phase, and after "=" what each sums where that has other names."""
 
+_MEANINGS = (
+    "TTFT: from token ids to the first token, cache made on the way. TPOT: decode steps as they are generated, several "
+    "a dispatch, each block read by the host. MFU and MBU: FLOPs and bytes that the work needs, over the time, over "
+    "the measured limits. Weights, KV, other (activations, logits, arithmetic beyond memory), links and padding are "
+    "what the roof predicts. Host (reading tokens, launching what follows), sample and set-up are measured by leaving them "
+    "out; context and rows are what grows with them beyond the prediction; rest is what no measurement tells apart, "
+    "below 0 where a run beat it."
+)
 _QUIET = 0.1  # cores
 _LENGTHS = {"prefill": "prompt", "decode": "context"}
 _TIMES = {"prefill": "TTFT", "decode": "TPOT"}
@@ -121,17 +129,7 @@ def _notes(report: Mapping[str, Any], cells: Sequence[Cell]) -> Iterator[str]:
             f"BUSY MACHINE: other processes kept {others:.2f} of {report['hardware']['cores']} cores busy meanwhile. "
             "Times are too long, those of peers on a CPU most, whose threads wait for each other: run it again alone."
         )
-    yield (
-        f"Medians of {report['repeats']} runs in turns. TTFT: from token ids to the first token, cache made on the "
-        "way. TPOT: decode steps as they are generated, several a dispatch, each block read by the host. MFU and MBU: "
-        "FLOPs and bytes that the work needs, over the time, over the measured limits."
-    )
-    yield (
-        "Weights, KV, other (activations, logits, arithmetic beyond memory) and links are what the roof predicts. "
-        "Host (reading tokens and launching what follows), sample and set-up are measured by leaving them out; padding "
-        "is predicted; context and rows are what grows with them beyond the prediction; rest is what no measurement "
-        "tells apart, below 0 where the run beat the prediction."
-    )
+    yield f"Medians of {report['repeats']} runs in turns. {_MEANINGS}"
     for name in PEERS:
         for phase in ("prefill", "decode"):
             ratios = [cell.ratios[name] for cell in cells if cell.phase == phase and name in cell.peers]

@@ -2,12 +2,11 @@
 
 The clock is real. A request's time to first token (TTFT) runs from its arrival, so that waiting counts; the time per
 output token (TPOT) is the mean gap between its later tokens; its end-to-end time runs from arrival to last token.
+Tokens count from when they reach the host, which gets them a block of decode steps at a time.
+
 Goodput counts only the requests that meet limits on both (Zhong et al., "DistServe: Disaggregating Prefill and Decoding
 for Goodput-optimized Large Language Model Serving", OSDI 2024), as a share and a second. The paper calls goodput the
 highest rate at which a wanted share is met: to find it, replay at several values of `--speed`.
-
-Tokens count from when they reach the host, which gets them a block of decode steps at a time: a request of two tokens
-waits for the whole block, and its TPOT shows that.
 
 Prompts are random tokens of the trace's lengths and outputs have exactly its lengths, whatever the model says. Without
 a trace, requests are generated as `request_trace.py` tells. The requests that have arrived run as a batch, and those

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .harness import Table, draw, figure_table
+from .timing import reason
 
 
 def write_report(state: Mapping[str, Any], folder: Path) -> None:
@@ -30,7 +31,10 @@ def write_report(state: Mapping[str, Any], folder: Path) -> None:
             parts.append("REHEARSAL: small shapes prove that this runs, and nothing else.")
         parts.append(f"{report['device']}, {report['date']}, {report['versions']}")
         parts += [f"**FAILED** {failure}" for failure in report.get("failures", [])]
-        parts += [part.markdown() if isinstance(part, Table) else part for part in module.show(report)]
+        try:
+            parts += [part.markdown() if isinstance(part, Table) else part for part in module.show(report)]
+        except (KeyError, IndexError, ValueError) as error:  # of a stage that was cut off early
+            parts.append(f"There is too little to show: {reason(error)}")
         if report.get("figures"):
             figures += [figure | {"what": f"{name}: {figure['what']}"} for figure in report["figures"]]
             picture = folder / f"{name}.png"

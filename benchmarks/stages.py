@@ -27,7 +27,7 @@ GRACE = 45  # seconds that the last stage may take beyond the minutes
 SHAPE = ["embed_dim=64", "num_heads=4", "num_kv_heads=2", "head_dim=16", "ffn_dim=96", "vocab_size=300"]
 TINY = " ".join(["llama-3.2-1b --layers 1", *(f"--set {setting}" for setting in SHAPE)])
 SHORT = "--batch 1 --context 24 --tokens 8 --repeats 1"
-ONE, BITS = "--batch 1 --context 512 --repeats 3", "--quantize int4 --quantize-output int8"
+ONE, BITS = "--batch 1 --context 512 --prompt 512 --repeats 3", "--quantize int4 --quantize-output int8"
 FORMATS = "--formats bfloat16,bfloat16/int8+int8,bfloat16/int4+int8,bfloat16/fp8+fp8 --repeats 3"
 TWO = f"{SHORT} --formats float32,bfloat16/int4+int8"
 
@@ -55,13 +55,14 @@ STAGES = (
     Stage("machine", 60, "", "machine --dtypes bfloat16,float32,int8,fp8", "machine", "machine"),
     Stage("correctness", 150, "", "correctness --minutes 2.2", "correctness", "correctness"),
     Stage("decode-1b", 90, ALL, f"decode llama-3.2-1b {ONE}", "decode bundled", f"decode {TINY} {SHORT} --prompt 5,33"),
-    Stage("decode-8b", 120, ALL, f"decode llama-3.1-8b {ONE}", None, None),
-    Stage("decode-8b-int4", 120, ALL, f"decode llama-3.1-8b {BITS} {ONE}", None, None),
+    Stage("decode-8b", 150, ALL, f"decode llama-3.1-8b {ONE}", None, None),
+    Stage("decode-8b-int4", 150, ALL, f"decode llama-3.1-8b {BITS} {ONE}", None, None),
     Stage("attention", 120, "decode prefill", "attention --quick --minutes 1.5", None, "attention --only 1k"),
     Stage("matmul", 90, "matmul", "matmul --quick --minutes 1", None, "matmul --only bf16"),
-    Stage("prefill", 90, ALL, f"decode llama-3.1-8b --layers 8 --prompt 2048,8192 {ONE}", None, None),
+    Stage("prefill", 90, ALL, f"decode llama-3.1-8b --layers 8 {ONE} --prompt 2048,8192", None, None),
     Stage("profile", 90, ALL, "profile llama-3.1-8b --layers 4", "profile bundled", f"profile {TINY}"),
     Stage("transformers", 150, ALL, f"decode llama-3.2-1b {ONE} --compare transformers", None, None),
+    Stage("tensor", 300, ALL, f"decode llama-3.1-8b {ONE} --tensor 1,{{devices}}", None, None),
     Stage("formats", 240, ALL, f"formats llama-3.1-8b {FORMATS}", "formats", f"formats {TINY} {TWO}"),
     Stage(
         "replay",
@@ -139,11 +140,14 @@ class _All:
 
     def arguments(self, stage: Stage) -> str | None:
         """The stage's command line on this machine; None where it does not run."""
-        on_gpu = self.results("machine").get("platform") == "gpu" or stage.name == "machine"
+        machine = self.results("machine")
+        on_gpu = machine.get("platform") == "gpu" or stage.name == "machine"
         text = stage.rehearsal if self.args.rehearse else stage.gpu if on_gpu else stage.cpu
-        if text is None or ("{text}" in text and self.args.text is None):
+        devices = machine["hardware"]["devices"] if on_gpu and machine else 1
+        absent = {"{text}": self.args.text is None, "{devices}": devices == 1}
+        if text is None or any(name in text and absent[name] for name in absent):
             return None
-        return text.replace("{text}", str(self.args.text))
+        return text.replace("{text}", str(self.args.text)).replace("{devices}", str(devices))
 
     def reason_against(self, stage: Stage) -> str | None:
         if time.monotonic() > self.until:

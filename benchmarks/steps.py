@@ -21,6 +21,7 @@ from ..model.loading import Model
 from .timing import Turn, elapsed
 
 CHUNK = buckets.PREFILL_CHUNK
+cache_bucket = buckets.cache_bucket
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
 
 
@@ -42,7 +43,7 @@ def prefill_turn(model: Model, prompts: np.ndarray, kv_dtype: str | None) -> Tur
     length = prompts.shape[1]
 
     def set_up() -> Runner:
-        return _runner(model, prompts, prefill_capacity(length), kv_dtype)
+        return _runner(model, prompts, cache_bucket(length + 1), kv_dtype)
 
     def first_token() -> tuple[Runner, jax.Array]:
         runner = set_up()
@@ -60,31 +61,17 @@ def prefill_turn(model: Model, prompts: np.ndarray, kv_dtype: str | None) -> Tur
     return turn
 
 
-def padded_prompt(length: int) -> int:
-    """Tokens that the programs for a prompt were compiled for."""
-    return sum(width for _, width in _chunks(length))
-
-
-def _chunks(length: int) -> list[tuple[int, int]]:
-    """Start and width of each run of the prefill program, as `generate` has them."""
+def chunks(length: int) -> list[tuple[int, int]]:
+    """Start and width of each run of the prefill program over a prompt, as `generate` has them."""
     starts = range(0, length, CHUNK)
     return [(start, buckets.prefill_bucket(min(length - start, CHUNK))) for start in starts]
 
 
-def prefill_capacity(length: int) -> int:
-    """Positions of the cache that a prompt is measured with."""
-    return buckets.cache_bucket(length + 1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Decode steps that are timed together, around a context.
-
-    Attributes:
-      cached: positions a row holds before the first: so many that the steps see the context in the mean.
-      count: of steps, in whole blocks.
-      block: steps a dispatch.
-      capacity: positions of the cache: as `generate` has it for the context, and no fewer than the steps need.
+    """Decode steps that are timed together: positions a row holds before the first, so that they see a context in the
+    mean; how many, in whole blocks; steps a dispatch; positions of the cache, as `generate` has it for the context and
+    no fewer than the steps need.
     """
 
     cached: int
@@ -98,7 +85,7 @@ def plan_steps(context: int, tokens: int) -> Steps:
     block = min(tokens, buckets.DECODE_STEPS)
     count = -(-tokens // block) * block
     cached = max(1, context - (count + 1) // 2)
-    return Steps(cached, count, block, max(buckets.cache_bucket(context), cached + count))
+    return Steps(cached, count, block, max(cache_bucket(context), cached + count))
 
 
 def decode_turn(model: Model, batch: int, steps: Steps, kv_dtype: str | None) -> Turn:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from .harness import Table
 from .request_trace import Kind, TraceRequest, Workload, generate_trace
 
 FEWEST_TO_FIT = 500
-QUANTILES = (0.1, 0.5, 0.9, 0.99)
 WINDOWS = (5, 50, 300)
 
 
@@ -107,38 +106,22 @@ def dispersion(times: np.ndarray, window: int | float) -> float:
 
 
 def comparison(title: str, real: Sequence[TraceRequest], workload: Workload) -> Table:
-    """A trace beside as many requests of the workload, drawn with seed 0.
-
-    Quantiles of gaps and lengths, with their Kolmogorov-Smirnov distances; the dispersion; how the output depends on
-    the prompt.
+    """A trace beside as many requests of the workload, drawn with seed 0: medians of gaps and lengths with their
+    Kolmogorov-Smirnov distances, and the dispersion.
     """
-    rows = _compared(real, generate_trace(len(real), 0, workload))
-    cells = [(name, f"{one:.4g}", f"{other:.4g}", distance) for name, one, other, distance in rows]
-    return Table(title, ("", "trace", "generator", "KS"), cells)
-
-
-def _compared(real: Sequence[TraceRequest], drawn: Sequence[TraceRequest]) -> Iterator[tuple[str, float, float, str]]:
-    (times, lengths), (drawn_times, drawn_lengths) = _arrays(real), _arrays(drawn)
-    gaps, drawn_gaps = np.diff(times), np.diff(drawn_times)
-    for name, one, other in (
-        ("gap / mean gap", gaps / gaps.mean(), drawn_gaps / drawn_gaps.mean()),
-        ("prompt tokens", lengths[:, 0], drawn_lengths[:, 0]),
-        ("output tokens", lengths[:, 1], drawn_lengths[:, 1]),
-        ("prompt + output tokens", lengths.sum(1), drawn_lengths.sum(1)),
-    ):
-        for q in QUANTILES:
-            distance = f"{ks_distance(one, other):.3f}" if q == QUANTILES[0] else ""
-            yield f"{name}, p{100 * q:g}", float(np.quantile(one, q)), float(np.quantile(other, q)), distance
+    traces = real, generate_trace(len(real), 0, workload)
+    (times, lengths), (drawn_times, drawn_lengths) = map(_arrays, traces)
+    pairs = {
+        "gap": (np.diff(times) / np.diff(times).mean(), np.diff(drawn_times) / np.diff(drawn_times).mean()),
+        "prompt tokens": (lengths[:, 0], drawn_lengths[:, 0]),
+        "output tokens": (lengths[:, 1], drawn_lengths[:, 1]),
+        "prompt + output tokens": (lengths.sum(1), drawn_lengths.sum(1)),
+    }
+    rows = [
+        (f"{name}, median", *(f"{np.median(each):.4g}" for each in pair), f"{ks_distance(*pair):.3f}")
+        for name, pair in pairs.items()
+    ]
     for window in WINDOWS:
-        name = f"arrivals' variance / mean in {window} gaps"
-        yield name, dispersion(times, window), dispersion(drawn_times, window), ""
-    edges = np.quantile(lengths[:, 0], (0.25, 0.5, 0.75))
-    for quarter in range(4):
-        medians = (_median_output(each, edges, quarter) for each in (lengths, drawn_lengths))
-        yield f"median output of prompt quarter {quarter + 1}", *medians, ""
-
-
-def _median_output(lengths: np.ndarray, edges: np.ndarray, quarter: int) -> float:
-    """nan for a quarter that has none."""
-    outputs = lengths[np.searchsorted(edges, lengths[:, 0], side="right") == quarter, 1]
-    return float(np.median(outputs)) if len(outputs) else math.nan
+        spreads = (f"{dispersion(each, window):.4g}" for each in (times, drawn_times))
+        rows.append((f"arrivals' variance / mean in {window} gaps", *spreads, ""))
+    return Table(title, ("", "trace", "generator", "KS"), rows)

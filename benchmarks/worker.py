@@ -67,7 +67,7 @@ def _serve(connection: Connection, make: Callable[..., Any], args: tuple[Any, ..
         connection.send({})
         while True:
             connection.send(answer(connection.recv()))
-    except EOFError:
+    except (EOFError, BrokenPipeError):  # nobody asks any more
         return
     except Exception as error:
         connection.send(reason(error))

@@ -13,7 +13,7 @@ from ridgeline.benchmarks.cells import Cell, decode_cell, explain_growth, prefil
 from ridgeline.benchmarks.decode_tables import show
 from ridgeline.benchmarks.environment import Others
 from ridgeline.benchmarks.limits import Figure, better, roof_record
-from ridgeline.benchmarks.steps import padded_prompt, plan_steps
+from ridgeline.benchmarks.steps import chunks, plan_steps
 from ridgeline.benchmarks.subject import find_subject
 from ridgeline.benchmarks.timing import in_turns, spread
 from ridgeline.cli import main
@@ -99,7 +99,8 @@ def test_steps_see_the_context_in_the_mean(context, tokens):
 
 
 def test_prompts_are_padded_as_generate_pads_them():
-    assert [padded_prompt(length) for length in (5, 33, 1024, 1025)] == [16, 64, 1024, 1040]
+    assert [chunks(length) for length in (5, 33, 1024)] == [[(0, 16)], [(0, 64)], [(0, 1024)]]
+    assert chunks(1025) == [(0, 1024), (1024, 16)]
 
 
 def cell(batch=1, cached=99, tpot=0.02, queued=0.019, step=0.018, deployment=None, **peers) -> Cell:
