@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ...sharding.rules import constrain, mesh_of, shard_map
+from ...sharding.rules import constrain, is_split, mesh_of, shard_map
 from .layout import SamplingPlan, Settings
 from .state import SamplingState
 
@@ -149,15 +149,16 @@ def top(logits: Float[Array, "B T V"], count: int) -> tuple[Float[Array, "B T N"
     Each device ranks what it has of the vocabulary and sends its N best.
     """
     mesh, split = mesh_of(logits), ("batch", None, "vocab")
+    in_parts = is_split("vocab", mesh)
 
     def local(logits):
-        ids = token_ids(logits) + (0 if mesh is None else lax.axis_index("tensor") * logits.shape[-1])
+        ids = token_ids(logits) + (lax.axis_index("tensor") * logits.shape[-1] if in_parts else 0)
         best, best_of_chunks = (functools.partial(way, count=count) for way in (_best, _best_of_chunks))
         return lax.platform_dependent(logits, ids, cpu=best, default=best_of_chunks)
 
     logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 would rank below 0.0
     candidates = shard_map(local, mesh, (split,), (split, split))(logits)
-    return candidates if mesh is None else _best(*(constrain(x, "batch") for x in candidates), count)
+    return _best(*(constrain(x, "batch") for x in candidates), count) if in_parts else candidates
 
 
 def _best_of_chunks(values, ids, count):
@@ -173,9 +174,9 @@ def _best_of_chunks(values, ids, count):
 
 def _best(values, ids, count):
     """The `count` largest of each list and their ids, which are in order, so that of equals the lowest comes first."""
+    best, where = lax.top_k(values, min(count, values.shape[-1]))
     # Without the barrier XLA merges later slices with that of top_k, no longer knows it, and sorts everything.
-    best, where = lax.optimization_barrier(tuple(lax.top_k(values, min(count, values.shape[-1]))))
-    return best, jnp.take_along_axis(ids, where, axis=-1)
+    return lax.optimization_barrier(best), jnp.take_along_axis(ids, where, axis=-1)
 
 
 def token_ids(logits: Float[Array, "*B V"]) -> Int[Array, "*B V"]:
