@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from ..sharding.rules import named_sharding
-from .config import ModelConfig
+from .config import LayerConfig, ModelConfig
 from .quantization import QuantizedArray, quantize, scale_axes, stored_shapes
 from .schemes import Scheme
 
@@ -98,57 +98,66 @@ def float_specs(config: ModelConfig, tensor: int = 1) -> Params:
     V, D, copies = config.vocab_size, config.embed_dim, kv_replicas(config, tensor)
     specs = {
         "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1),
-        "layers": [_layer_specs(config, copies) for _ in config.layers],
-        "final_norm": _norm(config, (D,), ("embed",)),
+        "layers": [_layer_specs(config, layer, copies) for layer in config.layers],
+        "final_norm": _norm(config, (D, "embed")),
     }
     if config.has_unembedding:
         specs["unembedding"] = ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1)
     return specs
 
 
-def _layer_specs(config: ModelConfig, copies: int) -> dict[str, ParamSpec]:
-    D, F, H = config.embed_dim, config.ffn_dim, config.head_dim
-    K, G = config.num_kv_heads * copies, config.q_per_kv // copies
+def _layer_specs(config: ModelConfig, layer: LayerConfig, copies: int) -> dict[str, ParamSpec]:
+    kinds = _ATTENTION[layer.attention](config, copies) | _MLP[layer.mlp](config)
+    before, after = config.norm_position != "post", config.norm_position != "pre"
+    names = ["attn_norm", "mlp_norm"] * before + ["post_attn_norm", "post_mlp_norm"] * after
+    return kinds | {name: _norm(config, (config.embed_dim, "embed")) for name in names}
 
-    def weight(*shape_axes, in_axes=1):
-        shape, axes = zip(*shape_axes, strict=True)
-        return ParamSpec(shape, config.dtype, axes, in_axes=in_axes)
 
-    def bias(*shape_axes):
-        return dataclasses.replace(weight(*shape_axes, in_axes=0), init="zeros")
-
-    kv_heads, group, head = (K, "kv_heads"), (G, "q_per_kv"), (H, "head_dim")
-    qkv, ffn, embed = (G + 2, "q_per_kv"), (F, "ffn"), (D, "embed")
+def _grouped_attention(config: ModelConfig, copies: int) -> dict[str, ParamSpec]:
+    G = config.q_per_kv // copies
+    kv_heads, head = (config.num_kv_heads * copies, "kv_heads"), (config.head_dim, "head_dim")
+    group, qkv, embed = (G, "q_per_kv"), (G + 2, "q_per_kv"), (config.embed_dim, "embed")
     specs = {
-        "qkv": weight(kv_heads, qkv, head, embed),
-        "out": weight(embed, kv_heads, group, head, in_axes=3),
-        "gate_up": weight((2, None), ffn, embed),
-        "down": weight(embed, ffn),
+        "qkv": _weight(config, kv_heads, qkv, head, embed),
+        "out": _weight(config, embed, kv_heads, group, head, in_axes=3),
     }
     if config.qkv_bias:
-        specs["qkv_bias"] = bias(kv_heads, qkv, head)
+        specs["qkv_bias"] = _bias(config, kv_heads, qkv, head)
     if config.out_bias:
-        specs["out_bias"] = bias(embed)
-    if config.mlp_bias:
-        specs["gate_up_bias"] = bias((2, None), ffn)
-        specs["down_bias"] = bias(embed)
-    if config.norm_position in ("pre", "sandwich"):
-        specs["attn_norm"] = _norm(config, (D,), ("embed",))
-        specs["mlp_norm"] = _norm(config, (D,), ("embed",))
-    if config.norm_position in ("post", "sandwich"):
-        specs["post_attn_norm"] = _norm(config, (D,), ("embed",))
-        specs["post_mlp_norm"] = _norm(config, (D,), ("embed",))
+        specs["out_bias"] = _bias(config, embed)
     if config.qk_norm == "head":
-        specs["q_norm"] = _norm(config, (H,), ("head_dim",))
-        specs["k_norm"] = _norm(config, (H,), ("head_dim",))
+        specs |= {"q_norm": _norm(config, head), "k_norm": _norm(config, head)}
     elif config.qk_norm == "full":
-        specs["q_norm"] = _norm(config, (K, G, H), ("kv_heads", "q_per_kv", "head_dim"))
-        specs["k_norm"] = _norm(config, (K, H), ("kv_heads", "head_dim"))
+        specs |= {"q_norm": _norm(config, kv_heads, group, head), "k_norm": _norm(config, kv_heads, head)}
     return specs
 
 
-def _norm(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> ParamSpec:
-    return ParamSpec(shape, config.dtype, axes, init="zeros" if config.norm_offset else "ones")
+def _dense_mlp(config: ModelConfig) -> dict[str, ParamSpec]:
+    both, ffn, embed = (2, None), (config.ffn_dim, "ffn"), (config.embed_dim, "embed")
+    specs = {"gate_up": _weight(config, both, ffn, embed), "down": _weight(config, embed, ffn)}
+    if config.mlp_bias:
+        specs |= {"gate_up_bias": _bias(config, both, ffn), "down_bias": _bias(config, embed)}
+    return specs
+
+
+_ATTENTION = {"grouped": _grouped_attention}
+"""The parameters of a layer's attention, by `LayerConfig.attention`."""
+_MLP = {"dense": _dense_mlp}
+"""Those of its MLP, by `LayerConfig.mlp`."""
+
+
+def _weight(config: ModelConfig, *axes: tuple[int, str | None], in_axes: int = 1) -> ParamSpec:
+    """A matrix, of each axis its size and its logical name."""
+    shape, names = zip(*axes, strict=True)
+    return ParamSpec(shape, config.dtype, names, in_axes=in_axes)
+
+
+def _bias(config: ModelConfig, *axes: tuple[int, str | None]) -> ParamSpec:
+    return dataclasses.replace(_weight(config, *axes, in_axes=0), init="zeros")
+
+
+def _norm(config: ModelConfig, *axes: tuple[int, str | None]) -> ParamSpec:
+    return dataclasses.replace(_weight(config, *axes, in_axes=0), init="zeros" if config.norm_offset else "ones")
 
 
 def kv_replicas(config: ModelConfig, tensor: int) -> int:

@@ -99,7 +99,7 @@ def transformer(
         spec = AttentionSpec(config.query_scale, layer.window, config.attn_soft_cap, index)
         with jax.named_scope(f"layer_{index}"):
             attention = functools.partial(attend, spec=spec, state=state[index])
-            x, kept = _layer(x, weights, specs, config, ropes[layer.rope], attention, product)
+            x, kept = _layer(x, weights, specs, config, layer, ropes[layer.rope], attention, product)
             x = residual(x, index + 1)
         new_state.append(kept)
     with jax.named_scope("final_norm"):
@@ -124,22 +124,22 @@ def unembed(
         return soft_cap(logits, config.logit_soft_cap)
 
 
-def _layer(x, weights, specs, config, rope, attend, product):
+def _layer(x, weights, specs, config, layer, rope, attend, product):
     norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
     before, after = config.norm_position != "post", config.norm_position != "pre"
 
     with jax.named_scope("attention"):
         h = norm(x, weights["attn_norm"]) if before else x
-        h, state = _attention(h, weights, specs, config, norm, rope, attend, product)
+        h, state = _ATTENTION[layer.attention](h, weights, specs, config, norm, rope, attend, product)
         x = x + (norm(h, weights["post_attn_norm"]) if after else h)
     with jax.named_scope("mlp"):
         h = norm(x, weights["mlp_norm"]) if before else x
-        h = gated_mlp(h, weights, specs, config.activation, product)
+        h = _MLP[layer.mlp](h, weights, specs, config.activation, product)
         x = x + (norm(h, weights["post_mlp_norm"]) if after else h)
     return x, state
 
 
-def _attention(x, weights, specs, config, norm, rope, attend, product):
+def _grouped_attention(x, weights, specs, config, norm, rope, attend, product):
     qkv = linear(x, weights["qkv"], specs["qkv"], weights.get("qkv_bias"), product=product)  # [B, T, K, G + 2, H]
     G = qkv.shape[-2] - 2  # fewer than the configuration's where KV heads are copied
     q, k, v = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
@@ -148,6 +148,12 @@ def _attention(x, weights, specs, config, norm, rope, attend, product):
     q, k = apply_rope(q, *rope), apply_rope(k, *rope)
     out, state = attend(q, k, v)
     return linear(out, weights["out"], specs["out"], weights.get("out_bias"), product=product), state
+
+
+_ATTENTION = {"grouped": _grouped_attention}
+"""What computes a layer's attention, by `LayerConfig.attention`."""
+_MLP = {"dense": gated_mlp}
+"""What computes its MLP, by `LayerConfig.mlp`."""
 
 
 @functools.partial(jax.jit, static_argnames="config")
