@@ -79,8 +79,8 @@ def check(case: Case, repeats: int) -> dict[str, Any]:
     seconds, moved = elapsed(lambda: sum(differs(program(x, operands), out) for _ in range(repeats)).item())
     finite = jnp.isfinite(out).all()
     if isinstance(case, Row) and case.op == "prefill":  # queries past a row's end are nobody's
-        asked = jnp.arange(case.T) < jnp.asarray(case.lengths)[:, None]
-        out, expected = (jnp.where(asked[:, :, None, None, None], each, 0) for each in (out, expected))
+        within = jnp.arange(case.T) < jnp.asarray(case.lengths)[:, None]
+        out, expected = (jnp.where(within[:, :, None, None, None], each, 0) for each in (out, expected))
     error, wrong = relative_error(out, expected), []
     if not finite:
         wrong.append("not finite: something is read that is not its own")
