@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     machine, correctness, *rest = STAGES
     everything.run(machine)
     device = everything.results("machine").get("device")
-    known = everything.state.setdefault("device", device)
+    known = everything.state["device"] = everything.state.get("device") or device
     store(everything.state, folder / "all.json")
     if known != device:
         raise UsageError(f"{folder} holds results of {known} and this is {device}; name another --folder")
