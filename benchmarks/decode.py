@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     dtype = subject.config.dtype
     before = {tensor: measured_roof([dtype], jax.devices()[:tensor]) for tensor in meshes}
     with usage_errors():
-        _check_memory(args, subject, deployments, before)
+        _check_memory(args, deployments, before)
     contests, agreement = _contests(args, subject, meshes)
     after = {tensor: measured_roof([dtype], jax.devices()[:tensor]) for tensor in meshes}
     cells = [
@@ -142,9 +142,7 @@ def _meshes(tensors: Sequence[int]) -> dict[int, Any]:
     return {tensor: None if tensor == 1 else make_mesh(tensor=tensor) for tensor in tensors}
 
 
-def _check_memory(
-    args: argparse.Namespace, subject: Subject, deployments: dict[int, Deployment], roofs: dict[int, Hardware]
-) -> None:
+def _check_memory(args: argparse.Namespace, deployments: dict[int, Deployment], roofs: dict[int, Hardware]) -> None:
     lengths = [plan_steps(context, args.tokens).capacity for context in args.context]
     sizes = [(batch, length) for batch in args.batch for length in lengths]
     sizes += [(args.batch[0], cache_bucket(prompt + 1)) for prompt in args.prompt]
@@ -152,8 +150,7 @@ def _check_memory(
     frozen = len(sizes) + 1 if jax.default_backend() == "cpu" else 0
     for tensor, deployment in deployments.items():
         copies = 2 + frozen if args.compare and tensor == 1 else 1
-        random = subject.hf is not None
-        subjects.check_memory(deployment, roofs[tensor].memory, sizes, random=random, copies=copies)
+        subjects.check_memory(deployment, roofs[tensor].memory, sizes, copies)
 
 
 _Results = tuple[dict[tuple[Work, str], dict[str, Spread]], dict[tuple[Work, str], str]]

@@ -196,21 +196,21 @@ def faults(result: dict[str, Any], chip: Any) -> list[str]:
     """What is wrong with a case; nothing if all is well."""
     if "error" in result:
         return [f"{result['case']}: {result['error']}"]
-    found = []
+    wrong = []
     for kernel in result["kernels"]:
         where = f"{result['case']}, {kernel['kernel']}"
         if kernel["spill_stores"] or kernel["spill_loads"]:
-            found.append(f"{where}: spills, {kernel['spill_stores']} bytes stored and {kernel['spill_loads']} loaded")
-        found += [f"{where}: {line}" for line in kernel["serialized"]]
+            wrong.append(f"{where}: spills, {kernel['spill_stores']} bytes stored and {kernel['spill_loads']} loaded")
+        wrong += [f"{where}: {line}" for line in kernel["serialized"]]
         if kernel["shared_memory"] > chip.shared_memory - RESERVED:
             most = chip.shared_memory - RESERVED
-            found.append(f"{where}: {kernel['shared_memory']} bytes of shared memory a block; {chip.name} has {most}")
+            wrong.append(f"{where}: {kernel['shared_memory']} bytes of shared memory a block; {chip.name} has {most}")
         if not kernel["blocks_per_sm"]:
-            found.append(f"{where}: {kernel['registers']} registers a thread do not fit; no block can start")
+            wrong.append(f"{where}: {kernel['registers']} registers a thread do not fit; no block can start")
         if kernel["waves"] and kernel["waves"] > 1:
             held = f"{kernel['blocks_per_sm']} blocks of {kernel['shared_memory']} bytes fit a multiprocessor"
-            found.append(f"{where}: {kernel['waves']} waves, where one was meant; {held}")
-    return found
+            wrong.append(f"{where}: {kernel['waves']} waves, where one was meant; {held}")
+    return wrong
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

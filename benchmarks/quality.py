@@ -19,7 +19,6 @@ from ..decode.score import evaluate
 from ..model.loading import load_model
 from ..model.params import Params
 from ..model.schemes import SCHEMES
-from ..roofline.plot import new_figure
 from ..training.data import read_books, split_book
 from .formats import parse
 from .harness import Table
@@ -99,7 +98,8 @@ def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
         for row in report["rows"]
     ]
     columns = ("weights", "KV", "MB", "KV B", "nats", "to bf16", "to f32", "top-1", "KL")
-    yield Table(_title(report), columns, rows, names=2)
+    title = f"{report['subject']}, {report['rows'][0]['tokens']:,} held-out tokens"
+    yield Table(title, columns, rows, names=2)
     yield (
         "MB: parameters read a token. KV B: keys and values a token. nats: loss a token, and how far above the loss in "
         "bfloat16 and in float32 it is. top-1, KL: against float32."
@@ -110,35 +110,3 @@ def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
     """Each scheme's loss beside that of float32."""
     for row in report["rows"]:
         yield Figure(f"{row['weights']}, KV {row['kv']}", row["loss"], row["reference_loss"], "nats")
-
-
-def _title(report: Mapping[str, Any]) -> str:
-    return f"{report['subject']}, {report['rows'][0]['tokens']:,} held-out tokens"
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Loss and divergence against the bytes of parameters a token: a color a weight scheme, a marker a KV scheme."""
-    rows = report["rows"]
-    figure = new_figure(figsize=(13, 6))
-    figure.suptitle(_title(report))
-    loss, divergence = figure.subplots(1, 2)
-    weights = list(dict.fromkeys(row["weights"] for row in rows))
-    markers = dict(zip(dict.fromkeys(row["kv"] for row in rows), "os^D", strict=False))
-    colors = {name: f"C{index}" if index < 10 else f"{(index - 10) / 10}" for index, name in enumerate(weights)}
-    for row in rows:
-        look = {"color": colors[row["weights"]], "marker": markers[row["kv"]], "linestyle": "", "fillstyle": "none"}
-        loss.plot(row["parameter_bytes"] / 1e6, row["loss"], **look)
-        if row["kl_divergence"] > 0:
-            divergence.plot(row["parameter_bytes"] / 1e6, row["kl_divergence"], **look)
-    for name, color in colors.items():
-        divergence.plot([], [], "o", color=color, label=name)
-    for kv, marker in markers.items():
-        divergence.plot([], [], marker, color="black", fillstyle="none", label=f"KV {kv}")
-    divergence.set_yscale("log")
-    for axes, label in ((loss, "held-out loss, nats a token"), (divergence, "KL(float32 || scheme), nats a token")):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set(xlabel="parameters read a token, MB", ylabel=label)
-        axes.grid(alpha=0.3)
-    divergence.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)

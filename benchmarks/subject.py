@@ -14,7 +14,7 @@ from ..model.find import find_config, quantized
 from ..model.generation import GenerationDefaults
 from ..model.hf import config_from_hf
 from ..model.loading import Model, load_model
-from ..model.params import float_specs, init_params
+from ..model.params import init_params
 from ..model.presets import PRESETS
 from ..roofline.deployment import Deployment
 
@@ -150,32 +150,20 @@ def make_model(subject: Subject, mesh: Mesh | None = None, checkpoint: Path | No
     return Model(config, params, None, GenerationDefaults(), Path(subject.name), mesh)
 
 
-def check_memory(
-    deployment: Deployment, memory: int, sizes: Sequence[tuple[int, int]], *, random: bool, copies: int
-) -> None:
-    """Refuse what does not fit a device, before anything is made.
+def check_memory(deployment: Deployment, memory: int, sizes: Sequence[tuple[int, int]], copies: int) -> None:
+    """ValueError, with the numbers, for what does not fit a device of so many bytes, before anything is made.
 
-    Args:
-      deployment: the model on its devices.
-      memory: bytes of one device.
-      sizes: rows and positions of each cache; one of them is held at a time.
-      random: the weights are made there, in float32 first.
-      copies: of the weights in this memory, those of peers included, which are not quantized.
-
-    Raises:
-      ValueError: it does not fit; with the numbers.
+    `sizes` are rows and positions of each cache, of which one is held at a time; `copies` of the weights, those of
+    peers included, are not quantized but for the first.
     """
     plain = dataclasses.replace(deployment, config=deployment.config.replace(quantization=None))
     weights = deployment.parameter_bytes + (copies - 1) * plain.parameter_bytes
-    largest = max(spec.size for spec in jax.tree.leaves(float_specs(deployment.config)))
-    scratch = 2 * 4 * largest // deployment.tensor if random else 0
     cache, batch, length = max((deployment.cache_bytes(*size), *size) for size in sizes)
-    needed, room = weights + max(scratch, cache), int(memory * _MEMORY_FRACTION)
-    if needed > room:
+    room = int(memory * _MEMORY_FRACTION)
+    if weights + cache > room:
         shared = f" in {copies} copies" if copies > 1 else ""
         raise ValueError(
-            f"it does not fit: weights of {weights / 1e9:,.2f} GB{shared}, a cache of "
-            f"{cache / 1e9:,.2f} GB (batch {batch}, {length:,} positions) and {scratch / 1e9:,.2f} GB to make "
-            f"the weights need {needed / 1e9:,.2f} GB on each device, and {room / 1e9:,.2f} GB are to be had; take "
-            "fewer --layers, a smaller --batch or --context, more --tensor devices, or leave out --compare"
+            f"it does not fit: weights of {weights / 1e9:,.2f} GB{shared} and a cache of {cache / 1e9:,.2f} GB (batch "
+            f"{batch}, {length:,} positions) are more than the {room / 1e9:,.2f} GB of each device that are to be had; "
+            "take fewer --layers, a smaller --batch or --context, more --tensor devices, or leave out --compare"
         )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .checkpoint.description import is_converted, read_description
-from .checkpoint.files import read_object
+from .checkpoint.settings import read_config
 from .config import ModelConfig
 from .hf import config_from_hf
 from .loading import BUNDLED
@@ -28,7 +28,7 @@ def find_config(model: str, quantize: str | None = None, quantize_output: str | 
     if not file.exists():
         names = ", ".join((*PRESETS, *BUNDLED))
         raise ValueError(f"{model!r} is no directory with a config.json and no preset; presets: {names}")
-    config = config_from_hf(read_object(file))
+    config = config_from_hf(read_config(directory))
     return quantized(read_description(directory, config) if converted else config, quantize, quantize_output)
 
 

@@ -52,13 +52,13 @@ def test_a_rehearsal_runs_every_stage_and_goes_on_where_it_was(tmp_path):
 def run_all(tmp_path, monkeypatch):
     """Runs stages whose processes are stood in for; returns the exit code, what ran, and what became of each stage."""
 
-    def run_all(*arguments, platform="gpu", wrong=()):
+    def run_all(*arguments, platform="gpu", device="card", wrong=(), checked=("decode", "prefill", "matmul")):
         ran = []
 
         def process(self, name, arguments, seconds):
             ran.append((name, " ".join(arguments), seconds))
-            machine = {"platform": platform, "hardware": {"devices": 8}}
-            rows = [{"case": op, "op": op, "failed": "is wrong"} for op in wrong]
+            machine = {"platform": platform, "device": device, "hardware": {"devices": 8}}
+            rows = [{"op": op} | ({"failed": "is wrong"} if op in wrong else {}) for op in checked]
             results = {"machine": machine, "correctness": {"rows": rows}}.get(name, {})
             (self.folder / f"{name}.json").write_text(json.dumps(results))
             return "done"
@@ -91,9 +91,21 @@ def test_what_runs_on_a_wrong_kernel_is_left_out_unless_it_is_asked_for(run_all)
     code, _, states = run_all(wrong=["matmul"])
     assert code == 0
     assert states["attention"] == states["loading"] == "done"
-    assert states["matmul"] == states["decode-8b"] == "left out: the kernel of matmul is wrong"
+    assert states["matmul"] == states["decode-8b"] == "left out: the kernel of matmul is not shown to be right"
     _, _, states = run_all("--ungated", "--only", "matmul")
     assert states["matmul"] == "done"
+
+
+def test_a_kernel_that_was_not_reached_is_not_right(run_all):
+    _, _, states = run_all(checked=["decode", "matmul"])
+    assert states["attention"] == "left out: the kernel of prefill is not shown to be right"
+    assert states["matmul"] == "done"
+
+
+def test_results_of_two_machines_are_not_mixed(run_all, capsys):
+    run_all("--only", "machine")
+    assert run_all("--only", "machine", device="another card")[0] == 2
+    assert "holds results of card and this is another card; name another --folder" in capsys.readouterr().err
 
 
 def test_no_stage_begins_when_the_minutes_are_over(run_all):

@@ -347,7 +347,7 @@ def test_transformers_runs_beside_and_agrees(capsys, machine, tmp_path):
         (["bundled", "--plot", "bench.gif"], "ends in '.gif'; end it in one of"),
         (["bundled", "--output", "no/where/out.json"], "is in no directory that exists; make it first"),
         (["llama-9"], "'llama-9' is no directory with a config.json and no preset"),
-        (["llama-3.1-8b"], "it does not fit: weights of 16.06 GB, a cache of"),
+        (["llama-3.1-8b"], "it does not fit: weights of 16.06 GB and a cache of"),
     ],
 )
 def test_bad_arguments_are_one_line_without_a_traceback(capsys, machine, args, message):
