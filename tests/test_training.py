@@ -17,6 +17,7 @@ import pytest
 from safetensors import safe_open
 
 from ridgeline.pallas_kernels.attention import causal_attention
+from ridgeline.pallas_kernels.pages import AttentionOptions
 from ridgeline.training import data, gradients, objective, recipe, train
 
 
@@ -122,7 +123,7 @@ def test_attention_differentiates_like_the_reference(T):
         return jax.jit(jax.value_and_grad(lambda q, k, v: (attend(q, k, v) * g).sum(), argnums=(0, 1, 2)))(q, k, v)
 
     value, grads = loss(gradients.attention)
-    expected_value, expected = loss(lambda q, k, v: causal_attention(q, k, v, scale=H**-0.5))
+    expected_value, expected = loss(lambda q, k, v: causal_attention(q, k, v, AttentionOptions(H**-0.5)))
     np.testing.assert_allclose(value, expected_value, rtol=1e-4)
     for actual, reference in zip(grads, expected, strict=True):
         np.testing.assert_allclose(actual, reference, atol=2e-5)
