@@ -1,6 +1,7 @@
 """prefill and decode_step against teacher-forced `forward`, and the contracts of the compiled step."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -189,6 +190,23 @@ def test_mismatched_batches_are_refused(model, tokens):
         step(model, tokens[:, 0], cache)
     with pytest.raises(ValueError, match="max_length is 0"):
         rl.init_cache(model.config, 2, 0)
+
+
+@pytest.mark.parametrize("arrange", [lambda cache: cache, shuffled], ids=["dense", "paged"])
+def test_a_few_tokens_a_row_in_the_decode_form_are_those_of_single_steps(model, tokens, arrange):
+    """As drafts are verified: rows take different numbers of them, and what is not taken leaves no trace."""
+    start, new, T = np.array([40, 33, 5]), np.array([5, 0, 2]), 5
+    _, cache = prefill(model, tokens, start, arrange(rl.init_cache(model.config, 3, 42, page_size=PAGE)))
+    cache = cache.replace(max_lengths=jnp.array([45, 42, 42]))
+    drafts = jnp.stack([tokens[row, n : n + T] for row, n in enumerate(start)])
+    extend = jax.jit(functools.partial(rl.extend, config=model.config, form="decode", logits="all"))
+    logits, cache = extend(model.params, tokens=drafts, new=jnp.asarray(new), cache=cache)
+    expected = rl.forward(model.params, model.config, tokens)
+    for row, (n, taken) in enumerate(zip(start, new, strict=True)):
+        np.testing.assert_allclose(logits[row, :taken], expected[row, n : n + taken], atol=1e-4)
+        assert jnp.isnan(logits[row, taken:]).all()
+    logits, _ = step(model, tokens[ROWS, start + new], cache.replace(max_lengths=jnp.full(3, 48)))
+    np.testing.assert_allclose(logits, expected[ROWS, start + new], atol=1e-4)
 
 
 def test_tables_that_are_put_in_are_written_and_read_by(model, tokens):
