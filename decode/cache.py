@@ -20,9 +20,6 @@ from ..model.quantization import rounded
 from ..pallas_kernels.pages import Pages
 from ..sharding.rules import named_sharding
 
-ROW_AXES = {"block_tables": ("batch", "entries"), "lengths": ("batch",)}
-"""Logical axes of the arrays of `Rows`; those of the others are those of `lengths`."""
-
 
 @struct.dataclass
 class Rows:
@@ -179,7 +176,8 @@ def init_cache(
         return _placed(f"cache {jax.tree_util.keystr(path)}", 0, spec.dtype, spec.shape(**counts), spec.axes, mesh)
 
     def row(name: str, value: Any, *shape: int) -> jax.Array:
-        return _placed(f"cache {name}", value, jnp.int32, (batch_size, *shape), ROW_AXES.get(name, ("batch",)), mesh)
+        axes = ("batch", "entries")[: 1 + len(shape)]
+        return _placed(f"cache {name}", value, jnp.int32, (batch_size, *shape), axes, mesh)
 
     return KVCache(
         pages=jax.tree_util.tree_map_with_path(zeros, kv_specs(config, page_dtype(kv_dtype, config, mesh), tensor)),

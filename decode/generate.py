@@ -207,7 +207,7 @@ def _stream(model: Model, batches: list[list[Request]], kv_dtype: jnp.dtype) -> 
                 )
             if all(request.finished for request in requests):
                 break
-            texts = [[] if request.finished else request.prompt + request.tokens for request in requests]
+            texts = [[] if r.finished else r.prompt + r.tokens for r in requests] if runner.reads_again else ()
             made = _to_host(requests, *runner.decode(texts))
         first += len(requests)
 

@@ -38,6 +38,7 @@ class Runner:
 
     Attributes:
       cache: the rows' cache.
+      reads_again: whether `decode` wants the rows' texts: some layer has LongRoPE.
     """
 
     def __init__(self, model: Model, rows: int, max_length: int, *, kv_dtype: jax.typing.DTypeLike | None = None):
@@ -45,6 +46,7 @@ class Runner:
         self.model = model
         longrope = {layer.rope for layer in model.config.layers if layer.rope.kind == "longrope"}
         self._borders = {rope.original_max_position for rope in longrope}
+        self.reads_again = bool(longrope)
         self.cache = init_cache(model.config, -(-rows // data) * data, max_length, mesh=model.mesh, kv_dtype=kv_dtype)
 
     def begin(self, texts: Texts, max_lengths: Sequence[int]) -> None:
@@ -104,7 +106,7 @@ class Runner:
         cached = [len(text) - 1 for text in texts]  # the last token is not, yet
         if any(border in cached for border in self._borders):
             self._read_again([text[:-1] if n in self._borders else [] for n, text in zip(cached, texts, strict=True)])
-        elif any(0 <= n < border < n + steps for border in self._borders for n in cached):
+        if any(0 <= n < border < n + steps for border in self._borders for n in cached):
             steps = 1
         made, logprobs, self.tokens, self.cache, self.state = decode_steps(
             self.model.params, self.model.config, self.tokens, self.cache, self.state, self.plan, steps=steps

@@ -213,7 +213,7 @@ LONGROPE = rl.RopeConfig(
 )
 
 
-@pytest.mark.parametrize("lengths", [(5, 23), (24, 30)], ids=str)
+@pytest.mark.parametrize("lengths", [(5, 23), (24, 21), (24, 30)], ids=str)
 def test_longrope_takes_the_factors_of_the_length_that_a_row_has(lengths):
     """Reading the whole text again at each step, as `forward` does, is what transformers does where a row crosses."""
     model = tiny_model(tiny_config(layers=(rl.LayerConfig(LONGROPE),) * 2))
