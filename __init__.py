@@ -10,11 +10,12 @@ Prefill and decode are two programs, compiled apart: the first is bound by arith
 
 from . import programs, roofline
 from .decode.cache import KVCache, init_cache
+from .decode.engine.engine import Engine, EngineFull
 from .decode.extend import extend
-from .decode.generate import StreamChunk, generate, stream
+from .decode.generate import generate, stream
 from .decode.loop import decode_steps
 from .decode.prefill import prefill
-from .decode.request import RequestOutput
+from .decode.request import RequestOutput, StreamChunk
 from .decode.sampling.draw import sample
 from .decode.sampling.params import SamplingParams
 from .decode.sampling.state import make_sampling_state
@@ -40,6 +41,8 @@ __all__ = [
     "SCHEMES",
     "AttentionSpec",
     "CheckpointError",
+    "Engine",
+    "EngineFull",
     "KVCache",
     "LayerConfig",
     "Model",

@@ -5,7 +5,7 @@ import json
 import sys
 
 from ..decode import buckets
-from ..decode.generate import make_requests
+from ..decode.prompts import make_requests
 from ..decode.sampling.params import SamplingParams
 from ..model.loading import Model
 from .common import OK, UsageError, add_options, load, usage_errors, warm_up_programs

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from ..decode.generate import default_sampling, warm_up
+from ..decode.generate import warm_up
+from ..decode.prompts import default_sampling
 from ..decode.sampling.params import SamplingParams
 from ..model.config import DTYPES
 from ..model.kv_specs import KV_DTYPES

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..decode.generate import make_requests
+from ..decode.prompts import make_requests
 from .common import OK, UsageError, add_options, load, read_text, terminal, usage_errors, warm_up_programs
 from .reply import Reply
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..decode.generate import make_requests, stream
+from ..decode.generate import stream
+from ..decode.prompts import make_requests
 from ..decode.sampling.params import SamplingParams
 from ..model.loading import Model
 from .common import terminal, usage_errors

@@ -3,6 +3,9 @@
 PREFILL_CHUNK = 1024
 """Longest prefill, in tokens; longer prompts are prefilled in chunks of it."""
 
+SMALLEST_PREFILL = 16
+"""Tokens of the smallest compiled prefill."""
+
 DECODE_STEPS = 8
 """Decode steps a dispatch: tokens reach the host in blocks of this many."""
 
@@ -13,8 +16,13 @@ def batch_bucket(rows: int) -> int:
 
 
 def prefill_bucket(tokens: int) -> int:
-    """Tokens of a compiled prefill of `tokens` tokens: the next power of two from 16 to PREFILL_CHUNK."""
-    return min(max(16, 1 << (tokens - 1).bit_length()), PREFILL_CHUNK)
+    """Tokens of a compiled prefill of `tokens` tokens: the next power of two from SMALLEST_PREFILL to PREFILL_CHUNK."""
+    return min(max(SMALLEST_PREFILL, 1 << (tokens - 1).bit_length()), PREFILL_CHUNK)
+
+
+def prefill_floor(tokens: int) -> int:
+    """The largest compiled prefill that `tokens` tokens fill; 0 if they fill none."""
+    return 0 if tokens < SMALLEST_PREFILL else min(1 << (tokens.bit_length() - 1), PREFILL_CHUNK)
 
 
 def token_list_bucket(tokens: int) -> int:

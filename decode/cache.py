@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from ..model.config import ModelConfig
-from ..model.kv_specs import KVSpec, kv_dtype_of, kv_specs
+from ..model.kv_specs import KVSpec, kv_dtype_of, kv_specs, page_kinds
 from ..model.quantization import rounded
 from ..pallas_kernels.pages import Pages
 from ..sharding.rules import named_sharding
@@ -169,18 +169,13 @@ def init_cache(
             raise ValueError(f"init_cache: num_pages is {num_pages} and block_tables are not given; give both")
         num_pages = own
     tables = None if block_tables is None else _checked_tables(block_tables, (batch_size, pages_per_row), num_pages)
-    tensor = 1 if mesh is None else mesh.shape["tensor"]
-    counts = {"pages": num_pages, "page_size": page_size, "batch": batch_size}
-
-    def zeros(path: tuple, spec: KVSpec) -> jax.Array:
-        return _placed(f"cache {jax.tree_util.keystr(path)}", 0, spec.dtype, spec.shape(**counts), spec.axes, mesh)
 
     def row(name: str, value: Any, *shape: int) -> jax.Array:
         axes = ("batch", "entries")[: 1 + len(shape)]
         return _placed(f"cache {name}", value, jnp.int32, (batch_size, *shape), axes, mesh)
 
     return KVCache(
-        pages=jax.tree_util.tree_map_with_path(zeros, kv_specs(config, page_dtype(kv_dtype, config, mesh), tensor)),
+        pages=init_pages(config, [num_pages] * len(page_kinds(config)), page_size, mesh, kv_dtype),
         rows=Rows(
             lengths=row("lengths", 0),
             max_lengths=row("max_lengths", max_length),
@@ -188,6 +183,30 @@ def init_cache(
             block_tables=None if tables is None else row("block_tables", tables, pages_per_row),
         ),
     )
+
+
+def init_pages(
+    config: ModelConfig,
+    pages: Sequence[int],
+    page_size: int,
+    mesh: Mesh | None = None,
+    kv_dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[Any, ...]:
+    """An empty pool: an entry a layer, as `kv_specs` lists them.
+
+    Args:
+      config, page_size, mesh, kv_dtype: as in `init_cache`.
+      pages: how many layers of each kind have (`page_kinds`).
+    """
+    specs = kv_specs(config, page_dtype(kv_dtype, config, mesh), 1 if mesh is None else mesh.shape["tensor"])
+    counts = dict(zip(page_kinds(config), pages, strict=True))
+
+    def zeros(path: tuple, spec: KVSpec) -> jax.Array:
+        count = counts[config.layers[path[0].idx].window]
+        shape = spec.shape(pages=count, page_size=page_size)
+        return _placed(f"cache {jax.tree_util.keystr(path)}", 0, spec.dtype, shape, spec.axes, mesh)
+
+    return jax.tree_util.tree_map_with_path(zeros, specs)
 
 
 def _checked_tables(block_tables: Any, shape: tuple[int, int], num_pages: int) -> np.ndarray:

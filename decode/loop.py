@@ -53,7 +53,7 @@ def decode_steps(
         return (tokens, cache, state), (tokens, logprobs)
 
     (tokens, cache, state), made = lax.scan(step, (tokens, cache, state), length=steps)
-    made, logprobs = _for_host(made)
+    made, logprobs = for_host(made)
     return made, logprobs, tokens, cache, state
 
 
@@ -63,10 +63,10 @@ def sample_first(
 ) -> tuple[Int[Array, "1 B"], SampleLogprobs | None, Int[Array, "B"], SamplingState]:
     """Sample the token that follows prefill; returns what `decode_steps` of one step would, without a cache."""
     tokens, logprobs, state = sample(logits, state, positions, plan)
-    made, logprobs = _for_host(jax.tree.map(lambda x: x[None], (tokens, logprobs)))
+    made, logprobs = for_host(jax.tree.map(lambda x: x[None], (tokens, logprobs)))
     return made, logprobs, tokens, state
 
 
-def _for_host(made: Any) -> Any:
+def for_host(made: Any) -> Any:
     """Results that the host reads: whole on every device, so that each process of a mesh can read them."""
     return jax.tree.map(constrain, made)

@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from ..model.loading import Model
 from ..model.tokenizer import StreamDecoder, Tokenizer
+from .sampling.draw import SampleLogprobs
 from .sampling.params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +38,15 @@ class RequestOutput:
       prompt_tokens: the prompt's token ids.
       tokens: the new token ids, a stop token included.
       text: their text, cut at a stop string; None where the model has no tokenizer.
-      finish_reason: "stop" (a stop token or string), "length" (max_tokens, or the model's longest sequence), or "abort"
-        (cut short before either).
+      finish_reason: "stop" (a stop token or string), "length" (max_tokens, or the longest sequence), "abort" (cut short
+        before either), or "error".
       stop_reason: the stop token id or stop string that ended it, or None.
       logprobs: one entry a new token where asked for, else None.
       seed: gives the same tokens again.
-      ttft: seconds from the start of the request's batch to its first token.
+      ttft: seconds from submission to the first token.
       tpot: seconds a token after the first; None for fewer than two.
+      queue_time: seconds from submission until it was begun.
+      error: what failed, where `finish_reason` is "error".
     """
 
     prompt_tokens: list[int]
@@ -56,21 +58,27 @@ class RequestOutput:
     seed: int
     ttft: float
     tpot: float | None
+    queue_time: float = 0.0
+    error: Exception | None = None
 
 
-def with_checkpoint_rules(params: SamplingParams, model: Model) -> SamplingParams:
-    """The params of a request with what the checkpoint's own files ask of every one.
+@dataclasses.dataclass(frozen=True)
+class StreamChunk:
+    """New output of one request.
 
-    Tokens that are never made get a bias of -100, unless the request biases them itself; the checkpoint's stop strings
-    are added, unless the request ignores the ends of texts.
+    Attributes:
+      index: the prompt's position in the list of prompts.
+      tokens: new token ids.
+      text: new text; "" while it may yet become a stop string or an unfinished character.
+      finish_reason: set in the request's last chunk.
+      output: the whole result, in the last chunk.
     """
-    rules = model.generation
-    never = [*rules.suppress_tokens, *(word[0] for word in rules.bad_words if len(word) == 1)]
-    bias = {token: -100.0 for token in never if token < model.config.vocab_size} | (params.logit_bias or {})
-    stop = params.stop
-    if model.tokenizer is not None and not params.ignore_eos:
-        stop = tuple(dict.fromkeys((*stop, *rules.stop_strings)))
-    return dataclasses.replace(params, logit_bias=bias or None, stop=stop)
+
+    index: int
+    tokens: list[int]
+    text: str
+    finish_reason: FinishReason | None
+    output: RequestOutput | None
 
 
 class Request:
@@ -110,35 +118,61 @@ class Request:
             _WholeText(tokenizer, prompt) if any(token in stop for stop in params.stop for token in special) else None
         )
         self._shown = 0
+        self.error: Exception | None = None
         self._started = time.perf_counter()
+        self._begun: float | None = None
         self._first_token: float | None = None
         self._last_token = self._started
 
     def start_clock(self) -> None:
-        """Count TTFT from now: called when the request's batch starts."""
+        """Count from now: called when the request is submitted."""
         self._started = time.perf_counter()
+
+    def begin(self) -> None:
+        """Called when something of it is run, at first or again."""
+        self._begun = self._begun or time.perf_counter()
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def push(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Take the next sampled token; does nothing once the request is finished."""
-        if self.finished:
-            return
+    def extend(self, tokens: Sequence[int], logprobs: SampleLogprobs | None = None, column: int = 0) -> None:
+        """Take the next sampled tokens, as far as the request goes.
+
+        Args:
+          tokens: their ids; those after the request's end are dropped.
+          logprobs: of a dispatch that made them, step by step, on the host.
+          column: the request's row of it.
+        """
+        first = len(self.tokens)
+        block = 1 if self.params.stop else len(tokens)  # stop strings are looked for token by token
+        for at in range(0, len(tokens), block):
+            if not self.finished:
+                self._push(tokens[at : at + block])
+        if self.logprobs is not None and logprobs is not None:
+            for step, token in enumerate(self.tokens[first:]):
+                self.logprobs.append(_token_logprobs(logprobs, step, column, token, self.params.logprobs))
+
+    def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """End the request before it ends itself."""
+        self.finish_reason, self.error = reason, error
+
+    def _push(self, tokens: Sequence[int]) -> None:
         self._last_token = time.perf_counter()
         self._first_token = self._first_token or self._last_token
-        self.tokens.append(token)
-        if self.logprobs is not None and logprobs is not None:
-            self.logprobs.append(logprobs)
-        enough = len(self.tokens) >= self.params.min_tokens
-        if enough and token in self._stop_tokens:
-            self.finish_reason, self.stop_reason = "stop", token
-            self._add_text([token] if self.params.include_stop_str_in_output else [], last=True)
-        else:
-            self._add_text([token], last=len(self.tokens) >= self.max_tokens, stops=enough)
-            if not self.finished and len(self.tokens) >= self.max_tokens:
+        tokens = tokens[: self.max_tokens - len(self.tokens)]
+        before = max(0, self.params.min_tokens - len(self.tokens) - 1)  # tokens that cannot be the last
+        end = next((n for n in range(before, len(tokens)) if tokens[n] in self._stop_tokens), None)
+        if end is None:
+            self.tokens += tokens
+            full = len(self.tokens) >= self.max_tokens
+            self._add_text(tokens, last=full, stops=len(self.tokens) >= self.params.min_tokens)
+            if full and not self.finished:
                 self.finish_reason = "length"
+        else:
+            self.tokens += tokens[: end + 1]
+            self.finish_reason, self.stop_reason = "stop", tokens[end]
+            self._add_text(tokens[: end + self.params.include_stop_str_in_output], last=True)
 
     def take_text(self) -> str:
         """Text that is final and was not taken before: never part of what may yet become a stop string."""
@@ -163,6 +197,8 @@ class Request:
             seed=self.seed,
             ttft=first - self._started,
             tpot=(self._last_token - first) / (count - 1) if count > 1 else None,
+            queue_time=(self._begun or self._last_token) - self._started,
+            error=self.error,
         )
 
     def _add_text(self, tokens: list[int], last: bool, stops: bool = False) -> None:
@@ -184,6 +220,16 @@ class Request:
             at, stop = min(found)
             self.finish_reason, self.stop_reason = "stop", stop
             self.text = self.text[: cut(at + len(stop) if self.params.include_stop_str_in_output else at)]
+
+
+def _token_logprobs(logprobs: SampleLogprobs, step: int, row: int, token: int, count: int) -> TokenLogprobs:
+    ids, values = logprobs.top_ids[step, row, :count], logprobs.top[step, row, :count]
+    return TokenLogprobs(
+        token=token,
+        logprob=float(logprobs.chosen[step, row]),
+        rank=int(logprobs.rank[step, row]),
+        top={int(i): float(v) for i, v in zip(ids, values, strict=True)},
+    )
 
 
 class _WholeText:

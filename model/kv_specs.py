@@ -60,6 +60,11 @@ def kv_specs(config: ModelConfig, kv_dtype: jax.typing.DTypeLike | None = None, 
     return tuple(_KINDS[layer.attention](config, layer, dtype, copies) for layer in config.layers)
 
 
+def page_kinds(config: ModelConfig) -> tuple[int | None, ...]:
+    """The kinds of layer that keep different pages of a row, by their window; None keeps those of all positions."""
+    return tuple(dict.fromkeys(layer.window for layer in config.layers))
+
+
 def kv_dtype_of(kv_dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype that a `kv_dtype` names.
 

@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import ridgeline as rl
 from checkpoints import LLAMA, refused, save, save_chain
-from ridgeline.decode.generate import default_sampling
+from ridgeline.decode.prompts import default_sampling
 from ridgeline.model.generation import GenerationDefaults, generation_defaults
 from ridgeline.model.loading import load_model
 

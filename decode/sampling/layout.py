@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, no_type_check
 
 import numpy as np
@@ -73,6 +73,12 @@ def make_plan(params: Collection[SamplingParams], vocab_size: int) -> SamplingPl
             width *= 4  # few widths, so that few programs are compiled
         return SamplingPlan("full", min(width, vocab_size))
     return SamplingPlan("greedy" if all(p.greedy for p in params) else "random")
+
+
+def coarsest(plans: Iterable[SamplingPlan]) -> SamplingPlan:
+    """The plan that serves all of them; greedy for none."""
+    kinds = ("greedy", "random", "full")
+    return max(plans, key=lambda plan: (kinds.index(plan.kind), plan.logprobs), default=SamplingPlan())
 
 
 def request_arrays(

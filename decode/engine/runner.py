@@ -1,0 +1,287 @@
+"""The device side of the engine: the pool of pages, what each slot holds, and the programs that advance them."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from ...model.config import ModelConfig
+from ...model.loading import Model
+from ...model.params import Params
+from ...sharding.rules import constrain, named_sharding
+from .. import buckets
+from ..cache import KVCache, Rows, init_pages
+from ..loop import decode_steps, for_host
+from ..prefill import prefill
+from ..runner import settle
+from ..sampling.draw import SampleLogprobs, sample
+from ..sampling.layout import RequestArrays, SamplingPlan, make_plan, request_arrays
+from ..sampling.params import SamplingParams
+from ..sampling.state import SamplingState, empty_state, insert
+from .pages import ABSENT
+from .scheduler import Chunk, Row
+
+Sampled = tuple[Int[Array, "N B"], SampleLogprobs | None]
+"""New tokens, step by step, and their log-probabilities where the plan has any; on the device."""
+
+
+@struct.dataclass
+class SlotState:
+    """What the device keeps of the rows that run, by slot.
+
+    Attributes:
+      tokens: [B] int32, the last sampled token of each.
+      lengths, contexts: as in `Rows`.
+      sampling: what each asks for, and what penalties need of its output.
+    """
+
+    tokens: Any
+    lengths: Any
+    contexts: Any
+    sampling: SamplingState
+
+
+class Runner:
+    """Pages and slots on the device. Calls return at once; their results are on the device.
+
+    Args:
+      model: as `load_model` returns it.
+      slots: B, rows that run together, a multiple of the mesh's "data".
+      pages: how many pages layers of each kind have (`page_kinds`).
+      page_size: positions a page.
+      max_length: most positions of a row.
+      kv_dtype: of cached keys and values, as `init_cache` takes it.
+      whole_batches: as in `Engine`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        slots: int,
+        pages: Sequence[int],
+        page_size: int,
+        max_length: int,
+        kv_dtype: jax.typing.DTypeLike | None = None,
+        whole_batches: bool = False,
+    ):
+        self.model, self.slots, self._max_length = model, slots, max_length
+        # On data shards rows stay with the devices that have their pages.
+        self._whole_batches = whole_batches or (model.mesh is not None and model.mesh.shape["data"] > 1)
+        self.shards = 1 if model.mesh is None else model.mesh.shape["data"]
+        self._pages_per_shard = [n // self.shards for n in pages]
+        self._tables = [np.zeros((slots, -(-max_length // page_size)), np.int32) for _ in pages]
+        self._vocab_size = model.config.vocab_size
+        self._empty_pages = functools.partial(init_pages, model.config, pages, page_size, model.mesh, kv_dtype)
+        self.restart()
+
+    def restart(self) -> None:
+        """Empty pages and slots, in place of those that there were, if any."""
+        self.free()
+        self.pages = self._empty_pages()
+        self.state = _empty(self.slots, self._vocab_size, self.model.mesh)
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.pages = self.state = None
+
+    def set_pages(self, row: Row) -> None:
+        """Copy a row's pages into the block tables. What its window has left behind is some page of its shard."""
+        shard = row.slot * self.shards // self.slots
+        for table, per_shard, pages in zip(self._tables, self._pages_per_shard, row.pages.lists, strict=True):
+            entries = np.asarray(pages, np.int32)
+            table[row.slot, : len(pages)] = np.where(entries == ABSENT, shard * per_shard, entries)
+        row.pages.changed = False
+
+    def insert(self, slot: int, request: RequestArrays) -> None:
+        """What the row that is about to enter a slot asks of sampling."""
+        self.state = self.state.replace(sampling=insert(self.state.sampling, np.array([slot], np.int32), request))
+
+    def make_tables(self) -> None:
+        """Have what "full" plans need of the slots."""
+        if self.state.sampling.bias is None:
+            tables = empty_state(self.slots, self._vocab_size, True, self.model.mesh)
+            self.state = self.state.replace(sampling=tables.replace(settings=self.state.sampling.settings))
+
+    def prefill(self, chunks: Sequence[Chunk], plan: SamplingPlan) -> tuple[Sampled | None, list[int]]:
+        """Run chunks of prompts; rows whose text ends draw a token and enter their slots.
+
+        Returns:
+          One token a row of the program, of which those of texts that go on are nobody's, and each chunk's row.
+        """
+        places, rows = self._places([chunk.row.slot for chunk in chunks])
+        width = buckets.prefill_bucket(max(chunk.count for chunk in chunks))
+        tokens = np.zeros((rows, width), np.int32)
+        new, starts, contexts = np.zeros((3, rows), np.int32)
+        slots = np.full(rows, self.slots, np.int32)  # out of bounds, where nothing enters
+        for place, chunk in zip(places, chunks, strict=True):
+            end = chunk.start + chunk.count
+            tokens[place, : chunk.count] = chunk.row.tokens[chunk.start : end]
+            new[place], starts[place], contexts[place] = chunk.count, chunk.start, chunk.row.context
+            if chunk.last:
+                slots[place] = chunk.row.slot
+        batch = Rows(
+            lengths=self._put(starts),
+            max_lengths=self._put(starts + new),
+            contexts=self._put(contexts),
+            block_tables=self._tables_of(places, rows, [chunk.row.slot for chunk in chunks]),
+        )
+        tokens, new = self._put(tokens), self._put(new)
+        logits, cache = prefill(self.model.params, self.model.config, tokens, new, KVCache(self.pages, batch))
+        self.pages = cache.pages
+        made = None
+        if any(chunk.last for chunk in chunks):
+            made, self.state = _enter(logits, self.state, slots, cache.lengths, cache.contexts, plan)
+        settle(self.model, logits)
+        return made, places
+
+    def decode(self, rows: Sequence[Row], steps: int, plan: SamplingPlan) -> tuple[Sampled, list[int]]:
+        """Make the next tokens of rows that have entered; the new ones, and the row of the program that each was."""
+        slots = [row.slot for row in rows]
+        if self._whole_batches:
+            places, count, taken = slots, self.slots, None
+        else:
+            places, count = list(range(len(rows))), min(buckets.batch_bucket(len(rows)), self.slots)
+            taken = np.full(count, self.slots, np.int32)
+            taken[: len(rows)] = slots
+        max_lengths = np.zeros(count, np.int32)
+        max_lengths[places] = [row.max_length - 1 for row in rows]  # the last token is not cached
+        made, self.pages, self.state = _decode(
+            self.model.params,
+            self.model.config,
+            self.pages,
+            self.state,
+            taken,
+            self._put(max_lengths),
+            self._tables_of(places, count, slots),
+            plan,
+            steps,
+        )
+        settle(self.model, made[0])
+        return made, places
+
+    def shapes(self, prefill_tokens: int) -> Iterator[Callable[[], Any]]:
+        """What compiles every program that there is, one after the other, when called; it writes to some page."""
+        self.make_tables()
+        asked = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0), SamplingParams(logprobs=1)
+        plans = [make_plan([params], self._vocab_size) for params in asked]
+        per_shard, longest = self.slots // self.shards, self._max_length
+
+        def rows(count: int) -> list[Row]:
+            slots = [shard * per_shard + n for shard in range(self.shards) for n in range(count)]
+            return [Row(0, [0] * longest, longest, longest + 1, context=longest, slot=slot) for slot in slots]
+
+        for length in {buckets.token_list_bucket(n): n for n in range(longest)}.values():
+            request = request_arrays([SamplingParams(repetition_penalty=2.0)], [[0] * length], [0])
+            yield functools.partial(self.insert, 0, request)
+        most = min(longest, prefill_tokens, buckets.PREFILL_CHUNK)
+        widths = sorted({buckets.prefill_bucket(n): n for n in range(1, most + 1)}.items())
+        for count in sorted({buckets.batch_bucket(n + 1) for n in range(per_shard)}):
+            some = rows(min(count, per_shard))
+            for n, (width, tokens) in enumerate(widths):
+                if count == 1 or self.shards * count * width <= prefill_tokens:
+                    chunks = [Chunk(row, 0, tokens, last=True) for row in some]
+                    for plan in plans if n == 0 else plans[:1]:
+                        yield functools.partial(self.prefill, chunks, plan)
+            for plan in plans if count == 1 or not self._whole_batches else []:
+                for steps in (1, buckets.DECODE_STEPS):
+                    yield functools.partial(self.decode, some, steps, plan)
+
+    def _places(self, slots: Sequence[int]) -> tuple[list[int], int]:
+        """Rows of a program for rows in these slots, each on its slot's data shard, and how many rows it has."""
+        each, shards = [0] * self.shards, [slot * self.shards // self.slots for slot in slots]
+        ranks = []
+        for shard in shards:
+            ranks.append(each[shard])
+            each[shard] += 1
+        per_shard = buckets.batch_bucket(max(each))
+        return [shard * per_shard + rank for shard, rank in zip(shards, ranks, strict=True)], self.shards * per_shard
+
+    def _tables_of(self, places: Sequence[int], count: int, slots: Sequence[int]) -> tuple[Array, ...]:
+        """The block tables of a program with `count` rows, of which those at `places` are in `slots`."""
+        tables = []
+        for table, pages in zip(self._tables, self._pages_per_shard, strict=True):
+            first = np.arange(count) * self.shards // count * pages  # of the shard, where there is no row
+            part = np.repeat(first.astype(np.int32)[:, None], table.shape[1], axis=1)
+            part[places] = table[slots]
+            tables.append(self._put(part))
+        return tuple(tables)
+
+    def _put(self, rows: np.ndarray) -> Array | np.ndarray:
+        """An array of a program's rows, each on its data shard."""
+        if self.model.mesh is None:
+            return rows
+        return jax.device_put(
+            rows, named_sharding("rows", rows.shape, ("batch", *[None] * (rows.ndim - 1)), self.model.mesh)
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "vocab_size", "mesh"))
+def _empty(slots: int, vocab_size: int, mesh: Any) -> SlotState:
+    def zeros() -> Array:
+        return constrain(jnp.zeros(slots, jnp.int32), "batch", mesh=mesh)
+
+    return SlotState(zeros(), zeros(), zeros(), empty_state(slots, vocab_size, False, mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("pages", "state"))
+def _decode(
+    params: Params,
+    config: ModelConfig,
+    pages: Any,
+    state: SlotState,
+    slots: Int[Array, "b"] | None,
+    max_lengths: Int[Array, "b"],
+    tables: tuple[Int[Array, "b N"], ...],
+    plan: SamplingPlan,
+    steps: int,
+) -> tuple[Sampled, Any, SlotState]:
+    """`decode_steps` of the rows in some slots; None is all of them, in order. Slots out of bounds are nobody's."""
+    rows = _rows_of(state, slots, plan)
+    cache = KVCache(pages, Rows(rows.lengths, max_lengths, rows.contexts, tables))
+    made, logprobs, tokens, cache, sampling = decode_steps(
+        params, config, rows.tokens, cache, rows.sampling, plan, steps
+    )
+    rows = rows.replace(tokens=tokens, lengths=cache.lengths, sampling=sampling)
+    return (made, logprobs), cache.pages, _with_rows(state, slots, rows)
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def _enter(
+    logits: Float[Array, "b V"],
+    state: SlotState,
+    slots: Int[Array, "b"],
+    lengths: Int[Array, "b"],
+    contexts: Int[Array, "b"],
+    plan: SamplingPlan,
+) -> tuple[Sampled, SlotState]:
+    """Draw the tokens that follow texts, and put the rows into their slots; those out of bounds enter none."""
+    rows = _rows_of(state, slots, plan)
+    tokens, logprobs, sampling = sample(logits, rows.sampling, lengths, plan)
+    made = for_host(jax.tree.map(lambda x: x[None], (tokens, logprobs)))
+    return made, _with_rows(state, slots, SlotState(tokens, lengths, contexts, sampling))
+
+
+def _rows_of(state: SlotState, slots: Int[Array, "b"] | None, plan: SamplingPlan) -> SlotState:
+    if plan.kind != "full":
+        state = state.replace(sampling=SamplingState(state.sampling.settings))
+    return state if slots is None else jax.tree.map(lambda x: x.at[slots].get(mode="clip"), state)
+
+
+def _with_rows(state: SlotState, slots: Int[Array, "b"] | None, rows: SlotState) -> SlotState:
+    """The state with the tokens and lengths of some rows, and with what their output counts in penalties."""
+    counts = state.sampling.output_counts
+    if rows.sampling.output_counts is not None:
+        counts = _at(counts, slots, rows.sampling.output_counts)
+    tokens, lengths, contexts = (
+        _at(getattr(state, name), slots, getattr(rows, name)) for name in ("tokens", "lengths", "contexts")
+    )
+    return SlotState(tokens, lengths, contexts, state.sampling.replace(output_counts=counts))
+
+
+def _at(old: Array, slots: Int[Array, "b"] | None, new: Array) -> Array:
+    return new if slots is None else old.at[slots].set(new, mode="drop")

@@ -1,0 +1,290 @@
+"""What runs next: rows that decode, and chunks of prompts, within a budget of tokens. On the host; knows no arrays.
+
+There are no phases (as in Sarathi-Serve, Agrawal et al. 2024, and vLLM V1): a step runs the rows that decode, then
+spends what is left of its budget on prompts, in order of priority and arrival. What it decides depends on the
+submissions alone, never on time, so that every process of a mesh comes to the same.
+"""
+
+import bisect
+import collections
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+
+from ..buckets import DECODE_STEPS, PREFILL_CHUNK, batch_bucket, prefill_bucket, prefill_floor
+from .pages import Key, RowPages, ShardPages, page_keys
+
+Regime = tuple[bytes, int]
+"""What keys and values depend on besides tokens, and positions up to which they depend on nothing else."""
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A request as the scheduler sees it.
+
+    Attributes:
+      index: the request's number, in order of arrival.
+      tokens: of the prompt, and of the output so far.
+      prompt_tokens: how many of them are the prompt's.
+      max_length: prompt and output at most.
+      priority: lower runs first.
+      borders: lengths at which the keys of all positions change, ascending (LongRoPE): the row is read again there.
+      computed: positions whose keys and values are written, or will be by what was dispatched.
+      in_flight: dispatches whose tokens the host has not seen.
+      slot: its place among the rows that run; None while it waits.
+      context: its length when it was last begun: what is read as a text, and what length-dependent RoPE goes by.
+      done: whether it has ended; what is still in flight of it counts for nothing.
+      pages: None until it is first begun.
+      keys: of its full pages.
+      root, shareable: the regime of its keys; see `Regime`.
+      step: the last in which something of it was dispatched.
+    """
+
+    index: int
+    tokens: list[int]
+    prompt_tokens: int
+    max_length: int
+    priority: int = 0
+    borders: Sequence[int] = ()
+    computed: int = 0
+    in_flight: int = 0
+    slot: int | None = None
+    context: int = 0
+    done: bool = False
+    pages: RowPages | None = None
+    keys: list[Key] = dataclasses.field(default_factory=list)
+    root: bytes | None = None
+    shareable: int = 0
+    step: int = 0
+
+    @property
+    def reading(self) -> bool:
+        """Whether some of its text is yet to be prefilled."""
+        return self.computed < self.context
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has tokens to make that were not dispatched; the last is not cached."""
+        return self.computed < self.max_length - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Tokens of one row to be prefilled: from `start`, `count` of them; `last` if a token can be drawn after it."""
+
+    row: Row
+    start: int
+    count: int
+    last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a step dispatches: `steps` decode steps of some rows, then batches of chunks, one after the other."""
+
+    decode: list[Row]
+    steps: int
+    prefills: list[list[Chunk]]
+
+
+class Scheduler:
+    """Decides what runs in each step, on which slots and pages.
+
+    Args:
+      shards: pages of each data shard.
+      slots: rows that can run together; each shard has an equal run of them.
+      prefill_tokens: budget of a step, padding included.
+      prefix_caching: whether rows begin with pages that others have filled.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[ShardPages],
+        slots: int,
+        prefill_tokens: int,
+        prefix_caching: bool = True,
+        regime: Callable[[int], Regime] = lambda context: (b"", sys.maxsize),
+    ):
+        self.shards = shards
+        self.prefill_tokens = prefill_tokens
+        self.prefix_caching = prefix_caching
+        self.regime = regime
+        self.page_size = shards[0].page_size
+        self.waiting: list[Row] = []  # both in order
+        self.running: list[Row] = []
+        self.preemptions = self.prompt_tokens = self.found_tokens = self._step = 0
+        self._slots_per_shard = slots // len(shards)
+        self._free_slots = [
+            list(range(n * self._slots_per_shard, (n + 1) * self._slots_per_shard)) for n in range(len(shards))
+        ]
+
+    def add(self, row: Row) -> None:
+        bisect.insort(self.waiting, row, key=_order)
+
+    def remove(self, row: Row) -> None:
+        """For a row that has ended, or that nobody wants any more."""
+        row.done = True
+        if row.slot is None:
+            self.waiting.remove(row)
+        else:
+            self._leave(row)
+
+    def restart(self) -> None:
+        """Every row begins again with the tokens that are known; what pages held is forgotten."""
+        for row in [*self.running]:
+            self._requeue(row)
+        for row in self.waiting:
+            row.in_flight = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Let no page be found."""
+        for shard in self.shards:
+            shard.forget()
+
+    def fits(self, length: int) -> bool:
+        """Whether a row of that length can be finished, were it alone."""
+        return self.shards[0].fits(length)
+
+    def shard_of(self, row: Row) -> int:
+        return row.slot // self._slots_per_shard
+
+    def schedule(self) -> Step:
+        """The next step; whoever asks dispatches it."""
+        self._step += 1
+        steps = self._decode_steps()
+        decode = []
+        for row in [row for row in self.running if not row.reading and row.goes_on]:
+            end = min(row.computed + steps, row.max_length - 1)
+            if row.slot is None:  # it made room for one of the rows before
+                continue
+            if row.computed in row.borders:
+                if not row.in_flight:
+                    self._requeue(row)
+            elif self._grow(row, end):
+                self._dispatch(row, end, samples=True)
+                decode.append(row)
+            else:
+                self._preempt(row)
+        return Step(decode, steps, self._prefills(self.prefill_tokens - len(decode)))
+
+    def advance(self, row: Row, tokens: Sequence[int]) -> None:
+        """Learn the tokens that one dispatch has made of a row, as far as they count."""
+        row.in_flight -= 1
+        row.tokens += tokens
+        if row.slot is not None:
+            self._register(row)
+
+    def _decode_steps(self) -> int:
+        """One where somebody waits, or where a row comes to a border before the host has its tokens."""
+        near = any(
+            row.computed < border < row.computed + DECODE_STEPS for row in self.running for border in row.borders
+        )
+        return 1 if near or self.waiting or any(row.reading for row in self.running) else DECODE_STEPS
+
+    def _prefills(self, budget: int) -> list[list[Chunk]]:
+        batches, written = [], set()
+        reading = (row for row in list(self.running) if row.slot is not None and row.reading)
+        while row := next(reading, None) or self._admit():
+            while row.reading and (count := _chunk(row.context - row.computed, budget)):
+                start, end = row.computed, row.computed + count
+                if not self._grow(row, end):
+                    return batches
+                if not batches or self._full(batches[-1], row, count) or not written.isdisjoint(row.keys):
+                    batches.append([])
+                    written = set()
+                batches[-1].append(Chunk(row, start, count, last=end == row.context))
+                written.update(self._dispatch(row, end, samples=end == row.context))
+                budget -= count
+            if row.reading:
+                break
+        return batches
+
+    def _full(self, batch: list[Chunk], row: Row, count: int) -> bool:
+        """Whether another chunk, padded as all of them are, would be too much for one program."""
+        rows = [chunk.row for chunk in batch] + [row]
+        width = max(prefill_bucket(n) for n in [count, *(chunk.count for chunk in batch)])
+        each = collections.Counter(map(self.shard_of, rows))
+        padded = len(self.shards) * batch_bucket(max(each.values())) * width
+        return padded > self.prefill_tokens or len(set(map(id, rows))) < len(rows)
+
+    def _admit(self) -> Row | None:
+        """Begin the first row that waits, if there is a slot and there are pages for its text."""
+        if not self.waiting or self.waiting[0].in_flight:
+            return None
+        row = self.waiting[0]
+        row.context = len(row.tokens)
+        root, row.shareable = self.regime(row.context)
+        if root != row.root:
+            row.root, row.keys = root, []
+        page_keys(row.tokens, self.page_size, row.keys, root)
+        known = row.keys[: min(row.context - 1, row.shareable) // self.page_size] if self.prefix_caching else []
+        matched = [pages.match(known) for pages in self.shards]
+        shards = [n for n, pages in enumerate(self.shards) if pages.room_for(known, matched[n], row.context + 1)]
+        shards = [n for n in shards if self._free_slots[n]]
+        if not shards:
+            return None
+        shard = max(shards, key=lambda n: (matched[n], self.shards[n].free))
+        if row.pages is None:
+            self.prompt_tokens += row.prompt_tokens
+            self.found_tokens += matched[shard] * self.page_size
+        self.waiting.pop(0)
+        row.slot = self._free_slots[shard].pop(0)
+        row.pages = self.shards[shard].begin(known, matched[shard])
+        row.computed = matched[shard] * self.page_size
+        bisect.insort(self.running, row, key=_order)
+        return row
+
+    def _grow(self, row: Row, length: int) -> bool:
+        """Pages for a row up to a length; newer rows of its shard that are not in this step make room."""
+        while not self._pages(row).grow(row.pages, length):
+            others = (r for r in self.running if self.shard_of(r) == self.shard_of(row) and r.step < self._step)
+            newest = max(others, key=_order, default=row)
+            if _order(newest) <= _order(row):
+                return False
+            self._preempt(newest)
+        return True
+
+    def _dispatch(self, row: Row, end: int, samples: bool) -> Sequence[Key]:
+        """Count on a row's positions up to `end`; the keys of the pages that are found from now on."""
+        row.step, row.computed = self._step, end
+        row.in_flight += samples
+        new = self._register(row)
+        self._pages(row).slide(row.pages, end)
+        return new
+
+    def _register(self, row: Row) -> Sequence[Key]:
+        """Let others find the pages that are full, and whose tokens are known; returns the keys of the new ones."""
+        page_keys(row.tokens, self.page_size, row.keys, row.root)
+        before, count = row.pages.registered, min(row.computed, len(row.tokens), row.shareable) // self.page_size
+        if self.prefix_caching:
+            self._pages(row).register(row.pages, row.keys, count)
+        return row.keys[before:count]
+
+    def _preempt(self, row: Row) -> None:
+        self.preemptions += 1
+        self._requeue(row)
+
+    def _requeue(self, row: Row) -> None:
+        """A row gives up its pages and waits, to be read again with the tokens that it has by then."""
+        self._leave(row)
+        self.add(row)
+
+    def _leave(self, row: Row) -> None:
+        self._pages(row).release(row.pages)
+        bisect.insort(self._free_slots[self.shard_of(row)], row.slot)
+        self.running.remove(row)
+        row.slot, row.computed = None, 0
+
+    def _pages(self, row: Row) -> ShardPages:
+        return self.shards[self.shard_of(row)]
+
+
+def _order(row: Row) -> tuple[int, int]:
+    return row.priority, row.index
+
+
+def _chunk(tokens: int, budget: int) -> int:
+    """How many of the tokens to run at once: all, or as many as a program takes without padding; 0 if too few."""
+    most = min(budget, PREFILL_CHUNK)
+    return tokens if tokens <= most else prefill_floor(most)

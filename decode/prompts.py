@@ -1,0 +1,133 @@
+"""What callers ask for: prompts and sampling, checked and tokenized before any device work."""
+
+import dataclasses
+import functools
+import secrets
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ..model.loading import Model
+from .request import Request
+from .sampling.params import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""A text, token ids, or the messages of a chat."""
+
+Prompts = str | Sequence[Prompt]
+
+
+def default_sampling(model: Model, **changes: Any) -> SamplingParams:
+    """The sampling that the model's generation_config.json asks for, with the named fields changed."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+    stated = {name: getattr(model.generation, name) for name in names}
+    return SamplingParams(**{name: value for name, value in stated.items() if value is not None} | changes)
+
+
+def make_requests(
+    model: Model, prompts: Prompts, sampling: SamplingParams | Sequence[SamplingParams] | None
+) -> list[Request]:
+    """Check and tokenize prompts: everything that can be refused is refused here, before any device work."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if sampling is None:
+        sampling = default_sampling(model)
+    params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+    if len(params) != len(prompts):
+        raise ValueError(f"got {len(prompts)} prompts and {len(params)} SamplingParams; give one, or one a prompt")
+    rows = zip(prompts, params, _new_seeds(len(prompts)), strict=True)
+    return [make_request(model, index, *row) for index, row in enumerate(rows)]
+
+
+def _new_seeds(count: int) -> list[int]:
+    seeds = np.array([secrets.randbits(32) for _ in range(count)], np.uint32)
+    if jax.process_count() > 1:  # every process must run the same request
+        seeds = multihost_utils.broadcast_one_to_all(seeds)
+    return seeds.tolist()
+
+
+def make_request(
+    model: Model,
+    index: int,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    seed: int | None = None,
+    *,
+    max_length: int | None = None,
+) -> Request:
+    """One request, checked and tokenized; errors name it by `index`.
+
+    Args:
+      model: as `load_model` returns it.
+      index: the prompt's position.
+      prompt: a text, token ids, or the messages of a chat.
+      params: None for the model's own defaults.
+      seed: where params have none; None draws one.
+      max_length: most positions, where these are fewer than the model takes.
+    """
+    config = model.config
+    params = default_sampling(model) if params is None else params
+    (seed,) = _new_seeds(1) if seed is None else (seed,)
+    longest = min(max_length or config.max_position, config.max_position)
+    tokens = _tokens(model, index, prompt)
+    outside = [token for token in tokens if not 0 <= token < config.vocab_size]
+    if outside:
+        raise ValueError(f"prompt {index} has token id {outside[0]}; the vocabulary is 0 to {config.vocab_size - 1}")
+    room = longest - len(tokens)
+    if room <= 0:
+        takes = "the model takes" if longest == config.max_position else "there is room for"
+        raise ValueError(
+            f"prompt {index} has {len(tokens)} tokens; {takes} {longest} and at least one must be left to generate: "
+            "shorten the prompt"
+        )
+    if params.stop and model.tokenizer is None:
+        raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
+    params.validate(config.vocab_size)
+    if params.max_tokens is not None and params.max_tokens > room:
+        _say_once(
+            f"prompt {index} has {len(tokens)} tokens of {longest} at most: it ends after {room} new ones, not after "
+            f"max_tokens {params.max_tokens}"
+        )
+    return Request(
+        prompt=tokens,
+        params=with_checkpoint_rules(params, model),
+        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+        seed=seed if params.seed is None else params.seed,
+        eos_token_ids=model.generation.eos_token_ids,
+        tokenizer=model.tokenizer,
+    )
+
+
+def _tokens(model: Model, index: int, prompt: Prompt) -> list[int]:
+    if len(prompt) == 0:
+        raise ValueError(f"prompt {index} is empty; give it at least one token")
+    text = isinstance(prompt, str)
+    if not text and not isinstance(prompt[0], Mapping):
+        return [int(token) for token in prompt]
+    if model.tokenizer is None:
+        kind = "text" if text else "a chat"
+        raise ValueError(f"prompt {index} is {kind}, but the model has no tokenizer; give token ids")
+    return model.tokenizer.encode(prompt) if text else model.tokenizer.apply_chat_template(list(prompt), tokenize=True)
+
+
+@functools.lru_cache(256)
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+def with_checkpoint_rules(params: SamplingParams, model: Model) -> SamplingParams:
+    """The params of a request with what the checkpoint's own files ask of every one.
+
+    Tokens that are never made get a bias of -100, unless the request biases them itself; the checkpoint's stop strings
+    are added, unless the request ignores the ends of texts.
+    """
+    rules = model.generation
+    never = [*rules.suppress_tokens, *(word[0] for word in rules.bad_words if len(word) == 1)]
+    bias = {token: -100.0 for token in never if token < model.config.vocab_size} | (params.logit_bias or {})
+    stop = params.stop
+    if model.tokenizer is not None and not params.ignore_eos:
+        stop = tuple(dict.fromkeys((*stop, *rules.stop_strings)))
+    return dataclasses.replace(params, logit_bias=bias or None, stop=stop)
