@@ -201,7 +201,7 @@ class Runner:
         per_shard = buckets.batch_bucket(max(each))
         return [shard * per_shard + rank for shard, rank in zip(shards, ranks, strict=True)], self.shards * per_shard
 
-    def _tables_of(self, places: Sequence[int], count: int, slots: Sequence[int]) -> tuple[Array, ...]:
+    def _tables_of(self, places: Sequence[int], count: int, slots: Sequence[int]) -> tuple[Array | np.ndarray, ...]:
         """The block tables of a program with `count` rows, of which those at `places` are in `slots`."""
         tables = []
         for table, pages in zip(self._tables, self._pages_per_shard, strict=True):

@@ -152,6 +152,8 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step; whoever asks dispatches it."""
         self._step += 1
+        for row in self.running:
+            self._pages(row).slide(row.pages, row.computed)
         steps = self._decode_steps()
         decode = []
         for row in [row for row in self.running if not row.reading and row.goes_on]:
@@ -186,18 +188,16 @@ class Scheduler:
         batches, written = [], set()
         reading = (row for row in list(self.running) if row.slot is not None and row.reading)
         while row := next(reading, None) or self._admit():
-            while row.reading and (count := _chunk(row.context - row.computed, budget)):
-                start, end = row.computed, row.computed + count
-                if not self._grow(row, end):
-                    return batches
-                if not batches or self._full(batches[-1], row, count) or not written.isdisjoint(row.keys):
-                    batches.append([])
-                    written = set()
-                batches[-1].append(Chunk(row, start, count, last=end == row.context))
-                written.update(self._dispatch(row, end, samples=end == row.context))
-                budget -= count
-            if row.reading:
+            count = _chunk(row.context - row.computed, budget)
+            start, end = row.computed, row.computed + count
+            if not count or not self._grow(row, end):
                 break
+            if not batches or self._full(batches[-1], row, count) or not written.isdisjoint(row.keys):
+                batches.append([])
+                written = set()
+            batches[-1].append(Chunk(row, start, count, last=end == row.context))
+            written.update(self._dispatch(row, end, samples=end == row.context))
+            budget -= count
         return batches
 
     def _full(self, batch: list[Chunk], row: Row, count: int) -> bool:
@@ -206,7 +206,7 @@ class Scheduler:
         width = max(prefill_bucket(n) for n in [count, *(chunk.count for chunk in batch)])
         each = collections.Counter(map(self.shard_of, rows))
         padded = len(self.shards) * batch_bucket(max(each.values())) * width
-        return padded > self.prefill_tokens or len(set(map(id, rows))) < len(rows)
+        return padded > self.prefill_tokens
 
     def _admit(self) -> Row | None:
         """Begin the first row that waits, if there is a slot and there are pages for its text."""
@@ -249,9 +249,7 @@ class Scheduler:
         """Count on a row's positions up to `end`; the keys of the pages that are found from now on."""
         row.step, row.computed = self._step, end
         row.in_flight += samples
-        new = self._register(row)
-        self._pages(row).slide(row.pages, end)
-        return new
+        return self._register(row)
 
     def _register(self, row: Row) -> Sequence[Key]:
         """Let others find the pages that are full, and whose tokens are known; returns the keys of the new ones."""
