@@ -76,20 +76,20 @@ def make_request(
     outside = [token for token in tokens if not 0 <= token < config.vocab_size]
     if outside:
         raise ValueError(f"prompt {index} has token id {outside[0]}; the vocabulary is 0 to {config.vocab_size - 1}")
+    who = "the model" if longest == config.max_position else "the engine"
     room = longest - len(tokens)
     if room <= 0:
-        takes = "the model takes" if longest == config.max_position else "there is room for"
         raise ValueError(
-            f"prompt {index} has {len(tokens)} tokens; {takes} {longest} and at least one must be left to generate: "
-            "shorten the prompt"
+            f"prompt {index} has {len(tokens)} tokens; {who} takes {longest} and at least one must be left to "
+            "generate: shorten the prompt"
         )
     if params.stop and model.tokenizer is None:
         raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
     params.validate(config.vocab_size)
     if params.max_tokens is not None and params.max_tokens > room:
         _say_once(
-            f"prompt {index} has {len(tokens)} tokens of {longest} at most: it ends after {room} new ones, not after "
-            f"max_tokens {params.max_tokens}"
+            f"prompt {index} has {len(tokens)} tokens of the {longest} that {who} takes: it ends "
+            f"after {room} new ones, not after max_tokens {params.max_tokens}"
         )
     return Request(
         prompt=tokens,

@@ -85,7 +85,8 @@ def check_pages(scheduler):
             assert all(pool._holders[page] == holders[page] for page in pool._holders)
             assert {pool._pages[key]: key for key in pool._pages} == pool._keys
     slots = [row.slot for row in scheduler.running]
-    assert len(set(slots)) == len(slots) and None not in slots
+    assert len(set(slots)) == len(slots)
+    assert None not in slots
 
 
 def make_scheduler(rng, windows, shards):
@@ -103,7 +104,7 @@ def play(seed):
     device, requests, in_flight = Device(scheduler), {}, []
     shared = [rng.randint(1, 12) for _ in range(20)]
     to_come = rng.randint(1, 6)
-    for step in range(10_000):
+    for _ in range(10_000):
         while to_come and rng.random() < 0.5:
             prompt = shared[: rng.randint(0, 20)] + [rng.randint(1, 12) for _ in range(rng.randint(1, 20))]
             row = Row(to_come, prompt, len(prompt), len(prompt) + rng.randint(1, 25), rng.choice((0, 0, 1)))
@@ -132,7 +133,8 @@ def play(seed):
         in_flight = results
         if not requests and not to_come and not in_flight:
             break
-    assert not scheduler.running and not scheduler.waiting, "somebody waits for ever"
+    assert not requests, "somebody waits for ever"
+    assert not scheduler.running + scheduler.waiting
     assert all(pool.free == pool.size for pages in scheduler.shards for pool in pages.pools)
     return scheduler.preemptions, scheduler.found_tokens
 

@@ -9,8 +9,8 @@ import pytest
 
 import ridgeline as rl
 from ridgeline.decode import buckets
+from ridgeline.decode.engine import runner
 from ridgeline.decode.generate import warm_up
-from ridgeline.decode.loop import sample_first
 from ridgeline.model.generation import GenerationDefaults
 from tiny import byte_tokenizer, tiny_config, tiny_model
 
@@ -144,9 +144,9 @@ def test_warm_up_leaves_nothing_to_compile():
     model = tiny_model(tiny_config(vocab_size=400))
     prompts, params = [[1, 2, 3], [4]], rl.SamplingParams(seed=1, max_tokens=20)
     warm_up(model, prompts, params)
-    counts = rl.prefill._cache_size(), rl.decode_steps._cache_size()
+    counts = rl.prefill._cache_size(), runner._decode._cache_size()
     rl.generate(model, prompts, params)
-    assert (rl.prefill._cache_size(), rl.decode_steps._cache_size()) == counts
+    assert (rl.prefill._cache_size(), runner._decode._cache_size()) == counts
 
 
 def test_a_changing_mix_of_requests_takes_three_programs():
@@ -160,11 +160,11 @@ def test_a_changing_mix_of_requests_takes_three_programs():
         {"repetition_penalty": 1.2, "top_p": 0.5},
         {"logit_bias": {3: 1.0}, "top_k": 280},
     ]
-    counts = rl.decode_steps._cache_size(), sample_first._cache_size()
+    counts = runner._decode._cache_size(), runner._enter._cache_size()
     for params in mix:
         rl.generate(model, [[1, 2, 3], [4]], [rl.SamplingParams(seed=1, max_tokens=3, **params), GREEDY])
-    assert rl.decode_steps._cache_size() - counts[0] == 3
-    assert sample_first._cache_size() - counts[1] <= 3  # others may have compiled one
+    assert runner._decode._cache_size() - counts[0] == 3
+    assert runner._enter._cache_size() - counts[1] <= 3  # others may have compiled one
 
 
 def test_shapes_fall_in_few_buckets():

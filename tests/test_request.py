@@ -6,7 +6,8 @@ import pytest
 
 import ridgeline as rl
 from backends import llama2_like
-from ridgeline.decode.request import Request, with_checkpoint_rules
+from ridgeline.decode.prompts import with_checkpoint_rules
+from ridgeline.decode.request import Request
 from ridgeline.decode.sampling.params import SamplingParams
 from ridgeline.model.generation import GenerationDefaults
 from tiny import byte_tokenizer
@@ -21,7 +22,7 @@ def run(text_or_tokens, max_tokens=1000, **params):
     request = Request([1], SamplingParams(max_tokens=None, **params), max_tokens, 0, [EOS], TOKENIZER)
     shown = []
     for token in tokens:
-        request.push(token)
+        request.extend([token])
         shown.append(request.take_text())
     assert "".join(shown) == request.text[: len("".join(shown))]
     return request, shown
@@ -72,7 +73,7 @@ def test_stop_strings_that_hold_special_tokens(stop, included, text, reason, blo
     params = SamplingParams(max_tokens=None, stop=stop, include_stop_str_in_output=included)
     request, shown = Request([1], params, 1000, 0, [], CHAT), ""
     for at, token in enumerate(CHAT.encode("hi<|im_end|>\n<|im_start|>user")):
-        request.push(token)
+        request.extend([token])
         shown += request.take_text() if at % block == block - 1 or request.finished else ""
     assert (request.text, request.finish_reason, request.stop_reason) == (text, "stop", reason)
     assert shown == text
@@ -82,7 +83,7 @@ def test_shown_special_tokens_are_searched_as_text():
     params = SamplingParams(max_tokens=None, stop="|>x", skip_special_tokens=False)
     request = Request([1], params, 99, 0, [], CHAT)
     for token in CHAT.encode("hi<|im_end|>x"):
-        request.push(token)
+        request.extend([token])
     assert (request.text, request.stop_reason) == ("hi<|im_end", "|>x")
 
 
@@ -93,7 +94,7 @@ def test_text_follows_the_prompts():
     for prompt, stop, expected in (([the], None, " fox the"), ([], None, "fox the"), ([1, the], " the", " fox")):
         request, shown = Request(prompt, SamplingParams(stop=stop), 2, 0, [], tokenizer), ""
         for token in (fox, the):
-            request.push(token)
+            request.extend([token])
             shown += request.take_text()
         assert request.text == shown == expected
 
@@ -158,6 +159,6 @@ def test_length_and_what_comes_after():
 
 def test_without_a_tokenizer_there_is_no_text():
     request = Request([1], SamplingParams(), 2, 0, [], None)
-    request.push(5)
+    request.extend([5])
     assert (request.take_text(), request.output().text) == ("", None)
     assert request.output().finish_reason == "abort"  # of two tokens it has one

@@ -68,8 +68,8 @@ class Engine:
       prefix_caching: whether requests share pages of equal beginnings.
       kv_dtype: of cached keys and values, as `init_cache` takes it.
       max_waiting: most requests that wait; None for any number.
-      whole_batches: whether the decode program always has all `max_batch_size` rows, so that there is one of it, rather
-        than the power of two that holds those that run.
+      whole_batches: whether the decode program always has all `max_batch_size` rows, and samples as any request so far
+        asks for, so that few programs are compiled; else it has the power of two that holds those that run.
 
     Raises:
       ValueError: a size that is not positive, that the mesh does not divide, or that no memory is left for.
@@ -95,6 +95,7 @@ class Engine:
         )
         longrope = {layer.rope for layer in model.config.layers if layer.rope.kind == "longrope"}
         self._borders = sorted({rope.original_max_position for rope in longrope})
+        self._whole_batches, self._least_plan = whole_batches, SamplingPlan()
         self._active: dict[int, _Active] = {}
         self._in_flight: list[_Dispatch] = []
         self._chunks: list[StreamChunk] = []  # made and not yet returned
@@ -145,7 +146,10 @@ class Engine:
         index, self._submitted = self._submitted, self._submitted + 1
         request.start_clock()
         row = Row(index, list(request.prompt), len(request.prompt), total, priority, self._borders)
-        self._active[index] = _Active(request, row, make_plan([request.params], self.model.config.vocab_size))
+        plan = make_plan([request.params], self.model.config.vocab_size)
+        if self._whole_batches:
+            self._least_plan = coarsest([self._least_plan, plan])
+        self._active[index] = _Active(request, row, plan)
         self._scheduler.add(row)
         return index
 
@@ -255,7 +259,7 @@ class Engine:
         return dispatches
 
     def _plan(self, rows: Sequence[Row]) -> SamplingPlan:
-        return coarsest(self._active[row.index].plan for row in rows)
+        return coarsest([*(self._active[row.index].plan for row in rows), self._least_plan])
 
     def _insert(self, row: Row) -> None:
         """Tell the device what a row that is about to enter its slot asks of sampling."""

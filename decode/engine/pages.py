@@ -7,7 +7,7 @@ that nobody holds wait in the order of their last use, and a page is forgotten w
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from ..buckets import PREFILL_CHUNK
+from .. import buckets
 
 Key = bytes
 """Stands for all tokens up to the end of a page, and for whatever else their keys and values depend on."""
@@ -27,7 +27,7 @@ def page_keys(tokens: Sequence[int], page_size: int, keys: list[Key], root: byte
 def window_pages(window: int | None, length: int, page_size: int) -> int:
     """Most pages that a row of some length holds at once: those its window reaches, and those a prefill writes."""
     pages = -(-length // page_size)
-    return pages if window is None else min(pages, -(-(window + PREFILL_CHUNK) // page_size) + 1)
+    return pages if window is None else min(pages, -(-(window + buckets.PREFILL_CHUNK) // page_size) + 1)
 
 
 class PagePool:

@@ -236,7 +236,7 @@ def _decode(
     state: SlotState,
     slots: Int[Array, "b"] | None,
     max_lengths: Int[Array, "b"],
-    tables: tuple[Int[Array, "b N"], ...],
+    tables: tuple[Int[Array, "b E"], ...],
     plan: SamplingPlan,
     steps: int,
 ) -> tuple[Sampled, Any, SlotState]:

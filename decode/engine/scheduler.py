@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 
-from ..buckets import DECODE_STEPS, PREFILL_CHUNK, batch_bucket, prefill_bucket, prefill_floor
+from .. import buckets
 from .pages import Key, RowPages, ShardPages, page_keys
 
 Regime = tuple[bytes, int]
@@ -180,9 +180,11 @@ class Scheduler:
     def _decode_steps(self) -> int:
         """One where somebody waits, or where a row comes to a border before the host has its tokens."""
         near = any(
-            row.computed < border < row.computed + DECODE_STEPS for row in self.running for border in row.borders
+            row.computed < border < row.computed + buckets.DECODE_STEPS
+            for row in self.running
+            for border in row.borders
         )
-        return 1 if near or self.waiting or any(row.reading for row in self.running) else DECODE_STEPS
+        return 1 if near or self.waiting or any(row.reading for row in self.running) else buckets.DECODE_STEPS
 
     def _prefills(self, budget: int) -> list[list[Chunk]]:
         batches, written = [], set()
@@ -203,9 +205,9 @@ class Scheduler:
     def _full(self, batch: list[Chunk], row: Row, count: int) -> bool:
         """Whether another chunk, padded as all of them are, would be too much for one program."""
         rows = [chunk.row for chunk in batch] + [row]
-        width = max(prefill_bucket(n) for n in [count, *(chunk.count for chunk in batch)])
+        width = max(buckets.prefill_bucket(n) for n in [count, *(chunk.count for chunk in batch)])
         each = collections.Counter(map(self.shard_of, rows))
-        padded = len(self.shards) * batch_bucket(max(each.values())) * width
+        padded = len(self.shards) * buckets.batch_bucket(max(each.values())) * width
         return padded > self.prefill_tokens
 
     def _admit(self) -> Row | None:
@@ -284,5 +286,5 @@ def _order(row: Row) -> tuple[int, int]:
 
 def _chunk(tokens: int, budget: int) -> int:
     """How many of the tokens to run at once: all, or as many as a program takes without padding; 0 if too few."""
-    most = min(budget, PREFILL_CHUNK)
-    return tokens if tokens <= most else prefill_floor(most)
+    most = min(budget, buckets.PREFILL_CHUNK)
+    return tokens if tokens <= most else buckets.prefill_floor(most)
