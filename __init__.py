@@ -10,7 +10,9 @@ Prefill and decode are two programs, compiled apart: the first is bound by arith
 
 from . import programs, roofline
 from .decode.cache import KVCache, init_cache
+from .decode.engine.async_engine import AsyncEngine
 from .decode.engine.engine import Engine, EngineFull
+from .decode.engine.stats import EngineStats
 from .decode.extend import extend
 from .decode.generate import generate, stream
 from .decode.loop import decode_steps
@@ -39,10 +41,12 @@ allow_compiling_without_driver()
 __all__ = [
     "PRESETS",
     "SCHEMES",
+    "AsyncEngine",
     "AttentionSpec",
     "CheckpointError",
     "Engine",
     "EngineFull",
+    "EngineStats",
     "KVCache",
     "LayerConfig",
     "Model",

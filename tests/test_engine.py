@@ -1,0 +1,252 @@
+"""The engine: whatever the company, a request gives the tokens it gives alone; and what fails, ends or waits meanwhile."""
+
+import asyncio
+import dataclasses
+import random
+
+import jax
+import pytest
+
+import ridgeline as rl
+from ridgeline.benchmarks.replay import counted_compilations
+from tiny import byte_tokenizer, tiny_config, tiny_model
+
+SMALL = {"max_batch_size": 4, "max_length": 192, "prefill_tokens": 64}
+GREEDY = rl.SamplingParams(temperature=0.0, max_tokens=10)
+
+
+def long_context(kind):
+    """Ropes whose keys depend on the length that a row has."""
+    factors = {"short_factor": (1.0,) * 10, "long_factor": tuple(1.0 + n for n in range(10))}
+    rope = rl.RopeConfig(rotary_dim=20, kind=kind, original_max_position=80, factor=4.0, **factors)
+    return tiny_config(layers=(rl.LayerConfig(rope, window=70), rl.LayerConfig(rope)))
+
+
+def requests_for(rng, vocab_size):
+    """Prompts that share beginnings of one and of two pages, with every kind of sampling."""
+    shared = [rng.randrange(vocab_size) for _ in range(128)]
+    prompts = [
+        shared[:length] + [rng.randrange(vocab_size) for _ in range(n)] for length in (0, 64, 128) for n in (1, 9, 30)
+    ]
+    prompts += [shared[:64], shared]
+    asked = [
+        {"temperature": 0.0},
+        {"seed": 1},
+        {"seed": 2, "top_k": 20, "top_p": 0.9},
+        {"seed": 3, "repetition_penalty": 1.2, "min_tokens": 3, "presence_penalty": 0.5},
+        {"temperature": 0.0, "logprobs": 2},
+    ]
+    return [
+        (prompt, rl.SamplingParams(max_tokens=rng.randint(1, 30), **asked[n % 5])) for n, prompt in enumerate(prompts)
+    ]
+
+
+def alone(model, requests):
+    return [rl.generate(model, [prompt], params)[0] for prompt, params in requests]
+
+
+def play(engine, rng, requests, aborts=0.0):
+    """Submits some of the requests at random times; outputs by the request's place."""
+    places, chosen = {}, rng.choices(range(len(requests)), k=rng.randint(1, 8))
+    outputs = []
+    while chosen or engine.has_work:
+        while chosen and rng.random() < 0.4:
+            place = chosen.pop()
+            places[engine.submit(*requests[place], priority=rng.choice((0, 0, 1)))] = place
+        if places and rng.random() < aborts:
+            engine.abort(rng.choice(list(places)))
+        outputs += [(places[chunk.index], chunk.output) for chunk in engine.step() if chunk.output]
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+    return outputs
+
+
+def check(outputs, expected):
+    for place, output in outputs:
+        if output.finish_reason == "abort":
+            assert output.tokens == expected[place].tokens[: len(output.tokens)]
+        else:
+            assert (output.tokens, output.finish_reason) == (expected[place].tokens, expected[place].finish_reason)
+
+
+@pytest.mark.parametrize("config", [tiny_config(), long_context("longrope"), long_context("dynamic")])
+def test_any_mix_gives_the_tokens_of_each_alone(config):
+    """Pages are few, so that rows are preempted; nothing is compiled after warm-up."""
+    model, rng = tiny_model(config), random.Random(0)
+    requests = requests_for(rng, config.vocab_size)
+    expected = alone(model, requests)
+    with rl.Engine(model, cache_tokens=64 * 7, **SMALL) as engine:
+        engine.warm_up()
+        with counted_compilations() as compilations:
+            for _ in range(30):
+                check(play(engine, rng, requests, aborts=0.05), expected)
+        assert compilations() == 0
+        stats = engine.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_rate > 0.1
+
+
+def test_the_bundled_model_in_300_random_schedules(bundled):
+    rng = random.Random(1)
+    texts = ["Once upon a time", "The dog", "There was a little girl who", "In the forest " * 20]
+    requests = [
+        (text, rl.SamplingParams(max_tokens=rng.randint(1, 40), seed=seed, temperature=0.8 * (seed % 2)))
+        for seed, text in enumerate(texts * 2)
+    ]
+    expected = alone(bundled, requests)
+    with rl.Engine(bundled, max_batch_size=4, max_length=256, cache_tokens=512, whole_batches=True) as engine:
+        for _ in range(300):
+            check(play(engine, rng, requests), expected)
+        assert engine.stats().preemptions > 0
+
+
+def test_prompts_begin_with_the_pages_of_earlier_ones(model):
+    prompt = list(range(150))
+    with rl.Engine(model, **SMALL) as engine:
+        for _ in range(2):
+            engine.submit(prompt, GREEDY)
+            (first, *_), output = zip(*[(c.index, c.output) for c in engine.run() if c.output], strict=True)
+        assert engine.stats().prefix_hit_rate == 128 / 300
+        follow_up = prompt + output[0].tokens + [1] * 40  # a chat goes on: the answer's pages are there too
+        engine.submit(follow_up, GREEDY)
+        list(engine.run())
+        assert engine.stats().prefix_hit_rate == (128 + 128) / (300 + len(follow_up))
+    with rl.Engine(model, prefix_caching=False, **SMALL) as engine:
+        for _ in range(2):
+            engine.submit(prompt, GREEDY)
+            list(engine.run())
+        assert engine.stats().prefix_hit_rate == 0
+
+
+def test_priority_and_order_of_arrival(model):
+    with rl.Engine(model, **SMALL | {"max_batch_size": 1}) as engine:
+        order = [engine.submit([1, 2, 3], GREEDY, priority=priority) for priority in (1, 1, 0)]
+        ended = [chunk.index for chunk in engine.run() if chunk.output]
+    assert ended == [order[2], order[0], order[1]]
+
+
+def test_a_long_prompt_does_not_stall_those_that_decode(model):
+    with rl.Engine(model, **SMALL | {"prefill_tokens": 16}) as engine:
+        short = engine.submit([1, 2], rl.SamplingParams(temperature=0.0, max_tokens=100))
+        while not any(chunk.index == short for chunk in engine.step()):
+            pass
+        engine.submit(list(range(150)), GREEDY)
+        made = [sum(len(c.tokens) for c in engine.step() if c.index == short) for _ in range(8)]
+    assert all(n >= 1 for n in made)
+
+
+def test_what_is_refused(model):
+    with rl.Engine(model, cache_tokens=128, max_waiting=1, **SMALL) as engine:
+        assert engine.sizes.max_length == 128
+        with pytest.raises(ValueError, match="prompt 0 has 130 tokens; the engine takes 128"):
+            engine.submit([1] * 130)
+        with pytest.raises(ValueError, match="token id 509"):
+            engine.submit([509])
+        engine.submit([1])
+        with pytest.raises(rl.EngineFull, match="1 requests wait"):
+            engine.submit([1])
+        with pytest.raises(RuntimeError, match="warm up before"):
+            engine.warm_up()
+        engine.step()
+        engine.submit([2])  # the first has begun
+    for name in ("max_batch_size", "cache_tokens", "max_length", "prefill_tokens"):
+        with pytest.raises(ValueError, match=f"{name} is 0; it must be positive"):
+            rl.Engine(model, **{name: 0})
+    with pytest.raises(ValueError, match="at least 16"):
+        rl.Engine(model, prefill_tokens=8)
+
+
+def test_closing_ends_what_is_left_and_frees_memory(model):
+    before = sum(x.nbytes for x in jax.live_arrays())
+    engine = rl.Engine(model, **SMALL)
+    request = engine.submit([1, 2, 3], rl.SamplingParams(max_tokens=50))
+    engine.step()
+    engine.close()
+    (chunk,) = engine.step() if engine.has_work else []
+    assert (chunk.index, chunk.finish_reason) == (request, "abort")
+    assert sum(x.nbytes for x in jax.live_arrays()) <= before
+
+
+@pytest.mark.parametrize("where", ["decode", "prefill", "read"])
+def test_a_failure_ends_those_it_concerns_alone(model, monkeypatch, where):
+    """Whatever was on the device is lost, and made again."""
+    requests = [([n + 1] * 70, rl.SamplingParams(max_tokens=30, seed=n)) for n in range(3)]
+    expected = [output.tokens for output in alone(model, requests)]
+    with rl.Engine(model, **SMALL) as engine:
+        for request in requests[:2]:
+            engine.submit(*request)
+        chunks = [chunk for _ in range(3) for chunk in engine.step()]
+        engine.submit(*requests[2])
+
+        def fail(*args):
+            for leaf in jax.tree.leaves(engine._runner.pages):
+                leaf.delete()
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patch:
+            name = {"decode": "decode", "prefill": "prefill", "read": None}[where]
+            if name:
+                patch.setattr(engine._runner, name, fail)
+            else:
+                patch.setattr(jax, "device_get", fail)
+            chunks += engine.step()
+        failed = {chunk.index for chunk in chunks if chunk.finish_reason == "error"}
+        assert failed == ({2} if where == "prefill" else {0, 1})
+        chunks += list(engine.run())
+        assert engine.stats().pages_used == 0
+    outputs = {chunk.index: chunk.output for chunk in chunks if chunk.output}
+    for n in range(3):
+        assert (str(outputs[n].error) if n in failed else outputs[n].tokens) == (
+            "out of memory" if n in failed else expected[n]
+        )
+
+
+def test_ctrl_c_loses_nothing(model, monkeypatch):
+    requests = [([n + 1] * 5, rl.SamplingParams(max_tokens=30, seed=n)) for n in range(3)]
+    expected = [output.tokens for output in alone(model, requests)]
+    with rl.Engine(model, **SMALL) as engine:
+        for request in requests:
+            engine.submit(*request)
+        chunks = engine.step() + engine.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._runner, "decode", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        chunks += list(engine.run())
+    for n, tokens in enumerate(expected):
+        assert [token for chunk in chunks if chunk.index == n for token in chunk.tokens] == tokens
+
+
+def test_chat_messages_are_prompts():
+    tokenizer = byte_tokenizer()
+    model = dataclasses.replace(tiny_model(tiny_config(vocab_size=256)), tokenizer=tokenizer)
+    with rl.Engine(model, **SMALL) as engine, pytest.raises(ValueError, match="chat template"):
+        engine.submit([{"role": "user", "content": "hi"}])
+
+
+def test_many_streams_on_one_event_loop(model):
+    requests = requests_for(random.Random(2), 509)
+    expected = alone(model, requests)
+
+    async def read(engine, request, most=None):
+        tokens = []
+        async for chunk in engine.stream(*request):
+            tokens += chunk.tokens
+            if most is not None and len(tokens) >= most:
+                break
+        return tokens
+
+    async def serve():
+        async with rl.AsyncEngine(model, **SMALL) as engine:
+            with pytest.raises(ValueError, match="token id"):
+                await read(engine, ([509], GREEDY))
+            leaving = read(engine, ([5] * 20, rl.SamplingParams(max_tokens=150, seed=0)), most=1)
+            made = await asyncio.gather(leaving, *(read(engine, request) for request in requests))
+            while (stats := await engine.stats()).running:  # who left is aborted
+                await asyncio.sleep(0.01)
+        return made[1:], stats
+
+    made, stats = asyncio.run(serve())
+    assert made == [output.tokens for output in expected]
+    assert stats.finished == len(requests) + 1
+    assert stats.pages_used == 0
