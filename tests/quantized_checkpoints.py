@@ -76,10 +76,13 @@ def _awq(rng, outputs, inputs):
     return {"qweight": words(values.T, 1, order), "qzeros": words(zeros.T, 1, order), "scales": scales.T.copy()}, dense
 
 
-def gptq(group: int | None, v1: bool = True, bits: int = 4, act_order: str | None = None) -> Matrix:
+def gptq(
+    group: int | None, v1: bool = True, bits: int = 4, act_order: str | None = None, symmetric: bool = False
+) -> Matrix:
     def matrix(rng, outputs, inputs):
         of = _groups(inputs, group or inputs, act_order, rng)
-        values, scales, zeros, dense = _integers(rng, outputs, of, "float16", bits=bits)
+        zeros = 2 ** (bits - 1) if symmetric else None
+        values, scales, zeros, dense = _integers(rng, outputs, of, "float16", zeros, bits)
         tensors = {"qweight": words(values.T, 0, bits=bits), "qzeros": words(zeros.T, 1, bits=bits)}
         if v1:  # as `convert_gptq_v2_to_v1_format_module` of GPTQModel does; AutoGPTQ wrote a bias of zeros besides
             one = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
@@ -181,6 +184,13 @@ CHECKPOINTS: dict[str, tuple[dict, dict, Matrix]] = {
     ),
     "gptq of 8 bits": (FUSED, GPTQ | {"bits": 8}, gptq(8, bits=8)),
     "gptq of 8 bits and one group": (HF, GPTQ | {"bits": 8, "group_size": -1}, gptq(None, bits=8)),
+    "gptq, symmetric": (FUSED, GPTQ | {"sym": True}, gptq(8, symmetric=True)),
+    "gptq of 8 bits, symmetric": (HF, GPTQ | {"bits": 8, "sym": True}, gptq(8, bits=8, symmetric=True)),
+    "gptq of 8 bits and one group, symmetric": (
+        HF,
+        GPTQ | {"bits": 8, "sym": True, "group_size": -1, "desc_act": True, "checkpoint_format": "gptq_v2"},
+        gptq(None, v1=False, bits=8, symmetric=True),
+    ),
     "gptq in act order": (HF, GPTQ | {"desc_act": True}, gptq(8, act_order="shared")),
     "gptq of 8 bits in act order": (FUSED, GPTQ | {"bits": 8, "desc_act": True}, gptq(8, bits=8, act_order="shared")),
     "int4 in act order": (

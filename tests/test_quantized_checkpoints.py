@@ -41,6 +41,9 @@ SCHEMES = {
     "gptq of one group": Scheme("int4", zero_points=True, scale_dtype="float16"),
     "gptq of 8 bits": Scheme("int8", group=8, zero_points=True, scale_dtype="float16"),
     "gptq of 8 bits and one group": Scheme("int8", zero_points=True, scale_dtype="float16"),
+    "gptq, symmetric": Scheme("int4", group=8, scale_dtype="float16"),
+    "gptq of 8 bits, symmetric": Scheme("int8", group=8, scale_dtype="float16"),
+    "gptq of 8 bits and one group, symmetric": Scheme("int8", scale_dtype="float16"),
     "gptq in act order": Scheme("int4", group=8, zero_points=True, scale_dtype="float16", sorted_inputs=True),
     "gptq of 8 bits in act order": Scheme("int8", group=8, zero_points=True, scale_dtype="float16", sorted_inputs=True),
     "int4 in act order": Scheme("int4", group=8, scale_dtype="bfloat16", sorted_inputs=True),
@@ -265,6 +268,16 @@ def test_tensors_that_do_not_go_with_config_json(tmp_path, change, pattern):
     hf = json.loads((directory / "config.json").read_text())
     save(tmp_path, hf, {name: tensor for name, tensor in tensors.items() if tensor is not None})
     refused(tmp_path, pattern)
+
+
+def test_zero_points_that_are_not_symmetric(tmp_path):
+    directory, _ = write_pair(tmp_path, "gptq of 8 bits")
+    hf = json.loads((directory / "config.json").read_text())
+    hf["quantization_config"]["sym"] = True
+    (directory / "config.json").write_text(json.dumps(hf))
+    refused(
+        directory, r"qzeros', its zero points are not symmetric, and sym in config\.json says that they are; set it"
+    )
 
 
 def test_weights_that_no_file_calls_quantized(tmp_path):
