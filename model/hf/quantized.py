@@ -115,9 +115,9 @@ def _one_order(orders: list[Piece]) -> Piece:
 
 
 def _largest(scales: list[Piece]) -> Piece:
-    """The one scale of the inputs of matrices that are one parameter here, which are the same, as mostly are the scales.
+    """The one scale of the inputs of matrices that are one parameter here; as a rule they have the same one.
 
-    As in vLLM it is the largest: it clips the least.
+    As in vLLM it is the largest, which clips the least.
     """
     first, *others = dict.fromkeys(scales)
     same = tuple(
