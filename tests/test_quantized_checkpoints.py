@@ -347,11 +347,11 @@ def test_scales_of_activations_and_caches_are_said(tmp_path):
     assert_stands_for(model.params, load_model(dense).params)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_matrices_that_are_sorted_in_different_orders(tmp_path, monkeypatch, bits):
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (8, True)])
+def test_matrices_that_are_sorted_in_different_orders(tmp_path, monkeypatch, bits, symmetric):
     """They are one parameter here, which has one order: kept as floats, the others as they are."""
-    settings = GPTQ | {"bits": bits, "desc_act": True}
-    monkeypatch.setitem(CHECKPOINTS, "own orders", (HF, settings, gptq(8, bits=bits, act_order="own")))
+    settings, matrix = GPTQ | {"bits": bits, "desc_act": True, "sym": symmetric}, gptq(8, True, bits, "own", symmetric)
+    monkeypatch.setitem(CHECKPOINTS, "own orders", (HF, settings, matrix))
     directory, dense = write_pair(tmp_path, "own orders")
     with pytest.warns(UserWarning, match=r"layers\.0\.gate_up, .* are kept in float32, not in 4 or 8 bits: .*desc_act"):
         model = load_model(directory)
