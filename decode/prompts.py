@@ -121,13 +121,18 @@ def _say_once(message: str) -> None:
 def with_checkpoint_rules(params: SamplingParams, model: Model) -> SamplingParams:
     """The params of a request with what the checkpoint's own files ask of every one.
 
-    Tokens that are never made get a bias of -100, unless the request biases them itself; the checkpoint's stop strings
-    are added, unless the request ignores the ends of texts.
+    Tokens that are never made, or not made first, are suppressed; the checkpoint's stop strings are added, unless the
+    request ignores the ends of texts.
     """
-    rules = model.generation
+    rules, V = model.generation, model.config.vocab_size
     never = [*rules.suppress_tokens, *(word[0] for word in rules.bad_words if len(word) == 1)]
-    bias = {token: -100.0 for token in never if token < model.config.vocab_size} | (params.logit_bias or {})
+    never, not_first = ([token for token in tokens if token < V] for tokens in (never, rules.begin_suppress_tokens))
     stop = params.stop
     if model.tokenizer is not None and not params.ignore_eos:
         stop = tuple(dict.fromkeys((*stop, *rules.stop_strings)))
-    return dataclasses.replace(params, logit_bias=bias or None, stop=stop)
+    return dataclasses.replace(
+        params,
+        suppress_tokens=(*params.suppress_tokens, *never),
+        begin_suppress_tokens=(*params.begin_suppress_tokens, *not_first),
+        stop=stop,
+    )

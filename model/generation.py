@@ -33,8 +33,8 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 """The values of keys that are not read which change nothing."""
 
-_READ = "bad_words_ids bos_token_id do_sample eos_token_id max_new_tokens min_p pad_token_id repetition_penalty"
-_READ += " stop_strings suppress_tokens temperature top_k top_p"
+_READ = "bad_words_ids begin_suppress_tokens bos_token_id do_sample eos_token_id max_new_tokens min_p pad_token_id"
+_READ += " repetition_penalty stop_strings suppress_tokens temperature top_k top_p"
 # How transformers computes and returns, and a bound that the model's own context is here.
 _HARMLESS = "cache_config cache_implementation compile_config disable_compile early_stopping is_assistant low_memory"
 _HARMLESS += " max_length max_time output_attentions output_hidden_states output_logits output_scores"
@@ -57,6 +57,7 @@ class GenerationDefaults:
       top_p, top_k, min_p, repetition_penalty: as stated.
       max_tokens: `max_new_tokens`.
       suppress_tokens: tokens that are never made.
+      begin_suppress_tokens: tokens that are not the first to be made.
       bad_words: sequences of tokens that are never made.
       stop_strings: texts that end a text.
     """
@@ -71,6 +72,7 @@ class GenerationDefaults:
     repetition_penalty: float | None = None
     max_tokens: int | None = None
     suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     stop_strings: tuple[str, ...] = ()
 
@@ -100,6 +102,7 @@ def generation_defaults(directory: Path, tokenizer: Tokenizer | None = None) -> 
         bos_token_id=next(iter(file.ids("bos_token_id") or fallback.ids("bos_token_id")), None),
         pad_token_id=next(iter(file.ids("pad_token_id") or fallback.ids("pad_token_id")), None),
         suppress_tokens=file.ids("suppress_tokens"),
+        begin_suppress_tokens=file.ids("begin_suppress_tokens"),
         bad_words=bad_words,
         stop_strings=file.texts("stop_strings"),
         temperature=0.0 if file.stated.get("do_sample") is False else temperature,

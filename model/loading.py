@@ -40,7 +40,7 @@ class Model:
     Attributes:
       config: its static configuration.
       params: its parameters, a pytree of arrays as `param_specs(config)`.
-      tokenizer: text <-> ids; None where the directory has no tokenizer.json.
+      tokenizer: text <-> ids; None where the directory has none.
       generation: the checkpoint's own ends of text, tokens never made, and sampling defaults.
       directory: where it was loaded from.
       mesh: where the parameters lie; None is one device.

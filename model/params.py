@@ -86,6 +86,7 @@ def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
         zeros=ParamSpec(scales, "uint8" if scheme.dtype == "int4" else "int8", axes) if scheme.zero_points else None,
         scheme=scheme,
         order=ParamSpec((math.prod(spec.shape[-spec.in_axes :]),), "int32", (None,)) if scheme.sorted_inputs else None,
+        input_scale=ParamSpec((1,), "float32", (None,)) if scheme.static else None,
     )
 
 

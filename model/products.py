@@ -13,7 +13,7 @@ from ..pallas_kernels.dispatch import current_device, serve
 from ..pallas_kernels.matmul import check_kernel, matmul
 from ..sharding.rules import RULES, is_split, mesh_of, shard_map
 from .products_cpu import FEW_ROWS, product_cpu
-from .quantization import QuantizedArray, dequantize, rounded, scale_axes
+from .quantization import QuantizedArray, dequantize, rounded, rounded_by, scale_axes
 
 Axes = tuple[str | None, ...]
 Product = Callable[[Float[Array, "M I"], Float[Array, "*out I"] | QuantizedArray, Axes], Float[Array, "M *out"]]
@@ -38,7 +38,7 @@ def weight_product(
     few, quantized = x.shape[0] <= FEW_ROWS, isinstance(w, QuantizedArray)
     if quantized and w.order is not None:
         x, w = x[:, w.order], w.replace(order=None)
-    if quantized and w.scheme.dynamic and not few:
+    if quantized and (w.scheme.dynamic or w.scheme.static) and not few:
         return _in_8_bits(x, w).astype(dtype)
     if quantized and few and current_device(mesh).is_hopper and _kernel_takes(x, w):
         return _by_kernel(x, w, axes, mesh, dtype)
@@ -65,8 +65,11 @@ def _by_xla(
 
 
 def _in_8_bits(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
-    """A product in the weight's own dtype: each row of x is rounded to it by a scale of its own."""
-    x, scales = rounded(x, w.scheme.dtype)
+    """A product in the weight's own dtype: x is rounded to it, by the weight's scale for it or each row by its own."""
+    if w.scheme.static:
+        x, scales = rounded_by(x, w.input_scale, w.scheme.dtype), w.input_scale
+    else:
+        x, scales = rounded(x, w.scheme.dtype)
     sums = jnp.int32 if w.scheme.dtype == "int8" else jnp.float32
     y = jnp.einsum("mi,...i->m...", x, w.values, preferred_element_type=sums)
     return y * scales.reshape(-1, *[1] * (y.ndim - 1)) * w.scales[..., 0]

@@ -34,6 +34,7 @@ class QuantizedArray:
       zeros: like the scales, uint8 for int4 and int8 for int8; None without zero points.
       scheme: how they are stored (static).
       order: int32 [I], which input each stored one is; None where they are in order.
+      input_scale: float32 [1], of activations where the scheme is static; None elsewhere.
     """
 
     values: Any
@@ -41,6 +42,7 @@ class QuantizedArray:
     zeros: Any
     scheme: Scheme = struct.field(pytree_node=False)
     order: Any = None
+    input_scale: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +52,7 @@ class QuantizedArray:
 
     @property
     def nbytes(self) -> int:
-        """Of values, scales and zero points."""
+        """Of all its parts."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
@@ -120,10 +122,16 @@ def rounded(
     A scale is the largest magnitude along `axes` over the largest number of the dtype, 127 or 448. Integers are rounded
     to the nearest, ties to even.
     """
-    largest, x = _LARGEST[dtype], x.astype(jnp.float32)
-    scales = _scales(jnp.max(jnp.abs(x), axis=axes, keepdims=True) / largest, scale_dtype)
-    x = jnp.clip(x / scales, -largest, largest)  # beyond its largest number float8_e4m3fn has NaN alone
-    return (jnp.round(x) if dtype == "int8" else x).astype(dtype), scales
+    x = x.astype(jnp.float32)
+    scales = _scales(jnp.max(jnp.abs(x), axis=axes, keepdims=True) / _LARGEST[dtype], scale_dtype)
+    return rounded_by(x, scales, dtype), scales
+
+
+def rounded_by(x: Float[Array, "..."], scales: Float[Array, "..."], dtype: str) -> Num[Array, "..."]:
+    """Numbers in an 8-bit dtype, by scales that are given: what lies beyond its largest becomes that."""
+    largest = _LARGEST[dtype]
+    x = jnp.clip(x.astype(jnp.float32) / scales, -largest, largest)  # for float8_e4m3fn has NaN alone there
+    return (jnp.round(x) if dtype == "int8" else x).astype(dtype)
 
 
 def dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "..."]:

@@ -19,6 +19,7 @@ class Scheme:
       sorted_inputs: whether the inputs are stored in another order, sorted so that each group lies together.
       dynamic: whether products with many rows (prefill) round activations to `dtype` too, a scale a row, so that they
         run at the rate of 8-bit products.
+      static: whether they do so by one scale, which was measured beforehand and is stored with the weight.
     """
 
     dtype: Literal["int8", "int4", "float8_e4m3fn"]
@@ -28,6 +29,7 @@ class Scheme:
     scale_dtype: str = "float32"
     dynamic: bool = False
     sorted_inputs: bool = False
+    static: bool = False
 
     @property
     def scales_outputs(self) -> bool:

@@ -76,10 +76,13 @@ def _awq(rng, outputs, inputs):
     return {"qweight": words(values.T, 1, order), "qzeros": words(zeros.T, 1, order), "scales": scales.T.copy()}, dense
 
 
-def gptq(group: int | None, v1: bool = True, bits: int = 4, act_order: str | None = None) -> Matrix:
+def gptq(
+    group: int | None, v1: bool = True, bits: int = 4, act_order: str | None = None, symmetric: bool = False
+) -> Matrix:
     def matrix(rng, outputs, inputs):
         of = _groups(inputs, group or inputs, act_order, rng)
-        values, scales, zeros, dense = _integers(rng, outputs, of, "float16", bits=bits)
+        zeros = 2 ** (bits - 1) if symmetric else None
+        values, scales, zeros, dense = _integers(rng, outputs, of, "float16", zeros, bits)
         tensors = {"qweight": words(values.T, 0, bits=bits), "qzeros": words(zeros.T, 1, bits=bits)}
         if v1:  # as `convert_gptq_v2_to_v1_format_module` of GPTQModel does; AutoGPTQ wrote a bias of zeros besides
             one = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
@@ -90,12 +93,13 @@ def gptq(group: int | None, v1: bool = True, bits: int = 4, act_order: str | Non
     return matrix
 
 
-def with_input_scale(matrix: Matrix, flat: bool) -> Matrix:
-    """The same with a scale of activations; with `flat` no scale has an axis."""
+def with_input_scale(matrix: Matrix, flat: bool = False, names: dict[str, str] | None = None) -> Matrix:
+    """The same with a scale of activations, each its own; with `flat` no scale has an axis; with other names."""
 
     def scaled(rng, outputs, inputs):
         tensors, dense = matrix(rng, outputs, inputs)
-        tensors["input_scale"] = np.ones(1, "float32")
+        tensors["input_scale"] = rng.uniform(0.005, 0.02, 1).astype("float32")
+        tensors = {(names or {}).get(name, name): t for name, t in tensors.items()}
         return {name: t.reshape(()) if flat and t.size == 1 else t for name, t in tensors.items()}, dense
 
     return scaled
@@ -116,9 +120,9 @@ def plain(dtype: str, rows: int | None, columns: int | None, scale: str, scale_d
     return matrix
 
 
-def compressed(form: str, weights: dict, dynamic: bool = False, ignore=("lm_head",)) -> dict:
+def compressed(form: str, weights: dict, inputs: dict | None = None, ignore=("lm_head",)) -> dict:
     weights = {"dynamic": False, "symmetric": True, "actorder": None, "observer": "minmax"} | weights
-    inputs = {"num_bits": 8, "type": weights["type"], "dynamic": True, "strategy": "token"} if dynamic else None
+    inputs = inputs and {"num_bits": 8, "type": weights["type"], "symmetric": True} | inputs
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
@@ -132,6 +136,7 @@ def compressed(form: str, weights: dict, dynamic: bool = False, ignore=("lm_head
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+DYNAMIC, STATIC = {"dynamic": True, "strategy": "token"}, {"dynamic": False, "strategy": "tensor"}
 FP8 = {"num_bits": 8, "type": "float"}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True, "version": "GEMM"}
 GPTQ = {
@@ -157,8 +162,13 @@ CHECKPOINTS: dict[str, tuple[dict, dict, Matrix]] = {
     ),
     "int8 of eight-bit products": (
         HF,
-        compressed("int-quantized", INT8, dynamic=True),
+        compressed("int-quantized", INT8, DYNAMIC),
         plain("int8", 1, None, "weight_scale", "bfloat16"),
+    ),
+    "int8 of eight-bit products, static": (
+        HF,
+        compressed("int-quantized", INT8, STATIC),
+        with_input_scale(plain("int8", 1, None, "weight_scale", "bfloat16")),
     ),
     "fp8 with one scale": (
         FUSED,
@@ -174,6 +184,13 @@ CHECKPOINTS: dict[str, tuple[dict, dict, Matrix]] = {
     ),
     "gptq of 8 bits": (FUSED, GPTQ | {"bits": 8}, gptq(8, bits=8)),
     "gptq of 8 bits and one group": (HF, GPTQ | {"bits": 8, "group_size": -1}, gptq(None, bits=8)),
+    "gptq, symmetric": (FUSED, GPTQ | {"sym": True}, gptq(8, symmetric=True)),
+    "gptq of 8 bits, symmetric": (HF, GPTQ | {"bits": 8, "sym": True}, gptq(8, bits=8, symmetric=True)),
+    "gptq of 8 bits and one group, symmetric": (
+        HF,
+        GPTQ | {"bits": 8, "sym": True, "group_size": -1, "desc_act": True, "checkpoint_format": "gptq_v2"},
+        gptq(None, v1=False, bits=8, symmetric=True),
+    ),
     "gptq in act order": (HF, GPTQ | {"desc_act": True}, gptq(8, act_order="shared")),
     "gptq of 8 bits in act order": (FUSED, GPTQ | {"bits": 8, "desc_act": True}, gptq(8, bits=8, act_order="shared")),
     "int4 in act order": (
@@ -201,10 +218,19 @@ CHECKPOINTS: dict[str, tuple[dict, dict, Matrix]] = {
         {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},
         with_input_scale(plain("float8_e4m3fn", None, None, "weight_scale", "float32"), flat=True),
     ),
-    "fp8 of ModelOpt": (
+    "fp8 of transformers": (
         HF,
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+        with_input_scale(
+            plain("float8_e4m3fn", None, None, "weight_scale_inv", "bfloat16"),
+            flat=True,
+            names={"input_scale": "activation_scale"},
+        ),
+    ),
+    "fp8 of ModelOpt": (
+        FUSED,
         {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
-        with_input_scale(plain("float8_e4m3fn", None, None, "weight_scale", "float32"), flat=False),
+        with_input_scale(plain("float8_e4m3fn", None, None, "weight_scale", "float32")),
     ),
     "fp8 in blocks": (HF, BLOCK_FP8, plain("float8_e4m3fn", 16, 8, "weight_scale_inv", "bfloat16")),
     "fp8 in blocks that are cut off": (

@@ -20,6 +20,8 @@ def reference_scores(logits, params, prompt, output, eos=()):
     if len(output) < params.min_tokens:
         for token in (*eos, *params.stop_token_ids):
             x[token] = -INF
+    for token in (*params.suppress_tokens, *(() if output else params.begin_suppress_tokens)):
+        x[token] = -INF
     for token, bias in (params.logit_bias or {}).items():
         x[token] += bias
     for token in range(len(x)):
@@ -88,6 +90,8 @@ def random_params(rng, vocab_size):
         presence_penalty=maybe(0.0, lambda: rng.uniform(-2, 2)),
         frequency_penalty=maybe(0.0, lambda: rng.uniform(-2, 2)),
         logit_bias=maybe(None, lambda: {int(t): rng.uniform(-9, 9) for t in rng.integers(0, vocab_size, 5)}),
+        suppress_tokens=maybe(None, lambda: rng.integers(0, vocab_size, 3).tolist()),
+        begin_suppress_tokens=maybe(None, lambda: rng.integers(0, vocab_size, 3).tolist()),
         stop_token_ids=maybe(None, lambda: rng.integers(0, vocab_size, 3).tolist()),
         min_tokens=maybe(0, lambda: int(rng.integers(0, 8))),
         seed=int(rng.integers(0, 2**32)),

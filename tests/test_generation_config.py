@@ -77,7 +77,13 @@ def test_a_special_token_as_a_stop_string(tmp_path):
 def test_tokens_that_are_never_made(tmp_path, never):
     model = chain(tmp_path, YES, NO, generation=never)
     assert "yes" not in said(model)[0]
-    assert said(model, logit_bias={YES: 0.0})[0].startswith(" yes")
+    assert "yes" not in said(model, logit_bias={YES: 100.0}, temperature=1.0, seed=3)[0]
+
+
+def test_tokens_that_are_not_made_first(tmp_path):
+    model = chain(tmp_path, YES, NO, generation={"begin_suppress_tokens": [NO]})
+    assert said(model)[0] == " yes no no no no no"
+    assert "yes" not in said(chain(tmp_path, YES, NO, generation={"begin_suppress_tokens": YES}), max_tokens=1)[0]
 
 
 # --- what is said ---
@@ -89,7 +95,6 @@ def test_tokens_that_are_never_made(tmp_path, never):
         ({"num_beams": 4}, "num_beams"),
         ({"no_repeat_ngram_size": 3, "typical_p": 0.9}, "no_repeat_ngram_size, typical_p"),
         ({"bad_words_ids": [[YES, NO]]}, "bad_words_ids of more than one token"),
-        ({"begin_suppress_tokens": [YES]}, "begin_suppress_tokens"),
         ({"forced_eos_token_id": 3}, "forced_eos_token_id"),
         ({"temprature": 0.5}, "temprature"),
     ],

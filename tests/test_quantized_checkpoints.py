@@ -25,28 +25,34 @@ from quantized_checkpoints import (
 )
 from ridgeline.model.checkpoint import Checkpoint, read_parameter
 from ridgeline.model.hf import config_from_hf, tensors_of
+from ridgeline.model.layers import linear
 from ridgeline.model.loading import convert_model, load_model
-from ridgeline.model.params import param_name
+from ridgeline.model.params import float_specs, param_name
 from ridgeline.model.schemes import Quantization, Scheme
 
 SCHEMES = {
     "int4 that leaves a matrix as it is": Scheme("int4", group=8, scale_dtype="bfloat16"),
     "int4 with zero points, output too": Scheme("int4", group=8, zero_points=True),
     "int8 of eight-bit products": Scheme("int8", scale_dtype="bfloat16", dynamic=True),
+    "int8 of eight-bit products, static": Scheme("int8", scale_dtype="bfloat16", static=True),
     "fp8 with one scale": Scheme("float8_e4m3fn"),
     "awq": Scheme("int4", group=8, zero_points=True, scale_dtype="float16"),
     "gptq": Scheme("int4", group=8, zero_points=True, scale_dtype="float16"),
     "gptq of one group": Scheme("int4", zero_points=True, scale_dtype="float16"),
     "gptq of 8 bits": Scheme("int8", group=8, zero_points=True, scale_dtype="float16"),
     "gptq of 8 bits and one group": Scheme("int8", zero_points=True, scale_dtype="float16"),
+    "gptq, symmetric": Scheme("int4", group=8, scale_dtype="float16"),
+    "gptq of 8 bits, symmetric": Scheme("int8", group=8, scale_dtype="float16"),
+    "gptq of 8 bits and one group, symmetric": Scheme("int8", scale_dtype="float16"),
     "gptq in act order": Scheme("int4", group=8, zero_points=True, scale_dtype="float16", sorted_inputs=True),
     "gptq of 8 bits in act order": Scheme("int8", group=8, zero_points=True, scale_dtype="float16", sorted_inputs=True),
     "int4 in act order": Scheme("int4", group=8, scale_dtype="bfloat16", sorted_inputs=True),
     "int8, packed, with zero points": Scheme("int8", group=8, zero_points=True, scale_dtype="bfloat16"),
     "int8, packed, in act order": Scheme("int8", group=8, sorted_inputs=True),
     "fp8 with one scale, flat": Scheme("float8_e4m3fn"),
-    "fp8 of AutoFP8": Scheme("float8_e4m3fn"),
-    "fp8 of ModelOpt": Scheme("float8_e4m3fn"),
+    "fp8 of AutoFP8": Scheme("float8_e4m3fn", static=True),
+    "fp8 of transformers": Scheme("float8_e4m3fn", scale_dtype="bfloat16", static=True),
+    "fp8 of ModelOpt": Scheme("float8_e4m3fn", static=True),
     "fp8 in blocks": Scheme("float8_e4m3fn", group=8, rows=16, scale_dtype="bfloat16"),
     "fp8 in blocks that are cut off": Scheme("float8_e4m3fn", group=16, rows=16),
 }
@@ -98,6 +104,7 @@ def test_logits_are_those_of_the_matrices(tmp_path, name, rows):
         "int4 in act order",
         "int8, packed, in act order",
         "fp8 in blocks",
+        "fp8 of AutoFP8",
     ],
 )
 def test_any_slice_of_any_part(tmp_path, name):
@@ -110,6 +117,53 @@ def test_any_slice_of_any_part(tmp_path, name):
             index = tuple(slice(*sorted(rng.choice(n + 1, 2, replace=False).tolist())) for n in spec.shape)
             part = read_parameter(checkpoint, spec, tensors[f"layers.0.{param_name(path)}"], index)
             np.testing.assert_array_equal(part, np.asarray(full)[index])
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("int8 of eight-bit products, static", ["input_scale"] * 3),
+        ("fp8 of AutoFP8", ["input_scale"] * 3),
+        ("fp8 of transformers", ["activation_scale"] * 3),
+        ("fp8 of ModelOpt", ["input_scale"]),
+    ],
+)
+def test_static_scales_round_the_inputs_of_many_rows(tmp_path, name, parts):
+    """By the largest scale of the matrices that are one here; what lies beyond the dtype's range becomes its end."""
+    directory, _ = write_pair(tmp_path, name)
+    checkpoint, model = Checkpoint(directory), load_model(directory)
+    modules = [f"model.layers.1.self_attn.{module}_proj" for module in (["qkv"] if len(parts) == 1 else "qkv")]
+    stored = [checkpoint.read(f"{module}.{part}") for module, part in zip(modules, parts, strict=True)]
+    scale = max(float(one.reshape(())) for one in stored)
+    weight, spec = model.params["layers"][1]["qkv"], float_specs(model.config)["layers"][1]["qkv"]
+    assert weight.input_scale == scale
+
+    dtype, dense = weight.scheme.dtype, np.asarray(rl.dequantize(weight), np.float64)
+    largest = {"int8": 127, "float8_e4m3fn": 448}[dtype]
+    x = np.random.default_rng(3).normal(0, 1, (65, 32)).astype("float32")
+    x[:, 7], x[5, 8] = 0.0, 2 * largest * scale
+    numbers = np.clip(x / np.float32(scale), -largest, largest)
+    rounded = (np.rint(numbers) if dtype == "int8" else numbers.astype(jnp.float8_e4m3fn)).astype(np.float64) * scale
+    for rows, inputs in ((65, rounded), (64, x)):
+        expected = np.einsum("mi,kghi->mkgh", inputs[:rows], dense)
+        y = linear(jnp.asarray(x[:rows]), weight, spec)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_static_scales_that_are_not_there(tmp_path):
+    directory, _ = write_pair(tmp_path, "fp8 of AutoFP8")
+    checkpoint = Checkpoint(directory)
+    gone = "model.layers.0.self_attn.k_proj.input_scale"
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors if name != gone}
+    save(directory, json.loads((directory / "config.json").read_text()), tensors)
+    refused(directory, rf"lacks 1 of the \d+ tensors .*: {gone}")
+
+
+def test_conversions_hold_static_scales(tmp_path):
+    directory, _ = write_pair(tmp_path, "fp8 of AutoFP8")
+    again, model = load_model(convert_model(directory, tmp_path / "out")), load_model(directory)
+    assert again.config == model.config
+    assert_same(again.params, model.params)
 
 
 def test_conversions_hold_what_was_read(tmp_path):
@@ -216,6 +270,16 @@ def test_tensors_that_do_not_go_with_config_json(tmp_path, change, pattern):
     refused(tmp_path, pattern)
 
 
+def test_zero_points_that_are_not_symmetric(tmp_path):
+    directory, _ = write_pair(tmp_path, "gptq of 8 bits")
+    hf = json.loads((directory / "config.json").read_text())
+    hf["quantization_config"]["sym"] = True
+    (directory / "config.json").write_text(json.dumps(hf))
+    refused(
+        directory, r"qzeros', its zero points are not symmetric, and sym in config\.json says that they are; set it"
+    )
+
+
 def test_weights_that_no_file_calls_quantized(tmp_path):
     directory, _ = write_pair(tmp_path, "fp8 in blocks")
     (directory / "config.json").write_text(json.dumps(HF))
@@ -265,8 +329,9 @@ def test_the_oldest_key_of_compressed_tensors(tmp_path):
 
 
 def test_scales_of_activations_and_caches_are_said(tmp_path):
-    quantization = compressed("float-quantized", FP8 | {"strategy": "tensor"}, dynamic=True)
-    quantization["config_groups"]["group_0"]["input_activations"] |= {"dynamic": False, "strategy": "tensor"}
+    """Those of caches, of outputs, and of activations that have one for each channel."""
+    inputs = {"dynamic": False, "strategy": "channel"}
+    quantization = compressed("float-quantized", FP8 | {"strategy": "tensor"}, inputs)
     quantization["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     directory, dense = write_pair(tmp_path, "fp8 with one scale, flat")
     hf = json.loads((directory / "config.json").read_text()) | {"quantization_config": quantization}
@@ -278,15 +343,15 @@ def test_scales_of_activations_and_caches_are_said(tmp_path):
     said = r"\d+ scales of activations or of the KV cache are not used \(input_scale, k_scale, output_scale, v_scale\)"
     with pytest.warns(UserWarning, match=said):
         model = load_model(directory)
-    assert not model.config.quantization.layers.dynamic
+    assert model.config.quantization.layers == Scheme("float8_e4m3fn")
     assert_stands_for(model.params, load_model(dense).params)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_matrices_that_are_sorted_in_different_orders(tmp_path, monkeypatch, bits):
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (8, True)])
+def test_matrices_that_are_sorted_in_different_orders(tmp_path, monkeypatch, bits, symmetric):
     """They are one parameter here, which has one order: kept as floats, the others as they are."""
-    settings = GPTQ | {"bits": bits, "desc_act": True}
-    monkeypatch.setitem(CHECKPOINTS, "own orders", (HF, settings, gptq(8, bits=bits, act_order="own")))
+    settings, matrix = GPTQ | {"bits": bits, "desc_act": True, "sym": symmetric}, gptq(8, True, bits, "own", symmetric)
+    monkeypatch.setitem(CHECKPOINTS, "own orders", (HF, settings, matrix))
     directory, dense = write_pair(tmp_path, "own orders")
     with pytest.warns(UserWarning, match=r"layers\.0\.gate_up, .* are kept in float32, not in 4 or 8 bits: .*desc_act"):
         model = load_model(directory)

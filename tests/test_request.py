@@ -100,10 +100,12 @@ def test_text_follows_the_prompts():
 
 
 def test_what_the_checkpoint_asks_of_every_request(model):
-    rules = GenerationDefaults(suppress_tokens=(3, 900), bad_words=((4,), (5, 6)), stop_strings=("END", "x"))
+    rules = GenerationDefaults(
+        suppress_tokens=(3, 900), begin_suppress_tokens=(5, 900), bad_words=((4,), (5, 6)), stop_strings=("END", "x")
+    )
     asking = dataclasses.replace(model, tokenizer=TOKENIZER, generation=rules)
-    params = with_checkpoint_rules(SamplingParams(stop="x", logit_bias={4: 1.0}), asking)
-    assert (params.stop, params.logit_bias) == (("x", "END"), {3: -100.0, 4: 1.0})
+    params = with_checkpoint_rules(SamplingParams(stop="x", suppress_tokens=[8, 3]), asking)
+    assert (params.stop, params.suppress_tokens, params.begin_suppress_tokens) == (("x", "END"), (8, 3, 4), (5,))
     assert with_checkpoint_rules(SamplingParams(ignore_eos=True), asking).stop == ()
     assert with_checkpoint_rules(SamplingParams(), dataclasses.replace(asking, tokenizer=None)).stop == ()
     assert with_checkpoint_rules(SamplingParams(), model) == SamplingParams()

@@ -232,6 +232,23 @@ def test_min_tokens_keeps_the_row_from_ending():
     assert one_row(logits, dataclasses.replace(params, logit_bias={0: 100.0}), prompt=prompt, eos=[0, 99])[0] == 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e300])
+def test_suppressed_tokens_are_never_drawn(temperature):
+    """However much likelier they are, and whatever is added or taken off."""
+    logits, prompt = [1e30, 3e38, -300.0, -310.0], [0]
+    params = SamplingParams(temperature=temperature, suppress_tokens=[0], begin_suppress_tokens=[1])
+    more = {"logit_bias": {0: 100.0}, "repetition_penalty": 0.1, "frequency_penalty": -2.0, "presence_penalty": -2.0}
+    for asked in (params, dataclasses.replace(params, **more), dataclasses.replace(params, top_p=0.5, min_p=0.1)):
+        assert {one_row(logits, asked, prompt=prompt, seed=seed)[0] for seed in range(9)} <= {2, 3}
+        later = {one_row(logits, asked, prompt=prompt, seed=seed, output=[0, 2])[0] for seed in range(9)}
+        assert later <= {1, 2, 3}
+        assert 1 in later
+    token, reported = one_row(logits, dataclasses.replace(params, logprobs=2), prompt=prompt)
+    assert token in (2, 3)
+    assert reported.top_ids[:2].tolist() == [1, 0]  # of the model itself
+    assert not np.isnan(reported.top).any()
+
+
 def test_counts_follow_a_scan():
     V, steps = 11, 9
     params = [SamplingParams(frequency_penalty=1.5, presence_penalty=0.3, seed=3), SamplingParams(temperature=0)]

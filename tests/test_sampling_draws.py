@@ -256,8 +256,7 @@ def test_padding_rows_are_inert():
     assert isinstance(state, SamplingState)
     assert state.settings.temperature.tolist() == [1.0, 0.0, 0.0, 0.0]
     assert not np.asarray(state.bias)[1:].any()
-    assert not np.asarray(state.stop_mask)[1:].any()
-    assert state.settings.min_length.tolist() == [5, 0, 0, 0]
+    assert [row.tolist() for row in state.masked_until] == [[0] * 7 + [5], *[[0] * 8] * 3]
     tokens, _, _ = sample(jnp.zeros((4, 8)).at[1, 6].set(1.0), state, jnp.array([2, 0, 0, 0]), plan=plan)
     assert tokens.tolist()[1:] == [6, 0, 0]
 

@@ -62,6 +62,8 @@ INF, NAN = math.inf, math.nan
         (TypeError, {"stop_token_ids": [False]}, "a token id of stop_token_ids is False, a bool"),
         (TypeError, {"stop_token_ids": 5}, "stop_token_ids is 5; it must be a sequence"),
         (TypeError, {"stop_token_ids": "12"}, "stop_token_ids is '12'; it must be a sequence"),
+        (ValueError, {"suppress_tokens": [-1]}, "a token id of suppress_tokens is -1"),
+        (TypeError, {"begin_suppress_tokens": 5}, "begin_suppress_tokens is 5; it must be a sequence"),
         (TypeError, {"ignore_eos": 1}, "ignore_eos is 1; it must be True or False"),
         (TypeError, {"skip_special_tokens": "no"}, "skip_special_tokens is 'no'"),
         (TypeError, {"include_stop_str_in_output": None}, "include_stop_str_in_output is None"),
@@ -109,5 +111,7 @@ def test_params_against_a_vocabulary():
         params.validate(9)
     with pytest.raises(ValueError, match=r"logit_bias has token ids \[9\].*ids must be in \[0, 9\)"):
         dataclasses.replace(params, stop_token_ids=None).validate(9)
+    with pytest.raises(ValueError, match=r"begin_suppress_tokens has token ids \[9\]"):
+        SamplingParams(begin_suppress_tokens=[9]).validate(9)
     with pytest.raises(ValueError, match="logprobs is 10; the vocabulary has 9 tokens"):
         SamplingParams(logprobs=10).validate(9)

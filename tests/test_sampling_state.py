@@ -12,9 +12,10 @@ REQUESTS = [
     SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, seed=2**40),
     SamplingParams(logit_bias={3: 1.5, 49: -2.0}, top_k=5, top_p=0.5, min_p=0.1, seed=4),
     SamplingParams(min_tokens=4, stop_token_ids=[1, 2], logprobs=0, temperature=0.3, seed=5),
+    SamplingParams(min_tokens=4, suppress_tokens=[8, 7], begin_suppress_tokens=[1, 8, 99]),
     EMPTY,
 ]
-PROMPTS = [list(range(20)), [1, 1], [5, 6, 7], []]
+PROMPTS = [list(range(20)), [1, 1], [5, 6, 7], [9], []]
 
 
 def assert_equal(a, b):
@@ -22,10 +23,10 @@ def assert_equal(a, b):
 
 
 def test_rows_enter_in_any_order_and_leave_nothing_behind():
-    expected, _ = make_sampling_state(REQUESTS, PROMPTS, [0] * 4, V, EOS)
-    state = empty_state(4, V, tables=True)
+    expected, _ = make_sampling_state(REQUESTS, PROMPTS, [0] * 5, V, EOS)
+    state = empty_state(5, V, tables=True)
     empty = jax.tree.map(np.array, state)  # copies, as `insert` consumes what it is given
-    for row, request in [(2, 0), (0, 1), (0, 0), (3, 2), (1, 1), (2, 2), (3, 3)]:
+    for row, request in [(2, 0), (0, 1), (0, 0), (3, 2), (1, 1), (2, 2), (3, 3), (4, 4)]:
         arrays = request_arrays([REQUESTS[request]], [PROMPTS[request]], [0], EOS)
         before = jax.tree.map(lambda x, row=row: np.delete(x, row, axis=0), state)
         state = insert(state, np.array([row], np.int32), arrays)
@@ -36,25 +37,28 @@ def test_rows_enter_in_any_order_and_leave_nothing_behind():
 
 
 def test_the_tables_hold_what_was_asked_for():
-    state, _ = make_sampling_state(REQUESTS, PROMPTS, [0] * 4, V, EOS)
-    assert [np.flatnonzero(row).tolist() for row in state.prompt_mask] == [PROMPTS[0], [], [], []]
-    assert [np.flatnonzero(row).tolist() for row in state.stop_mask] == [[], [], [1, 2, 7], []]
+    state, _ = make_sampling_state(REQUESTS, PROMPTS, [0] * 5, V, EOS)
+    assert [np.flatnonzero(row).tolist() for row in state.prompt_mask] == [PROMPTS[0], [], [], [], []]
+    never, until = np.iinfo(np.int32).max, np.asarray(state.masked_until)
+    assert {(row, token): until[row, token] for row, token in np.argwhere(until)} == {
+        **{(2, token): 7 for token in (1, 2, 7)},
+        **{(3, 1): 2, (3, 7): never, (3, 8): never},
+    }
     assert {(row, token): state.bias[row, token] for row, token in np.argwhere(np.asarray(state.bias))} == {
         (1, 3): 1.5,
         (1, 49): -2.0,
     }
     assert not state.output_counts.any()
-    assert state.settings.seeds.tolist() == [[2**8, 0], [0, 4], [0, 5], [0, 0]]
-    assert state.settings.min_length.tolist() == [20, 2, 7, 0]
+    assert state.settings.seeds.tolist() == [[2**8, 0], [0, 4], [0, 5], [0, 0], [0, 0]]
 
 
 def test_a_resumed_request_remembers_its_output():
     output = [4, 4, 9]
-    arrays = request_arrays(REQUESTS[:2], PROMPTS[:2], [0, 0], EOS, outputs=[output, output])
-    state = insert(empty_state(2, V, tables=True), np.arange(2, dtype=np.int32), arrays)
+    arrays = request_arrays(REQUESTS[:3], PROMPTS[:3], [0] * 3, EOS, outputs=[output] * 3)
+    state = insert(empty_state(3, V, tables=True), np.arange(3, dtype=np.int32), arrays)
     assert state.output_counts[0].tolist() == np.bincount(output, minlength=V).tolist()
-    assert state.settings.min_length[0] == len(PROMPTS[0])
     assert not state.output_counts[1].any()  # which nothing reads
+    assert state.masked_until[2, 1] == len(PROMPTS[2]) + 4
 
 
 def test_few_programs_insert_requests_of_any_length():
@@ -70,6 +74,6 @@ def test_a_plan_is_the_coarsest_that_a_request_needs():
     greedy, random, full = (SamplingPlan(kind, width) for kind, width in [("greedy", 0), ("random", 0), ("full", 32)])
     assert make_plan([], V) == make_plan([EMPTY, SamplingParams(temperature=0, top_p=0.5)], V) == greedy
     assert make_plan([EMPTY, SamplingParams()], V) == make_plan([SamplingParams(top_k=3, top_p=0.2)], V) == random
-    for params in REQUESTS[:3]:
+    for params in (*REQUESTS[:4], SamplingParams(min_tokens=1), SamplingParams(begin_suppress_tokens=[3])):
         assert make_plan([EMPTY, params, SamplingParams()], V) == full
     assert make_plan([SamplingParams(temperature=0, logprobs=33)], V) == SamplingPlan("full", V)

@@ -1,13 +1,18 @@
 """A checkpoint's tokenizer from all of its files, with transformers' ids."""
 
+import base64
 import json
+import subprocess
+import sys
 import warnings
+from itertools import pairwise
 
 import pytest
 
 from backends import TEXTS, byte_level, llama2_like, save
 from ridgeline.model.checkpoint import CheckpointError
 from ridgeline.model.tokenizer import load_tokenizer
+from ridgeline.model.tokenizer.converted import CONVERTED
 
 BYTES, PIECES = byte_level().get_vocab_size(), llama2_like().get_vocab_size()
 
@@ -191,9 +196,128 @@ def test_vocabulary_and_merges(tmp_path, kind):
 
 
 @pytest.mark.parametrize("names", [["tokenizer.model"], ["tekken.json"], ["vocab.json", "merges.txt"], ["vocab.txt"]])
-def test_other_files_are_named_with_the_command_that_converts_them(tmp_path, names):
+def test_other_files_are_named_with_the_command_that_converts_them(tmp_path, monkeypatch, names):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as where it is not installed
     for name in names:
         (tmp_path / name).write_text("{}")
     expected = rf"its tokenizer in {', '.join(names)} and no tokenizer\.json, .*from_pretrained.*save_pretrained"
-    with pytest.raises(CheckpointError, match=expected):
+    with pytest.raises(CheckpointError, match=expected) as told:
         load_tokenizer(tmp_path)
+    assert ("could not be converted (import of transformers" in str(told.value)) == (names[0] in CONVERTED)
+
+
+WITHOUT_TORCH = """
+import importlib.util, json, pathlib, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
+sys.modules["torch"] = None
+from ridgeline.model.tokenizer import load_tokenizer
+tokenizer = load_tokenizer(pathlib.Path(sys.argv[1]))
+ids = [tokenizer.encode(text) for text in json.loads(sys.argv[2])]
+print(json.dumps([ids, [tokenizer.decode(row) for row in ids], tokenizer.special_tokens]))
+"""
+SPACED = ["the fox", "a  quick\nfox", "Ωμέγα 你好 🙂", "the king</s>", ""]
+
+
+def read_without_torch(directory):
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(directory), json.dumps(SPACED)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("bpe", {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}),
+        ("unigram", {}),
+    ],
+)
+def test_sentencepiece_models_have_the_ids_of_sentencepiece(tmp_path, kind, options):
+    """And the code that the checkpoint brings is not run."""
+    pytest.importorskip("transformers")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines, prefix = ["the quick brown fox and the king", "once upon a time a fox"] * 50, str(tmp_path / "tokenizer")
+    sizes = {"vocab_size": 300, "hard_vocab_limit": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=prefix, model_type=kind, **sizes, **options
+    )
+    with_code(tmp_path, tokenizer_class="LlamaTokenizer")
+    reference = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    ids, texts, special = read_without_torch(tmp_path)
+    for text, row in zip(SPACED, ids, strict=True):
+        plain = text.removesuffix("</s>")
+        assert row == [reference.bos_id(), *reference.encode(plain), *[reference.eos_id()] * (plain != text)]
+    if kind == "bpe":
+        assert texts == [text.replace("</s>", "") for text in SPACED]
+    assert special == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert not (tmp_path / "was_run").exists()
+
+
+def with_code(directory, **config):
+    """Write a tokenizer_config.json that names code of the checkpoint, which leaves a mark when it is run."""
+    code = f"import pathlib\npathlib.Path({str(directory / 'was_run')!r}).touch()\nclass Own: ...\n"
+    (directory / "own.py").write_text(code)
+    config["auto_map"] = {"AutoTokenizer": ["own.Own", "own.Own"], "AutoConfig": "own.Own"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_tekken_has_the_ids_of_byte_pair_merges(tmp_path):
+    pytest.importorskip("transformers")
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokens = [
+        *(bytes([n]) for n in range(256)),
+        b"th",
+        b"the",
+        b" the",
+        b"fo",
+        b"ox",
+        b" fo",
+        b" fox",
+        b"ki",
+        b"in",
+        b"ing",
+    ]
+    special, fillers = ["<unk>", "<s>", "</s>", "[INST]"], 8
+    stated = {
+        "config": {
+            "pattern": pattern,
+            "default_vocab_size": len(tokens) + fillers,
+            "default_num_special_tokens": fillers,
+            "version": "v7",
+        },
+        "vocab": [{"rank": n, "token_bytes": base64.b64encode(t).decode()} for n, t in enumerate(tokens)],
+        "special_tokens": [{"rank": n, "token_str": t, "is_control": True} for n, t in enumerate(special)],
+    }
+    (tmp_path / "tekken.json").write_text(json.dumps(stated))
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    ids, texts, named = read_without_torch(tmp_path)
+    ranks = {token: n for n, token in enumerate(tokens)}
+
+    def merged(piece: bytes) -> list[int]:
+        parts = [piece[n : n + 1] for n in range(len(piece))]
+        while pairs := [(ranks[a + b], n) for n, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]:
+            _, n = min(pairs)
+            parts[n : n + 2] = [parts[n] + parts[n + 1]]
+        return [fillers + ranks[part] for part in parts]
+
+    pieces = [
+        ["the", " fox"],
+        ["a", " ", " quick", "\n", "fox"],
+        ["Ωμέγα", " 你好", " 🙂"],
+        ["the", " king", None],
+        [],
+    ]
+    for row, of in zip(ids, pieces, strict=True):
+        assert row == [1, *(id for piece in of for id in ([2] if piece is None else merged(piece.encode())))]
+    assert texts == [text.replace("</s>", "") for text in SPACED]
+    assert named == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json"])
+def test_damaged_files_of_other_tokenizers(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with_code(tmp_path, tokenizer_class="Own")
+    with pytest.raises(CheckpointError, match=rf"its tokenizer in {name} and no tokenizer\.json, .*not be converted"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "was_run").exists()

@@ -25,7 +25,7 @@ class SamplingPlan:
 
     Attributes:
       kind: "greedy", the likeliest tokens; "random", which also draws, with temperature and filters; "full", which also
-        has min_tokens, biases, penalties and log probabilities, and needs a state with tables.
+        has masks, biases, penalties and log probabilities, and needs a state with tables.
       logprobs: width of the lists of top log probabilities; 0 unless the kind is "full".
     """
 
@@ -47,7 +47,6 @@ class Settings:
     repetition_penalty: Float[Array, "B"]  # 1 where off
     presence_penalty: Float[Array, "B"]  # 0 where off, as the next
     frequency_penalty: Float[Array, "B"]
-    min_length: Int32[Array, "B"]  # the position, from the start of the prompt, from which the row may end
     logprobs: Bool[Array, "B"]  # whether it wants any
 
 
@@ -57,7 +56,8 @@ class RequestArrays:
     """R requests as `insert` takes them: token ids in lists, padded by an id that no vocabulary has."""
 
     settings: Settings
-    stop: Int32[Array, "R N"]  # what may not be drawn before min_length
+    masked: Int32[Array, "R N"]
+    masked_until: Int32[Array, "R N"]  # the position, from the start of the prompt, from which each may be drawn
     bias: Int32[Array, "R N"]
     bias_values: Float[Array, "R N"]
     prompt: Int32[Array, "R N"]  # these two where penalties look at them
@@ -67,7 +67,7 @@ class RequestArrays:
 def make_plan(params: Collection[SamplingParams], vocab_size: int) -> SamplingPlan:
     """The coarsest plan that any of the requests needs."""
     logprobs = [p.logprobs for p in params if p.logprobs is not None]
-    if logprobs or any(p.logit_bias or p.min_tokens or _is_penalized(p) for p in params):
+    if logprobs or any(p.logit_bias or p.min_tokens or _is_suppressed(p) or _is_penalized(p) for p in params):
         width = _LOGPROBS
         while width < max(logprobs, default=0):
             width *= 4  # few widths, so that few programs are compiled
@@ -93,8 +93,9 @@ def request_arrays(
     Args as in `make_sampling_state`; `outputs` is what requests that are resumed have sampled before.
     """
     outputs = [()] * len(params) if outputs is None else outputs
+    masks = [_masked(p, len(prompt), eos_token_ids) for p, prompt in zip(params, prompts, strict=True)]
     lists = {
-        "stop": [(*eos_token_ids, *p.stop_token_ids) if p.min_tokens else () for p in params],
+        "masked": masks,
         "bias": [tuple(p.logit_bias or ()) for p in params],
         "prompt": [ids if p.repetition_penalty != 1 else () for p, ids in zip(params, prompts, strict=True)],
         "output": [ids if _is_penalized(p) else () for p, ids in zip(params, outputs, strict=True)],
@@ -119,12 +120,27 @@ def request_arrays(
         repetition_penalty=floats("repetition_penalty"),
         presence_penalty=floats("presence_penalty"),
         frequency_penalty=floats("frequency_penalty"),
-        min_length=ints(len(prompt) + p.min_tokens for p, prompt in zip(params, prompts, strict=True)),
         logprobs=np.array([p.logprobs is not None for p in params], bool),
     )
     values = _padded([(p.logit_bias or {}).values() for p in params], width, 0, np.float32)
+    until = _padded([ints(mask.values()) for mask in masks], width, 0, np.int32)
     ids = {name: _padded(rows, width, _MAX_INT, np.int32) for name, rows in lists.items()}
-    return RequestArrays(settings=settings, bias_values=values, **ids)
+    return RequestArrays(settings=settings, masked_until=until, bias_values=values, **ids)
+
+
+def _masked(params, prompt_length, eos_token_ids=()):
+    """The tokens that may not be drawn at once, and the position from which each may be."""
+    ends = (*eos_token_ids, *params.stop_token_ids) if params.min_tokens else ()
+    lists = (  # the longest last: it counts
+        (params.begin_suppress_tokens, prompt_length + 1),
+        (ends, prompt_length + params.min_tokens),
+        (params.suppress_tokens, _MAX_INT),
+    )
+    return {token: until for tokens, until in lists for token in tokens}
+
+
+def _is_suppressed(params):
+    return params.suppress_tokens or params.begin_suppress_tokens
 
 
 def _is_penalized(params):

@@ -23,6 +23,7 @@ _INTS_OR_NONE: dict[str, tuple[Callable[[int], bool], str]] = {
     "seed": (lambda n: 0 <= n < 2**64, "it must be in [0, 2**64), or None for a new one each time"),
     "logprobs": (lambda n: n >= 0, "it must be at least 0, or None for no log probabilities"),
 }
+_TOKEN_IDS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens")
 _BOOLS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 
 
@@ -32,7 +33,7 @@ _BOOLS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 class SamplingParams:
     """How the tokens of one request are chosen and when they end. Frozen, hashable, checked at construction.
 
-    Numbers may be any real or integral type (NumPy's too) and are kept as Python's; `stop` and `stop_token_ids` are
+    Numbers may be any real or integral type (NumPy's too) and are kept as Python's; `stop` and lists of token ids are
     kept as tuples, empty for None.
 
     Attributes:
@@ -45,6 +46,8 @@ class SamplingParams:
       presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
       frequency_penalty: subtracted once for each time a token stands in the output, in [-2, 2].
       logit_bias: added to the logit of a token id, in [-100, 100].
+      suppress_tokens: tokens that are never drawn (transformers' name, as the next).
+      begin_suppress_tokens: tokens that are not drawn first.
       seed: with it, the request draws the same tokens alone and in any batch; None draws a new one each time.
       logprobs: how many top log probabilities to return beside the chosen token's; None for none at all.
       stop: strings that end the output once they stand in it.
@@ -69,6 +72,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
     seed: int | None = None
     logprobs: int | None = None
     stop: str | Sequence[str] | None = None
@@ -94,7 +99,8 @@ class SamplingParams:
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it or raise max_tokens"
             )
         self._keep("stop", _stop(self.stop))
-        self._keep("stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        for name in _TOKEN_IDS:
+            self._keep(name, _token_ids(name, getattr(self, name)))
         self._keep("logit_bias", _logit_bias(self.logit_bias))
 
     def _keep(self, name: str, value: Any) -> None:
@@ -115,7 +121,7 @@ class SamplingParams:
         Raises:
           ValueError: naming the field and the ids that the model does not have.
         """
-        for name in ("stop_token_ids", "logit_bias"):
+        for name in (*_TOKEN_IDS, "logit_bias"):
             unknown = [token for token in getattr(self, name) or () if token >= vocab_size]
             if unknown:
                 raise ValueError(
@@ -159,12 +165,12 @@ def _stop(value: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _stop_token_ids(value: Any) -> tuple[int, ...]:
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise TypeError(f"stop_token_ids is {value!r}; it must be a sequence of token ids, or None")
-    return tuple(dict.fromkeys(_token_id("stop_token_ids", token) for token in value))
+        raise TypeError(f"{name} is {value!r}; it must be a sequence of token ids, or None")
+    return tuple(dict.fromkeys(_token_id(name, token) for token in value))
 
 
 def _logit_bias(value: Any) -> dict[int, float] | None:

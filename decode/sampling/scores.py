@@ -60,16 +60,16 @@ def _counts_by_position(counts, drafted, T):
 
 
 def _penalized(logits, state, positions):
-    """What greedy rows choose by too: end tokens masked, biases added, penalties taken off.
+    """What greedy rows choose by too: tokens masked, biases added, penalties taken off.
 
     Source: `MinTokensLogitsProcessor` and `LogitBiasLogitsProcessor` of `vllm/v1/sample/logits_processor/builtin.py`,
     `apply_penalties` of `vllm/model_executor/layers/utils.py`.
     """
     settings, counts = state.settings, state.output_counts
-    repetition, presence, frequency, min_length = _by_row(
-        settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty, settings.min_length
+    repetition, presence, frequency = _by_row(
+        settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty
     )
-    logits = jnp.where(state.stop_mask[:, None] & (positions[..., None] < min_length), -jnp.inf, logits)
+    logits = jnp.where(positions[..., None] < state.masked_until[:, None], -jnp.inf, logits)
     logits = logits + state.bias[:, None]
     penalty = jnp.where(state.prompt_mask[:, None] | (counts > 0), repetition, 1.0)
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)

@@ -15,7 +15,7 @@ from ...sharding.rules import constrain
 from .layout import EMPTY, RequestArrays, SamplingPlan, Settings, make_plan, request_arrays
 from .params import SamplingParams
 
-_TABLES = {"stop_mask": bool, "bias": jnp.float32, "prompt_mask": bool, "output_counts": jnp.int32}
+_TABLES = {"masked_until": jnp.int32, "bias": jnp.float32, "prompt_mask": bool, "output_counts": jnp.int32}
 
 
 @no_type_check  # as `Settings`
@@ -24,7 +24,7 @@ class SamplingState:
     """What each row of a batch asks of sampling, and what it has sampled; tables are None where no plan is "full"."""
 
     settings: Settings
-    stop_mask: Bool[Array, "B V"] | None = None  # what may not be drawn before min_length
+    masked_until: Int32[Array, "B V"] | None = None  # the position from which each token may be drawn
     bias: Float[Array, "B V"] | None = None
     prompt_mask: Bool[Array, "B V"] | None = None
     output_counts: Int32[Array, "B V"] | None = None  # how often each token was sampled
@@ -94,7 +94,7 @@ def insert(state: SamplingState, rows: Int[Array, "R"], requests: RequestArrays)
     if state.bias is not None:
         each, V = jnp.arange(rows.shape[0])[:, None], state.bias.shape[1]
         zeros = {name: jnp.zeros((rows.shape[0], V), dtype) for name, dtype in _TABLES.items()}
-        new["stop_mask"] = zeros["stop_mask"].at[each, requests.stop].set(True, mode="drop")
+        new["masked_until"] = zeros["masked_until"].at[each, requests.masked].set(requests.masked_until, mode="drop")
         new["bias"] = zeros["bias"].at[each, requests.bias].set(requests.bias_values, mode="drop")
         new["prompt_mask"] = zeros["prompt_mask"].at[each, requests.prompt].set(True, mode="drop")
         new["output_counts"] = zeros["output_counts"].at[each, requests.output].add(1, mode="drop")

@@ -15,7 +15,7 @@ from .safetensors import DTYPES, FLOATS, Checkpoint, TensorInfo, check_dtype
 
 # Buffers of rotary embeddings, which older checkpoints carry and the configuration determines.
 _HARMLESS = re.compile(r"(^|\.)((rotary|rope)\w*\.\w+|\w*(inv_freq|freqs_cis|cos_cached|sin_cached))$")
-# Of activations and of the KV cache, beside quantized weights.
+# Of activations and of the KV cache, beside quantized weights: those that are not used.
 _SCALES = re.compile(r"\.(input|output|activation|act|[qkv]|attn|prob)_(scale|zero_point)(_inv)?$")
 _ADAPTER = re.compile(r"\.(lora_\w+|base_layer)\.")
 _UNEMBEDDING = re.compile(r"(^|\.)lm_head\.weight$")
@@ -70,8 +70,8 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMa
         kinds = sorted({name.rpartition(".")[2] for name in scales})
         _say(
             checkpoint,
-            f"{len(scales)} scales of activations or of the KV cache are not used ({listing(kinds)}): activations stay "
-            f"in {config.dtype}, and kv_dtype= stores the cache in fewer bits",
+            f"{len(scales)} scales of activations or of the KV cache are not used ({listing(kinds)}): these stay in "
+            f"{config.dtype}, and kv_dtype= stores the cache in fewer bits",
         )
 
 
@@ -83,7 +83,8 @@ def _check_presence(
     extra: list[str],
 ) -> None:
     """Raise `CheckpointError` unless every tensor that is expected is there and has its shape."""
-    missing = [name for name in expected if name not in infos]
+    needed = dict.fromkeys(name for piece in expected.values() for name in (piece.tensor, *piece.beside))
+    missing = [name for name in needed if name not in infos]
     if missing:
         checkpoint.require(missing)
         instead = f"; it holds {listing(extra)} instead" if extra else ""
@@ -91,7 +92,7 @@ def _check_presence(
         if all(_UNEMBEDDING.search(name) for name in missing):
             remedy += "; if embeddings are tied, set tie_word_embeddings to true"
         raise CheckpointError(
-            f"{_where(checkpoint)} lacks {len(missing)} of the {len(expected)} tensors that config.json calls for "
+            f"{_where(checkpoint)} lacks {len(missing)} of the {len(needed)} tensors that config.json calls for "
             f"({_model(config)}): {listing(missing)}{instead}; {_merge(extra) or remedy}"
         )
     for name, piece in expected.items():

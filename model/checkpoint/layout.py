@@ -11,6 +11,8 @@ DECODER, HEAD = "model.", "lm_head."
 _PARTS = re.compile(r"(.*?)(embed_tokens\.|layers\.\d+\.)")
 _LAST = re.compile(r"(?<![^.])model\.$")
 _HEADS = re.compile(r"((?:.*\.)?)lm_head\.")
+_SYNONYMS = {"weight_scale": ["weight_scale_inv"], "input_scale": ["activation_scale", "act_scale"]}
+"""Other names of scales: transformers' and Mistral's, and those of the oldest checkpoints of AutoFP8."""
 
 
 def as_stored(checkpoint: Checkpoint, tensors: TensorMap) -> TensorMap:
@@ -27,11 +29,12 @@ def as_stored(checkpoint: Checkpoint, tensors: TensorMap) -> TensorMap:
     beside = _LAST.sub("", decoder)
     heads = {match[1] for name in names if (match := _HEADS.match(name))} | {beside}
     head = min(heads, key=lambda prefix: (f"{prefix}{HEAD}weight" not in names, prefix != beside, len(prefix), prefix))
-    if (decoder, head) == (DECODER, ""):
-        return tensors
 
     def stored(name: str) -> str:
-        return head + name if name.startswith(HEAD) else decoder + name.removeprefix(DECODER)
+        name = head + name if name.startswith(HEAD) else decoder + name.removeprefix(DECODER)
+        module, _, part = name.rpartition(".")
+        synonyms = [f"{module}.{other}" for other in _SYNONYMS.get(part, [])]
+        return next((one for one in [name, *synonyms] if one in names), name)
 
     return {name: tuple(piece.renamed(stored) for piece in pieces) for name, pieces in tensors.items()}
 

@@ -27,6 +27,8 @@ COPIED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "tokenizer.model",
+    "tekken.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",

@@ -53,10 +53,13 @@ def plain_parts(scales: str, per_tensor: bool, scheme: Scheme, piece: Piece, ste
     # Blocks of the tensor's rows may reach over heads. Those of the parameter start and end where a head does and
     # divide them, so that each lies in one.
     blocks = functools.partial(packing.block_rows, block=scheme.rows, step=step)
-    return {
+    parts = {
         "values": part(piece, "weight", piece.shape, scheme.dtype),
         "scales": part(piece, scales, shape, scheme.scale_dtype, packing.spread if per_tensor else blocks, step),
     }
+    if scheme.static:
+        parts["input_scale"] = Piece(beside(piece, "input_scale"), (1,), (), (0, 1))
+    return parts
 
 
 def _group(group: HFConfig, form: str | None) -> tuple[Scheme, bool, bool, list[str]]:
@@ -71,7 +74,6 @@ def _group(group: HFConfig, form: str | None) -> tuple[Scheme, bool, bool, list[
     only(weights, "dynamic", False)
     only(weights, "actorder", False, "weight", "static", "group")
     only(group, "output_activations")
-    inputs = group.get("input_activations")
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     only({"strategy": strategy}, "strategy", *strategies)
@@ -82,11 +84,14 @@ def _group(group: HFConfig, form: str | None) -> tuple[Scheme, bool, bool, list[
         rows=rows,
         zero_points=not weights["symmetric"],
         scale_dtype="bfloat16",
-        # Only these products are made in 8 bits; for the others activations are kept as they are, which is closer.
-        # Where their scales are fixed beforehand, so that their products are not these, they are kept too.
-        dynamic=bool(inputs and inputs.get("dynamic")) and form != "pack-quantized" and strategy != "block",
         sorted_inputs=weights.get("actorder") == "group",
     )
+    inputs = group.get("input_activations")
+    # Only these products are made in 8 bits; for the others activations are kept as they are, which is closer.
+    if inputs and scheme.scales_outputs and form != "pack-quantized":
+        dynamic = bool(inputs.get("dynamic"))
+        one_scale = inputs.get("symmetric", True) and inputs.get("strategy") in (None, "tensor")
+        scheme = dataclasses.replace(scheme, dynamic=dynamic, static=one_scale and not dynamic)
     return scheme, strategy == "tensor", form == "pack-quantized", group.get("targets") or []
 
 

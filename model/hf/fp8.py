@@ -5,6 +5,7 @@ vllm/model_executor/layers/quantization/modelopt.py.
 """
 
 import functools
+from collections.abc import Iterable
 
 from ..schemes import Scheme
 from .compressed import plain_parts
@@ -13,12 +14,12 @@ from .stored import Stored, all_layers_but, block, only
 
 
 def fp8(settings: HFConfig) -> Stored:
-    """How matrices are stored; activations are not rounded, whatever the scheme for them."""
+    """How matrices are stored; activations are not rounded for products with blocks, which is closer."""
     only(settings, "fmt", "e4m3")
     only(settings, "activation_scheme", "dynamic", "static")
     skipped = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or ()
     if settings.get("weight_block_size") is None:
-        return _with_one_scale(skipped)
+        return _with_one_scale(skipped, settings.get("activation_scheme"))
     rows, columns = block(settings, "weight_block_size")
     parts = functools.partial(plain_parts, "weight_scale_inv", False)
     return Stored(Scheme("float8_e4m3fn", group=columns, rows=rows), all_layers_but(skipped), parts)
@@ -28,9 +29,10 @@ def modelopt(settings: HFConfig) -> Stored:
     """How matrices are stored by settings of ModelOpt, which its own file keeps under "quantization"."""
     inner = {**settings, **(settings.get("quantization") or {})}
     only({**inner, "quant_algo": inner.get("quant_algo") or "none"}, "quant_algo", "FP8")
-    return _with_one_scale(inner.get("exclude_modules") or inner.get("ignore") or ())
+    return _with_one_scale(inner.get("exclude_modules") or inner.get("ignore") or (), "static")
 
 
-def _with_one_scale(skipped: list[str]) -> Stored:
+def _with_one_scale(skipped: Iterable[str], activations: str | None) -> Stored:
     parts = functools.partial(plain_parts, "weight_scale", True)
-    return Stored(Scheme("float8_e4m3fn"), all_layers_but(skipped), parts)
+    scheme = Scheme("float8_e4m3fn", dynamic=activations == "dynamic", static=activations == "static")
+    return Stored(scheme, all_layers_but(skipped), parts)

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from ..quantization import ZERO_NIBBLE
 from ..schemes import Scheme
 from . import packing
 from .family import HFConfig, Implied, Piece
@@ -54,9 +55,9 @@ def gptq(settings: HFConfig) -> Stored:
     scheme = Scheme(
         "int4" if settings.get("bits", 4) == 4 else "int8",
         group=group_size(settings),
-        zero_points=True,
+        zero_points=not settings.get("sym"),
         scale_dtype="float16",
-        sorted_inputs=bool(settings.get("desc_act")),
+        sorted_inputs=bool(settings.get("desc_act")) and group_size(settings) is not None,
     )
     first_format = form == "gptq"
     parts, dense = (functools.partial(pieces, first_format) for pieces in (_gptq_parts, _gptq_dense))
@@ -66,7 +67,7 @@ def gptq(settings: HFConfig) -> Stored:
 def _gptq_parts(first_format: bool, scheme: Scheme, piece: Piece, step: int) -> dict[str, Piece]:
     outputs, inputs = piece.shape
     N, a_word = scheme.groups(inputs), 8 if scheme.dtype == "int4" else 4
-    words = packing.column_words if a_word == 8 else packing.column_bytes
+    words, symmetric = (packing.column_words, ZERO_NIBBLE) if a_word == 8 else (packing.column_bytes, 0)
     zeros = functools.partial(packing.gptq_zeros, a_word=a_word, one_less=first_format)
     values = part(piece, "qweight", (math.ceil(inputs / a_word), outputs), "int32", words)
     in_order = Implied(
@@ -74,11 +75,19 @@ def _gptq_parts(first_format: bool, scheme: Scheme, piece: Piece, step: int) -> 
         lambda stored, _: np.array_equal(stored, np.arange(inputs) // (scheme.group or inputs)),
         "its inputs were regrouped by activation, and desc_act in config.json says that they were not; set it to true",
     )
+    same_zeros = Implied(
+        beside(piece, "qzeros"),
+        lambda stored, _: bool(np.all(zeros(stored, slice(0, outputs), slice(None)) == symmetric)),
+        "its zero points are not symmetric, and sym in config.json says that they are; set it to false",
+    )
     parts = {
         "values": dataclasses.replace(values, implied=(in_order,)),
         "scales": part(piece, "scales", (N, outputs), scheme.scale_dtype, packing.transposed),
-        "zeros": part(piece, "qzeros", (N, math.ceil(outputs / a_word)), "int32", zeros),
     }
+    if scheme.zero_points:
+        parts["zeros"] = part(piece, "qzeros", (N, math.ceil(outputs / a_word)), "int32", zeros)
+    else:
+        parts["scales"] = dataclasses.replace(parts["scales"], implied=(same_zeros,))
     if scheme.sorted_inputs:
         parts["values"] = ordered(values, beside(piece, "g_idx"))
         parts["order"] = order_part(piece, "g_idx", scheme)
@@ -86,7 +95,7 @@ def _gptq_parts(first_format: bool, scheme: Scheme, piece: Piece, step: int) -> 
 
 
 def _gptq_dense(first_format: bool, scheme: Scheme, piece: Piece) -> Piece:
-    parts = _gptq_parts(first_format, scheme, piece, 1)
+    parts = _gptq_parts(first_format, dataclasses.replace(scheme, zero_points=True), piece, 1)
     values, zeros, scales, order = (parts[name] for name in ("values", "zeros", "scales", "order"))
     return dataclasses.replace(
         values,

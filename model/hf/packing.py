@@ -115,6 +115,11 @@ def spread(scale: np.ndarray, rows: slice, cols: slice) -> np.ndarray:
     return np.broadcast_to(scale, (rows.stop - rows.start, 1))[:, cols]
 
 
+def largest(scale: np.ndarray, rows: slice, cols: slice, *others: np.ndarray) -> np.ndarray:
+    """The largest of some scales of one number each."""
+    return np.max([np.float32(one).reshape(1, 1) for one in (scale, *others)], axis=0)
+
+
 def block_rows(scales: np.ndarray, rows: slice, cols: slice, *, block: int, step: int) -> np.ndarray:
     """Scales [O / block, N] of blocks of outputs, as those of smaller blocks of `step`, which divides `block`."""
     return scales[np.arange(rows.start, rows.stop) * step // block, cols]

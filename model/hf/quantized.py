@@ -13,6 +13,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..params import ParamSpec, float_specs, param_name
 from ..schemes import Quantization
+from . import packing
 from .compressed import compressed_tensors
 from .family import HFConfig, Implied, Piece, TensorMap
 from .fp8 import fp8, modelopt
@@ -72,6 +73,8 @@ def stored_tensors(hf: HFConfig, config: ModelConfig, floats: TensorMap) -> Tens
         tensors |= {f"{name}.{part}": tuple(pieces[part] for pieces in parts) for part in parts[0]}
         if "order" in parts[0]:
             tensors[f"{name}.order"] = (_one_order([pieces["order"] for pieces in parts]),)
+        if "input_scale" in parts[0]:
+            tensors[f"{name}.input_scale"] = (_largest([pieces["input_scale"] for pieces in parts]),)
     return tensors
 
 
@@ -109,6 +112,21 @@ def _one_order(orders: list[Piece]) -> Piece:
         if other.tensor != first.tensor
     )
     return dataclasses.replace(first, implied=(*first.implied, *same))
+
+
+def _largest(scales: list[Piece]) -> Piece:
+    """The one scale of the inputs of matrices that are one parameter here; as a rule they have the same one.
+
+    As in vLLM it is the largest, which clips the least.
+    """
+    first, *others = dict.fromkeys(scales)
+    same = tuple(
+        Implied(other.tensor, lambda stored, _: stored.size == 1, "a scale for each of several inputs is not supported")
+        for other in others
+    )
+    return dataclasses.replace(
+        first, unpack=packing.largest, beside=tuple(other.tensor for other in others), implied=same
+    )
 
 
 def _matrices(config: ModelConfig, floats: TensorMap) -> list[tuple[str, ParamSpec]]:

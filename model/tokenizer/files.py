@@ -9,10 +9,11 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..checkpoint.files import CheckpointError, listing, read_optional
+from .converted import CONVERTED, converted
 from .tokenizer import SPECIAL_TOKENS, Tokenizer
 
 CONFIG = "tokenizer_config.json"
-_OTHERS = ("tokenizer.model", "tekken.json", "tiktoken.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+_OTHERS = (*CONVERTED, "tiktoken.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 _ENDS = ("bos_token", "eos_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -57,7 +58,7 @@ def _say(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _backend(directory: Path, stated: Mapping[str, Any]) -> tokenizers.Tokenizer | None:
+def _backend(directory: Path, stated: dict[str, Any]) -> tokenizers.Tokenizer | None:
     file = directory / "tokenizer.json"
     if file.exists():
         try:
@@ -71,11 +72,19 @@ def _backend(directory: Path, stated: Mapping[str, Any]) -> tokenizers.Tokenizer
     kind = str(stated.get("tokenizer_class")).removesuffix("Fast")
     if vocabulary.exists() and merges.exists() and kind in ("GPT2Tokenizer", "Qwen2Tokenizer"):
         return _byte_level(vocabulary, merges, kind)
+    reason = ""
+    if any(name in CONVERTED for name in others):
+        try:
+            return converted(directory, stated)
+        except Exception as error:  # of any kind: the files are transformers' to read
+            first_line = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = f", and it could not be converted ({first_line:.200})"
     if others:
         raise CheckpointError(
-            f"{directory} has its tokenizer in {listing(others)} and no tokenizer.json, which is what is read; write "
-            "that, where transformers, sentencepiece and tiktoken are installed: python -c 'from transformers "
-            f'import AutoTokenizer as A; A.from_pretrained("{directory}").save_pretrained("{directory}")\''
+            f"{directory} has its tokenizer in {listing(others)} and no tokenizer.json, which is what is read{reason}; "
+            f"for {' and '.join(CONVERTED)} pip install 'ridgeline[tokenizers]', or write tokenizer.json where "
+            "transformers, sentencepiece and tiktoken are installed: python -c 'from transformers import AutoTokenizer "
+            f'as A; A.from_pretrained("{directory}").save_pretrained("{directory}")\''
         )
     return None
 

@@ -8,6 +8,7 @@ import pytest
 import ridgeline as rl
 from checkpoints import assert_same
 from families import write_checkpoint
+from quantized_checkpoints import write_pair
 from ridgeline.model import products
 from ridgeline.model.params import param_shardings
 from ridgeline.model.schemes import SCHEMES, Quantization
@@ -45,6 +46,17 @@ def test_a_mesh_computes_what_one_device_does(checkpoint, name):
             assert np.abs(logits - expected).mean() < 0.01 * np.abs(expected).mean()
         else:
             np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_static_scales_lie_on_every_device(tmp_path):
+    directory, _ = write_pair(tmp_path, "int8 of eight-bit products, static", vocab_size=32)
+    mesh = rl.make_mesh(data=2, tensor=4)  # with copies of KV heads, which come from the same matrices
+    one, model = rl.load_model(directory), rl.load_model(directory, mesh=mesh)
+    scales = [m.params["layers"][0]["qkv"].input_scale for m in (one, model)]
+    assert scales[1].sharding.is_fully_replicated
+    assert scales[0] == scales[1]
+    expected, logits = (np.asarray(rl.forward(m.params, m.config, TOKENS % 32)) for m in (one, model))
+    assert np.abs(logits - expected).mean() < 0.01 * np.abs(expected).mean()
 
 
 def test_groups_that_devices_cannot_share_are_refused(checkpoint):
