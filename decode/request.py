@@ -136,22 +136,25 @@ class Request:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def extend(self, tokens: Sequence[int], logprobs: SampleLogprobs | None = None, column: int = 0) -> None:
+    def extend(
+        self, tokens: Sequence[int], logprobs: SampleLogprobs | None = None, column: int = 0, step: int = 0
+    ) -> None:
         """Take the next sampled tokens, as far as the request goes.
 
         Args:
           tokens: their ids; those after the request's end are dropped.
           logprobs: of a dispatch that made them, step by step, on the host.
           column: the request's row of it.
+          step: that of the first of the tokens.
         """
         first = len(self.tokens)
-        block = 1 if self.params.stop else len(tokens)  # stop strings are looked for token by token
+        block = 1 if self.params.stop else max(1, len(tokens))  # stop strings are looked for token by token
         for at in range(0, len(tokens), block):
             if not self.finished:
                 self._push(tokens[at : at + block])
         if self.logprobs is not None and logprobs is not None:
-            for step, token in enumerate(self.tokens[first:]):
-                self.logprobs.append(_token_logprobs(logprobs, step, column, token, self.params.logprobs))
+            for at, token in enumerate(self.tokens[first:], step):
+                self.logprobs.append(_token_logprobs(logprobs, at, column, token, self.params.logprobs))
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request before it ends itself."""

@@ -93,8 +93,9 @@ class Engine:
         self._scheduler = Scheduler(
             sizes.shards(), sizes.slots, prefill_tokens, prefix_caching, regime_of(model.config)
         )
-        longrope = {layer.rope for layer in model.config.layers if layer.rope.kind == "longrope"}
-        self._borders = sorted({rope.original_max_position for rope in longrope})
+        ropes = {layer.rope for layer in model.config.layers}
+        self._borders = sorted({rope.original_max_position for rope in ropes if rope.kind == "longrope"})
+        self._replays = any(rope.kind == "dynamic" for rope in ropes)
         self._whole_batches, self._least_plan = whole_batches, SamplingPlan()
         self._active: dict[int, _Active] = {}
         self._in_flight: list[_Dispatch] = []
@@ -145,7 +146,7 @@ class Engine:
             )
         index, self._submitted = self._submitted, self._submitted + 1
         request.start_clock()
-        row = Row(index, list(request.prompt), len(request.prompt), total, priority, self._borders)
+        row = Row(index, list(request.prompt), len(request.prompt), total, priority, self._borders, self._replays)
         plan = make_plan([request.params], self.model.config.vocab_size)
         if self._whole_batches:
             self._least_plan = coarsest([self._least_plan, plan])
@@ -250,24 +251,27 @@ class Engine:
                 entering = [chunk.row for chunk in batch if chunk.last]
                 for chunk in batch:
                     self._active[chunk.row.index].request.begin()
+                plan = self._plan(entering)
                 for row in entering:
                     self._insert(row)
-                sampled, columns = self._runner.prefill(batch, self._plan(entering))
+                sampled, columns = self._runner.prefill(batch, plan)
             if entering:
                 columns = [column for column, chunk in zip(columns, batch, strict=True) if chunk.last]
                 dispatches.append(_Dispatch(sampled, entering, columns))
         return dispatches
 
     def _plan(self, rows: Sequence[Row]) -> SamplingPlan:
-        return coarsest([*(self._active[row.index].plan for row in rows), self._least_plan])
+        """What samples rows that run or enter, with the tables on the device that it needs."""
+        plan = coarsest([*(self._active[row.index].plan for row in rows), self._least_plan])
+        if plan.kind == "full":
+            self._runner.make_tables()
+        return plan
 
     def _insert(self, row: Row) -> None:
         """Tell the device what a row that is about to enter its slot asks of sampling."""
-        active = self._active[row.index]
-        request, eos = active.request, self.model.generation.eos_token_ids
-        if active.plan.kind == "full":
-            self._runner.make_tables()
-        arrays = request_arrays([request.params], [request.prompt], [request.seed], eos, [request.tokens])
+        request, eos = self._active[row.index].request, self.model.generation.eos_token_ids
+        output = request.tokens[: row.context - row.prompt_tokens]
+        arrays = request_arrays([request.params], [request.prompt], [request.seed], eos, [output])
         self._runner.insert(row.slot, arrays)
 
     def _read(self, dispatches: Sequence[_Dispatch]) -> None:
@@ -283,11 +287,11 @@ class Engine:
 
     def _take(self, row: Row, tokens: list[int], logprobs: SampleLogprobs | None, column: int) -> None:
         request = self._active[row.index].request
-        known = len(request.tokens)
-        request.extend(tokens, logprobs, column)
+        known, again = len(request.tokens), row.known_again(len(tokens))
+        request.extend(tokens[again:], logprobs, column, again)
         new = request.tokens[known:]
         self._generated += len(new)
-        self._scheduler.advance(row, new)
+        self._scheduler.advance(row, new, again)
         if request.finished:
             self._end(row, new=new)
         else:

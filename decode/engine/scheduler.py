@@ -29,6 +29,8 @@ class Row:
       max_length: prompt and output at most.
       priority: lower runs first.
       borders: lengths at which the keys of all positions change, ascending (LongRoPE): the row is read again there.
+      replays: whether a row that begins again reads its prompt alone, and makes its output anew: where keys depend on
+        the length at which they were made.
       computed: positions whose keys and values are written, or will be by what was dispatched.
       in_flight: dispatches whose tokens the host has not seen.
       slot: its place among the rows that run; None while it waits.
@@ -37,6 +39,7 @@ class Row:
       pages: None until it is first begun.
       keys: of its full pages.
       root, shareable: the regime of its keys; see `Regime`.
+      made: tokens that the host has seen since it was last begun, those of its text included.
       step: the last in which something of it was dispatched.
     """
 
@@ -46,6 +49,7 @@ class Row:
     max_length: int
     priority: int = 0
     borders: Sequence[int] = ()
+    replays: bool = False
     computed: int = 0
     in_flight: int = 0
     slot: int | None = None
@@ -56,11 +60,16 @@ class Row:
     root: bytes | None = None
     shareable: int = 0
     step: int = 0
+    made: int = 0
 
     @property
     def reading(self) -> bool:
         """Whether some of its text is yet to be prefilled."""
         return self.computed < self.context
+
+    def known_again(self, count: int) -> int:
+        """Of the next `count` tokens, how many the host knows from before the row began again."""
+        return max(0, min(count, len(self.tokens) - self.made))
 
     @property
     def goes_on(self) -> bool:
@@ -170,9 +179,10 @@ class Scheduler:
                 self._preempt(row)
         return Step(decode, steps, self._prefills(self.prefill_tokens - len(decode)))
 
-    def advance(self, row: Row, tokens: Sequence[int]) -> None:
-        """Learn the tokens that one dispatch has made of a row, as far as they count."""
+    def advance(self, row: Row, tokens: Sequence[int], again: int = 0) -> None:
+        """Learn the new tokens that one dispatch has made of a row, after as many `again` as were known."""
         row.in_flight -= 1
+        row.made += again + len(tokens)
         row.tokens += tokens
         if row.slot is not None:
             self._register(row)
@@ -215,7 +225,7 @@ class Scheduler:
         if not self.waiting or self.waiting[0].in_flight:
             return None
         row = self.waiting[0]
-        row.context = len(row.tokens)
+        row.context = row.made = row.prompt_tokens if row.replays else len(row.tokens)
         root, row.shareable = self.regime(row.context)
         if root != row.root:
             row.root, row.keys = root, []
