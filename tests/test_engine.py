@@ -82,7 +82,7 @@ def test_any_mix_gives_the_tokens_of_each_alone(config):
             check(play(engine, rng, requests, aborts=0.02), expected)
         stats = engine.stats()
     assert stats.preemptions > 0
-    assert stats.prefix_hit_rate > 0.1
+    assert stats.prefix_hit_rate > 0.05
 
 
 def test_nothing_is_compiled_after_warm_up(model):
@@ -104,7 +104,7 @@ def test_the_bundled_model_in_300_random_schedules(bundled):
         for seed, text in enumerate(texts * 2)
     ]
     expected = alone(bundled, requests)
-    with rl.Engine(bundled, max_batch_size=4, max_length=256, cache_tokens=512, whole_batches=True) as engine:
+    with rl.Engine(bundled, max_batch_size=4, max_length=256, cache_tokens=256, whole_batches=True) as engine:
         for _ in range(300):
             check(play(engine, rng, requests), expected)
         assert engine.stats().preemptions > 0

@@ -161,8 +161,9 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step; whoever asks dispatches it."""
         self._step += 1
-        for row in self.running:
-            self._pages(row).slide(row.pages, row.computed)
+        if any(self.shards[0].windows):
+            for row in self.running:
+                self._pages(row).slide(row.pages, row.computed)
         steps = self._decode_steps()
         decode = []
         for row in [row for row in self.running if not row.reading and row.goes_on]:
@@ -208,7 +209,8 @@ class Scheduler:
                 batches.append([])
                 written = set()
             batches[-1].append(Chunk(row, start, count, last=end == row.context))
-            written.update(self._dispatch(row, end, samples=end == row.context))
+            self._dispatch(row, end, samples=end == row.context)
+            written.update(self._register(row))
             budget -= count
         return batches
 
@@ -257,11 +259,10 @@ class Scheduler:
             self._preempt(newest)
         return True
 
-    def _dispatch(self, row: Row, end: int, samples: bool) -> Sequence[Key]:
-        """Count on a row's positions up to `end`; the keys of the pages that are found from now on."""
+    def _dispatch(self, row: Row, end: int, samples: bool) -> None:
+        """Count on a row's positions up to `end`."""
         row.step, row.computed = self._step, end
         row.in_flight += samples
-        return self._register(row)
 
     def _register(self, row: Row) -> Sequence[Key]:
         """Let others find the pages that are full, and whose tokens are known; returns the keys of the new ones."""
