@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
-from ..model.kv_specs import kv_specs, page_kinds
+from ..model.kv_specs import kv_specs
 from ..model.transformer import Attend, AttentionSpec
 from ..pallas_kernels.attention import decode_attention, prefill_attention
 from ..sharding.rules import mesh_of, shard_map
@@ -35,7 +35,7 @@ def cached_attend(
       new: how many of the T tokens of each row to write.
       positions: where they stand.
     """
-    T, kinds = positions.shape[1], page_kinds(config)
+    T = positions.shape[1]
     leaf = jax.tree.leaves(cache.pages)[0]
     mesh, specs = mesh_of(leaf), kv_specs(config, "fp8" if leaf.dtype == jnp.uint8 else leaf.dtype)
 
@@ -46,9 +46,7 @@ def cached_attend(
         spec: AttentionSpec,
         state: Any,
     ) -> tuple[Float[Array, "B T K G H"], Any]:
-        tables = cache.rows.block_tables
-        if isinstance(tables, tuple):
-            tables = tables[kinds.index(spec.window)]
+        tables = cache.rows.table(spec.layer)
 
         def local(q, k, v, pages, tables, positions, new):
             if mesh is not None and tables is not None:

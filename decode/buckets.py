@@ -1,6 +1,8 @@
 """The one table of padded sizes: every shape a program is compiled for comes from here, in use and in warm-up."""
 
-PREFILL_CHUNK = 1024
+from ..model import kv_specs
+
+PREFILL_CHUNK = kv_specs.PREFILL_CHUNK
 """Longest prefill, in tokens; longer prompts are prefilled in chunks of it."""
 
 SMALLEST_PREFILL = 16

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from ..model.config import ModelConfig
-from ..model.kv_specs import KVSpec, kv_dtype_of, kv_specs, page_kinds
+from ..model.kv_specs import PREFILL_CHUNK, KVSpec, kinds_by_layer, kv_dtype_of, kv_specs, page_kinds, pages_per_row
 from ..model.quantization import rounded
 from ..pallas_kernels.pages import Pages
 from ..sharding.rules import named_sharding
@@ -30,14 +30,22 @@ class Rows:
       max_lengths: [B] int32, positions at which a row is full. It is room, and changes no number.
       contexts: [B] int32, what length-dependent RoPE kinds (dynamic, longrope) take a row's length for until it is
         longer, so that the chunks of a prompt agree: the prompt's length, or whatever the row is to become.
-      block_tables: [B, N] int32, the page that holds positions n * S to (n + 1) * S - 1 of a row, S a page's. None is
-        row order: of a pool of P pages row b has those from b * P / B on, and nothing needs to be gathered.
+      block_tables: [B, N] int32, the page that holds positions n * S to (n + 1) * S - 1 of a row, S a page's; or one
+        such table for each kind of layer. None is row order: of a pool of P pages row b has those from b * P / B on.
+      kinds: of each layer, which of the tables is its (static).
+      most_new: tokens that a call may append, where layers with a window keep no more than it reaches (static).
     """
 
     lengths: Any
     max_lengths: Any
     contexts: Any
     block_tables: Any = None
+    kinds: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    most_new: int | None = struct.field(pytree_node=False, default=None)
+
+    def table(self, layer: int) -> Any:
+        """The table of a layer's pages, or None."""
+        return self.block_tables[self.kinds[layer]] if isinstance(self.block_tables, tuple) else self.block_tables
 
 
 _ROW_FIELDS = tuple(field.name for field in dataclasses.fields(Rows))
@@ -80,9 +88,10 @@ class KVCache:
 
     @property
     def block_tables(self) -> Any:
-        """The rows' tables, also where they are not stored because the pages lie in row order."""
-        if self.rows.block_tables is not None:
-            return self.rows.block_tables
+        """The rows' table, or one for each kind of layer; also where none is stored as pages lie in row order."""
+        return self._in_row_order() if self.rows.block_tables is None else self.rows.block_tables
+
+    def _in_row_order(self) -> Any:
         return jnp.arange(self.num_pages, dtype=jnp.int32).reshape(self.batch_size, -1)
 
     @property
@@ -100,8 +109,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Positions that the table of one row can hold."""
-        tables = self.rows.block_tables
-        return self.page_size * (self.num_pages // self.batch_size if tables is None else tables.shape[1])
+        return self.page_size * jax.tree.leaves(self.block_tables)[0].shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -111,13 +119,15 @@ class KVCache:
     def read(self, layer: int) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"]]:
         """A layer's keys and values, float32, of all C positions that a row's table can hold, in the row's order.
 
-        Those at lengths[b] and after are not row b's: zeros, or what an earlier row left in the page.
+        Those at lengths[b] and after are not row b's: zeros, or what an earlier row left in the page; where the layer
+        has a window, so are those before it.
         """
+        table = self._in_row_order() if self.rows.block_tables is None else self.rows.table(layer)
 
         def rows(numbers: Array, scales: Array | None) -> Array:
-            values = numbers[self.block_tables].astype(jnp.float32)  # [B, N, K, S, H]
+            values = numbers[table].astype(jnp.float32)  # [B, N, K, S, H]
             if scales is not None:
-                values = values * scales[self.block_tables][..., None]
+                values = values * scales[table][..., None]
             values = jnp.moveaxis(values, 2, 3)
             return values.reshape(self.batch_size, self.capacity, *values.shape[3:])
 
@@ -146,7 +156,8 @@ def init_cache(
       page_size: positions a page.
       kv_dtype: of keys and values, as `page_dtype` takes it; "int8" and "fp8" bring a float32 scale a token and head.
       block_tables: [batch_size, N] integers, the page of each stretch of `page_size` positions of each row. Rows that
-        name the same page share what it holds, so let one of them write it. By default every row has pages of its own.
+        name the same page share what it holds, so let one of them write it. By default every row has pages of its own,
+        and layers with a window have those that it reaches, used in turn: then a prefill takes 1,024 tokens at most.
       num_pages: of the pool; by default as many as rows of their own pages take.
 
     Raises:
@@ -162,25 +173,35 @@ def init_cache(
             f"init_cache: batch_size is {batch_size} and mesh axis 'data' has {mesh.shape['data']} devices; make it a "
             "multiple of them"
         )
-    pages_per_row = math.ceil(max_length / page_size)
-    own = batch_size * pages_per_row
+    width = math.ceil(max_length / page_size)
+    own = batch_size * width
     if num_pages is None or block_tables is None:
         if num_pages not in (None, own):
             raise ValueError(f"init_cache: num_pages is {num_pages} and block_tables are not given; give both")
         num_pages = own
-    tables = None if block_tables is None else _checked_tables(block_tables, (batch_size, pages_per_row), num_pages)
+    held = [pages_per_row(window, max_length, page_size) for window in page_kinds(config)]
+    pages, most_new, tables = [num_pages] * len(held), None, None
+    if block_tables is not None:
+        tables = _checked_tables(block_tables, (batch_size, width), num_pages)
+    elif min(held) < width:
+        # Each row's pages in turn: those of a layer that keeps all positions are never used twice.
+        starts, turns = np.arange(batch_size)[:, None], np.arange(width)
+        tables = tuple(n * starts + turns % n for n in held)
+        pages, most_new = [batch_size * n for n in held], PREFILL_CHUNK
 
     def row(name: str, value: Any, *shape: int) -> jax.Array:
         axes = ("batch", "entries")[: 1 + len(shape)]
         return _placed(f"cache {name}", value, jnp.int32, (batch_size, *shape), axes, mesh)
 
     return KVCache(
-        pages=init_pages(config, [num_pages] * len(page_kinds(config)), page_size, mesh, kv_dtype),
+        pages=init_pages(config, pages, page_size, mesh, kv_dtype),
         rows=Rows(
             lengths=row("lengths", 0),
             max_lengths=row("max_lengths", max_length),
             contexts=row("contexts", 0),
-            block_tables=None if tables is None else row("block_tables", tables, pages_per_row),
+            block_tables=jax.tree.map(lambda table: row("block_tables", table, width), tables),
+            kinds=kinds_by_layer(config),
+            most_new=most_new,
         ),
     )
 

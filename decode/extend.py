@@ -43,9 +43,14 @@ def extend(
       whose `new` is outside [0, T] stays as it was. Where there is no new token, logits are NaN.
 
     Raises:
-      ValueError: batch sizes differ.
+      ValueError: batch sizes differ, or a cache whose windowed layers keep few pages gets more than 1,024 tokens a row.
     """
     B, T = tokens.shape
+    most = cache.rows.most_new
+    if most is not None and most < T:
+        raise ValueError(
+            f"{form} got {T} tokens a row; layers with a window keep pages for {most}: call it for so many"
+        )
     if B != cache.batch_size:
         raise ValueError(f"{form} got {B} rows of tokens for a cache of {cache.batch_size} rows; make them equal")
     starts = cache.lengths

@@ -5,6 +5,7 @@ does with it, and every byte count follow from it.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 from ..pallas_kernels.pages import Pages
 from .config import DTYPES, LayerConfig, ModelConfig
 from .params import kv_replicas
+
+PREFILL_CHUNK = 1024
+"""Most tokens of a row that are written together."""
 
 KV_DTYPES = {name: jnp.dtype(name) for name in (*DTYPES, "int8")} | {"fp8": jnp.dtype(jnp.float8_e4m3fn)}
 """What pages may hold, by the name of a `kv_dtype`."""
@@ -63,6 +67,20 @@ def kv_specs(config: ModelConfig, kv_dtype: jax.typing.DTypeLike | None = None, 
 def page_kinds(config: ModelConfig) -> tuple[int | None, ...]:
     """The kinds of layer that keep different pages of a row, by their window; None keeps those of all positions."""
     return tuple(dict.fromkeys(layer.window for layer in config.layers))
+
+
+def kinds_by_layer(config: ModelConfig) -> tuple[int, ...]:
+    """Of each layer, the place of its kind in `page_kinds`."""
+    kinds = page_kinds(config)
+    return tuple(kinds.index(layer.window) for layer in config.layers)
+
+
+def pages_per_row(window: int | None, length: int, page_size: int, new: int = PREFILL_CHUNK) -> int:
+    """Most pages that a layer holds at once of a row of some length: those that its window reaches from the first of
+    `new` tokens on, which are written together.
+    """
+    pages = math.ceil(length / page_size)
+    return pages if window is None else min(pages, math.ceil((window + new) / page_size) + 1)
 
 
 def kv_dtype_of(kv_dtype: jax.typing.DTypeLike) -> jnp.dtype:

@@ -1,5 +1,6 @@
 """A model as it lies on devices: in which numbers, over how many of them, and what that takes of each one's memory."""
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from ..model.config import DTYPES, ModelConfig
-from ..model.kv_specs import KV_DTYPES, KVSpec, kv_specs
+from ..model.kv_specs import KV_DTYPES, KVSpec, kv_specs, pages_per_row
 from ..model.params import Params, ParamSpec, float_specs, kv_replicas, param_name, param_specs
 from ..model.schemes import SCHEMES, Quantization
 from ..sharding.mesh import AXES
@@ -115,13 +116,15 @@ class Deployment:
         return sum(self.kv_bytes_by_layer)
 
     def cache_bytes(self, batch: int, length: int) -> int:
-        """Of the keys and values of a cache: every layer has room for every position, windows or not, in whole pages.
+        """Of the keys and values of a cache, in whole pages; layers with a window keep what it reaches.
 
         Args:
           batch: rows.
           length: positions a row.
         """
-        return batch * math.ceil(length / self.page_size) * self.page_size * self.kv_bytes_per_token
+        layers = zip(self.config.layers, self.kv_bytes_by_layer, strict=True)
+        held = sum(pages_per_row(layer.window, length, self.page_size) * kv for layer, kv in layers)
+        return batch * self.page_size * held
 
     def largest_batch(self, memory: int | float, length: int) -> int:
         """Most rows of `length` positions whose cache fits beside the weights in so many bytes; 0 if none does."""
@@ -129,5 +132,6 @@ class Deployment:
 
     def longest_context(self, memory: int | float, batch: int) -> int:
         """Most positions a row, in whole pages, at which `batch` rows fit; at most the model's `max_position`."""
-        pages = int((memory - self.parameter_bytes) // self.cache_bytes(batch, 1))
-        return max(0, min(pages * self.page_size, self.config.max_position))
+        left, most = memory - self.parameter_bytes, -(-self.config.max_position // self.page_size)
+        pages = bisect.bisect_right(range(1, most + 1), left, key=lambda n: self.cache_bytes(batch, n * self.page_size))
+        return min(pages * self.page_size, self.config.max_position)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ridgeline as rl
+from ridgeline.model import kv_specs
 from tiny import tiny_config, tiny_model
 
 T = 70
@@ -171,7 +172,7 @@ def test_each_shape_compiles_once(tokens):
 def test_the_compiled_step_updates_the_cache_in_place(dtype):
     config = tiny_config(dtype=dtype)
     params = jax.eval_shape(lambda: rl.init_params(config, jax.random.key(0)))
-    cache = jax.eval_shape(lambda: rl.init_cache(config, 4, 2048))
+    cache = jax.eval_shape(lambda: rl.init_cache(config, 4, 8192))
     compiled = rl.decode_step.lower(params, config, jax.ShapeDtypeStruct((4,), jnp.int32), cache).compile()
     memory = compiled.memory_analysis()
     rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.rows))
@@ -261,3 +262,28 @@ def test_a_cache_reads_back_as_the_keys_and_values_of_forward(model, tokens, kv,
             for row, length in enumerate(LENGTHS):
                 np.testing.assert_allclose(read[row, :length], part[row, :length], atol=atol)
                 assert not read[row, length:].any()
+
+
+def test_layers_with_a_window_keep_what_it_reaches(monkeypatch, model):
+    """Pages are used in turn: a long row gives the logits of one for which everything is kept."""
+    monkeypatch.setattr("ridgeline.decode.cache.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("ridgeline.decode.cache.pages_per_row", functools.partial(kv_specs.pages_per_row, new=16))
+    few = rl.init_cache(model.config, 2, 120, page_size=4)
+    own = np.arange(60).reshape(2, 30)
+    all_kept = rl.init_cache(model.config, 2, 120, page_size=4, block_tables=own)
+    assert [pages.k.shape[0] for pages in few.pages] == [2 * 8, 2 * 30]  # 9 + 16 positions in pages of 4, and one
+    tokens = np.random.default_rng(0).integers(0, 509, (2, 112)).astype(np.int32)
+    for start in range(0, 96, 16):
+        new = np.array([16, 0 if start == 32 else 15], np.int32)
+        part = tokens[:, start : start + 16]
+        logits, few = rl.prefill(model.params, model.config, part, new, few)
+        expected, all_kept = rl.prefill(model.params, model.config, part, new, all_kept)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+    for step in range(96, 112):
+        logits, few = rl.decode_step(model.params, model.config, tokens[:, step], few)
+        expected, all_kept = rl.decode_step(model.params, model.config, tokens[:, step], all_kept)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+    for kept, whole in zip(few.read(0), all_kept.read(0), strict=True):  # the first row has 112 positions
+        np.testing.assert_allclose(kept[0, 103:112], whole[0, 103:112], atol=1e-5)
+    with pytest.raises(ValueError, match="got 17 tokens a row; layers with a window keep pages for 16"):
+        rl.prefill(model.params, model.config, tokens[:, :17], np.array([17, 17], np.int32), few)

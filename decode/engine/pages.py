@@ -7,7 +7,7 @@ that nobody holds wait in the order of their last use, and a page is forgotten w
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from .. import buckets
+from ...model.kv_specs import pages_per_row
 
 Key = bytes
 """Stands for all tokens up to the end of a page, and for whatever else their keys and values depend on."""
@@ -22,12 +22,6 @@ def page_keys(tokens: Sequence[int], page_size: int, keys: list[Key], root: byte
         parent = keys[-1] if keys else root
         page = b"".join(token.to_bytes(4, "little") for token in tokens[first : first + page_size])
         keys.append(hashlib.blake2b(parent + page, digest_size=16).digest())
-
-
-def window_pages(window: int | None, length: int, page_size: int) -> int:
-    """Most pages that a row of some length holds at once: those its window reaches, and those a prefill writes."""
-    pages = -(-length // page_size)
-    return pages if window is None else min(pages, -(-(window + buckets.PREFILL_CHUNK) // page_size) + 1)
 
 
 class PagePool:
@@ -197,7 +191,7 @@ class ShardPages:
             pool.forget_all()
 
     def _most_pages(self, window: int | None, length: int) -> int:
-        return window_pages(window, length, self.page_size)
+        return pages_per_row(window, length, self.page_size)
 
     def _kinds(self) -> Iterable[tuple[int | None, PagePool]]:
         return zip(self.windows, self.pools, strict=True)

@@ -11,6 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from ...model.config import ModelConfig
+from ...model.kv_specs import kinds_by_layer
 from ...model.loading import Model
 from ...model.params import Params
 from ...sharding.rules import constrain, named_sharding
@@ -129,6 +130,7 @@ class Runner:
             max_lengths=self._put(starts + new),
             contexts=self._put(contexts),
             block_tables=self._tables_of(places, rows, [chunk.row.slot for chunk in chunks]),
+            kinds=kinds_by_layer(self.model.config),
         )
         tokens, new = self._put(tokens), self._put(new)
         logits, cache = prefill(self.model.params, self.model.config, tokens, new, KVCache(self.pages, batch))
@@ -242,7 +244,7 @@ def _decode(
 ) -> tuple[Sampled, Any, SlotState]:
     """`decode_steps` of the rows in some slots; None is all of them, in order. Slots out of bounds are nobody's."""
     rows = _rows_of(state, slots, plan)
-    cache = KVCache(pages, Rows(rows.lengths, max_lengths, rows.contexts, tables))
+    cache = KVCache(pages, Rows(rows.lengths, max_lengths, rows.contexts, tables, kinds_by_layer(config)))
     made, logprobs, tokens, cache, sampling = decode_steps(
         params, config, rows.tokens, cache, rows.sampling, plan, steps
     )

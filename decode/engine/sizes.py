@@ -6,12 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ...model.kv_specs import kv_specs, page_kinds
+from ...model.kv_specs import kinds_by_layer, kv_specs, page_kinds
 from ...model.loading import Model
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages, page_dtype
 from ..prefill import prefill
-from .pages import PagePool, ShardPages, window_pages
+from .pages import PagePool, ShardPages
 
 PAGE_SIZE = 64
 """Positions a page."""
@@ -68,7 +68,7 @@ def engine_sizes(
     if cache_tokens is None:
         cache_tokens = default_cache_tokens(model, slots, longest, prefill_tokens, kv_dtype)
     a_shard = max(1, cache_tokens // data // PAGE_SIZE)
-    pages = tuple(data * _share(window, a_shard, slots // data, longest) for window in windows)
+    pages = tuple(data * _share(window, a_shard, slots // data, prefill_tokens) for window in windows)
     return Sizes(slots, data * a_shard * PAGE_SIZE, min(longest, a_shard * PAGE_SIZE), windows, pages, data)
 
 
@@ -83,12 +83,13 @@ def _whole(length: int) -> int:
     return math.ceil(length / PAGE_SIZE) * PAGE_SIZE
 
 
-def _share(window: int | None, pages: int, slots: int, longest: int) -> int:
-    """Pages of a kind of layer on a shard: with a window, what the rows that run and as many finished ones hold."""
+def _share(window: int | None, pages: int, slots: int, prefill_tokens: int) -> int:
+    """Pages of a kind of layer on a shard: with a window, what is written in a step, and what the rows that run and as
+    many finished ones hold."""
     if window is None:
         return pages
-    reading, held = window_pages(window, longest, PAGE_SIZE), -(-window // PAGE_SIZE) + 1
-    return min(pages, reading + 2 * slots * held)
+    held = -(-window // PAGE_SIZE) + 1
+    return min(pages, -(-max(prefill_tokens, buckets.PREFILL_CHUNK) // PAGE_SIZE) + (2 * held + 1) * slots)
 
 
 def _room(model: Model, slots: int, prefill_tokens: int, kv_dtype: jax.typing.DTypeLike | None) -> int:
@@ -120,6 +121,6 @@ def _temporaries(model: Model, slots: int, prefill_tokens: int, kv_dtype: jax.ty
     pages = init_pages(config, [data] * len(page_kinds(config)), PAGE_SIZE, mesh, kv_dtype)
     tables = tuple(jnp.zeros((rows, 1), jnp.int32) for _ in page_kinds(config))
     zeros = jnp.zeros((rows,), jnp.int32)
-    cache = KVCache(pages, Rows(zeros, zeros, zeros, tables))
+    cache = KVCache(pages, Rows(zeros, zeros, zeros, tables, kinds_by_layer(config)))
     compiled = prefill.lower(model.params, config, jnp.zeros((rows, width), jnp.int32), zeros, cache).compile()
     return compiled.memory_analysis().temp_size_in_bytes + 3 * slots * config.vocab_size * 4  # logits and scores
