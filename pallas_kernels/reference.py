@@ -16,8 +16,9 @@ from .pages import AttentionOptions, Pages
 
 _NEVER = -1e30  # a finite "minus infinity": a row that sees nothing yields zeros, not NaN
 _QUERY_BLOCK = 256  # queries scored at once, so that long prompts never hold [T, T] scores
-_KEY_BLOCK = 256  # cached positions scored at once
-_DECODE_STEP = 1 << 18  # numbers of keys, and of values, that decode reads at once on a CPU: what its caches hold
+_KEY_BLOCK = 256  # cached positions scored at once in prefill
+_DECODE_BLOCK = 128  # and in decode on a CPU, of one row
+_DECODE_STEP = 1 << 18  # keys' numbers, and values', of the blocks that decode reads at once: what a CPU's caches hold
 _TINY = jnp.finfo(jnp.float32).tiny
 
 
@@ -113,13 +114,13 @@ def decode_attention(
 def _decode_by_blocks(q, pages, tables, lengths, sinks, *, options, queries):
     """At the cost of the blocks that rows hold: a loop over a list of them, some a step, each by itself.
 
-    What a block gives is merged afterwards, so that a row's numbers depend on nothing of the other rows (flash-decoding,
-    Dao, Haziza, Massa and Sizov 2023).
+    What the blocks give is merged afterwards (flash-decoding, Dao, Haziza, Massa and Sizov 2023), so that a row's
+    numbers do not depend on the other rows.
     """
     (B, K, R, H), dtype = q.shape, q.dtype
     P, _, S, _ = pages.k.shape
     tables = jnp.arange(P, dtype=jnp.int32).reshape(B, -1) if tables is None else tables
-    count = min(tables.shape[1], max(1, _KEY_BLOCK // S))  # pages a block
+    count = min(tables.shape[1], max(1, _DECODE_BLOCK // S))  # pages a block
     width, most = count * S, -(-tables.shape[1] // count)
     tables = jnp.pad(tables, ((0, 0), (0, most * count - tables.shape[1]))).reshape(B, most, count)
     at_once = min(B * most, max(1, _DECODE_STEP // (width * K * H)))
@@ -151,11 +152,10 @@ def _decode_by_blocks(q, pages, tables, lengths, sinks, *, options, queries):
 
     def merge(index, carry):  # online softmax (Milakov and Gimelshein 2018)
         out, total, highest = carry
+        own = (index < held)[:, None, None]
         part_out, part_total, part_highest = (x.at[ends - held + index].get(mode="clip") for x in parts)
-        part_highest = jnp.where((index < held)[:, None, None], part_highest, _NEVER)
-        new_highest = jnp.maximum(highest, part_highest)
-        kept, added = jnp.exp(highest - new_highest), jnp.exp(part_highest - new_highest)
-        added = jnp.where((index < held)[:, None, None], added, 0.0)
+        new_highest = jnp.maximum(highest, jnp.where(own, part_highest, _NEVER))
+        kept, added = jnp.exp(highest - new_highest), jnp.where(own, jnp.exp(part_highest - new_highest), 0.0)
         out = out * kept[..., None] + part_out * added[..., None]
         return out, total * kept + part_total * added, new_highest
 
