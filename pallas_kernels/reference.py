@@ -107,8 +107,16 @@ def decode_attention(
     """q holds R = queries * G queries a KV head, all heads of the first token, then of the second ..."""
     in_one = functools.partial(_decode_in_one, options=options, queries=queries)
     by_blocks = functools.partial(_decode_by_blocks, options=options, queries=queries)
+
+    def as_prefill(q, pages, tables, lengths, sinks):
+        B, K, R, H = q.shape
+        rows = q.reshape(B, K, queries, R // queries, H).swapaxes(1, 2)
+        out = prefill_attention(rows, pages, tables, lengths - queries, lengths, options, sinks)
+        return out.swapaxes(1, 2).reshape(q.shape)
+
     # XLA:GPU gathers and widens inside the products; XLA:CPU would first write all of it out, the rows' whole capacity.
-    return lax.platform_dependent(q, pages, block_tables, lengths, sinks, cpu=by_blocks, default=in_one)
+    on_cpu = by_blocks if pages.k_scales is None else as_prefill
+    return lax.platform_dependent(q, pages, block_tables, lengths, sinks, cpu=on_cpu, default=in_one)
 
 
 def _decode_by_blocks(q, pages, tables, lengths, sinks, *, options, queries):
@@ -134,7 +142,7 @@ def _decode_by_blocks(q, pages, tables, lengths, sinks, *, options, queries):
         row = jnp.minimum((item[:, None] >= ends).sum(axis=1), B - 1)  # past the list: a block that the row cannot see
         block = (seen + held - ends)[row] + item
         table = tables.at[row, block].get(mode="clip")
-        scores = jnp.einsum("mkrh,mkwh->mkrw", q[row], _halved(pages.k, pages.k_scales, table))
+        scores = jnp.einsum("mkrh,mkwh->mkrw", q[row], _halved(pages.k, table))
         positions = block[:, None, None] * width + jnp.arange(width)
         length = lengths[row, None, None]
         last_seen = length - queries + (jnp.arange(R) // (R // queries))[:, None]
@@ -142,7 +150,7 @@ def _decode_by_blocks(q, pages, tables, lengths, sinks, *, options, queries):
         scores = jnp.where(visible, _logits(scores, options), _NEVER)
         highest = scores.max(axis=-1)
         probs = jnp.where(visible, jnp.exp(scores - highest[..., None]), 0.0)
-        out = jnp.einsum("mkrw,mkwh->mkrh", 2 * probs, _halved(pages.v, pages.v_scales, table))
+        out = jnp.einsum("mkrw,mkwh->mkrh", 2 * probs, _halved(pages.v, table))
         new = out, probs.sum(axis=-1), highest
         return tuple(lax.dynamic_update_slice_in_dim(x, y, index * at_once, 0) for x, y in zip(parts, new, strict=True))
 
@@ -165,20 +173,12 @@ def _decode_by_blocks(q, pages, tables, lengths, sinks, *, options, queries):
     return (out / total[..., None]).astype(dtype)
 
 
-def _halved(
-    cache: Num[Array, "P K S H"], scales: Float[Array, "P K S"] | None, table: Int[Array, "M n"]
-) -> Float[Array, "M K n*S H"]:
+def _halved(cache: Float[Array, "P K S H"], table: Int[Array, "M n"]) -> Float[Array, "M K n*S H"]:
     """Half of what the pages of each of M blocks hold. Of a mere copy XLA:CPU makes a loop of half the speed."""
-
-    def taken(array):
-        sizes, rest = array.shape[1:], range(3, array.ndim + 1)
-        dims = lax.GatherDimensionNumbers((1, *rest), collapsed_slice_dims=(0,), start_index_map=(0,))
-        part = lax.gather(_movable(array), table[..., None], dims, (1, *sizes), mode="clip")
-        part = lax.bitcast_convert_type(part, array.dtype)
-        return part.reshape(len(table), sizes[0], -1, *sizes[2:]).astype(jnp.float32)
-
-    values = taken(cache) * 0.5
-    return values if scales is None else values * taken(scales)[..., None]
+    _, K, S, H = cache.shape
+    dims = lax.GatherDimensionNumbers((1, 3, 4), collapsed_slice_dims=(0,), start_index_map=(0,))
+    part = lax.gather(cache, table[..., None], dims, (1, K, S, H), mode="clip")
+    return part.reshape(len(table), K, -1, H).astype(jnp.float32) * 0.5
 
 
 def _decode_in_one(q, pages, tables, lengths, sinks, *, options, queries):
