@@ -17,6 +17,8 @@ from .pages import AttentionOptions, Pages
 _NEVER = -1e30  # a finite "minus infinity": a row that sees nothing yields zeros, not NaN
 _QUERY_BLOCK = 256  # queries scored at once, so that long prompts never hold [T, T] scores
 _KEY_BLOCK = 256  # cached positions scored at once in prefill
+_DECODE_BLOCK = 128  # and in decode on a CPU, of one row
+_DECODE_STEP = 1 << 18  # keys' numbers, and values', of the blocks that decode reads at once: what a CPU's caches hold
 _TINY = jnp.finfo(jnp.float32).tiny
 
 
@@ -104,18 +106,79 @@ def decode_attention(
 ) -> Float[Array, "B K R H"]:
     """q holds R = queries * G queries a KV head, all heads of the first token, then of the second ..."""
     in_one = functools.partial(_decode_in_one, options=options, queries=queries)
-    arrays = (q, pages, block_tables, lengths, sinks)
-    if pages.k_scales is None:
-        return in_one(*arrays)
+    by_blocks = functools.partial(_decode_by_blocks, options=options, queries=queries)
 
-    def in_blocks(q, pages, tables, lengths, sinks):
+    def as_prefill(q, pages, tables, lengths, sinks):
         B, K, R, H = q.shape
         rows = q.reshape(B, K, queries, R // queries, H).swapaxes(1, 2)
         out = prefill_attention(rows, pages, tables, lengths - queries, lengths, options, sinks)
         return out.swapaxes(1, 2).reshape(q.shape)
 
-    # XLA:GPU widens what is quantized inside the product; XLA:CPU would first write all of it out, as float32.
-    return lax.platform_dependent(*arrays, cpu=in_blocks, default=in_one)
+    # XLA:GPU gathers and widens inside the products; XLA:CPU would first write all of it out, the rows' whole capacity.
+    on_cpu = by_blocks if pages.k_scales is None else as_prefill
+    return lax.platform_dependent(q, pages, block_tables, lengths, sinks, cpu=on_cpu, default=in_one)
+
+
+def _decode_by_blocks(q, pages, tables, lengths, sinks, *, options, queries):
+    """At the cost of the blocks that rows hold: a loop over a list of them, some a step, each by itself.
+
+    What the blocks give is merged afterwards (flash-decoding, Dao, Haziza, Massa and Sizov 2023), so that a row's
+    numbers do not depend on the other rows.
+    """
+    (B, K, R, H), dtype = q.shape, q.dtype
+    P, _, S, _ = pages.k.shape
+    tables = jnp.arange(P, dtype=jnp.int32).reshape(B, -1) if tables is None else tables
+    count = min(tables.shape[1], max(1, _DECODE_BLOCK // S))  # pages a block
+    width, most = count * S, -(-tables.shape[1] // count)
+    tables = jnp.pad(tables, ((0, 0), (0, most * count - tables.shape[1]))).reshape(B, most, count)
+    at_once = min(B * most, max(1, _DECODE_STEP // (width * K * H)))
+    seen = 0 if options.window is None else jnp.maximum(lengths - queries - options.window + 1, 0) // width
+    held = jnp.maximum(-(-lengths // width) - seen, 0)  # blocks of each row
+    ends = jnp.cumsum(held)
+    q = 2 * q.astype(jnp.float32)  # for keys come halved
+
+    def step(index, parts):
+        item = index * at_once + jnp.arange(at_once)
+        row = jnp.minimum((item[:, None] >= ends).sum(axis=1), B - 1)  # past the list: a block that the row cannot see
+        block = (seen + held - ends)[row] + item
+        table = tables.at[row, block].get(mode="clip")
+        scores = jnp.einsum("mkrh,mkwh->mkrw", q[row], _halved(pages.k, table))
+        positions = block[:, None, None] * width + jnp.arange(width)
+        length = lengths[row, None, None]
+        last_seen = length - queries + (jnp.arange(R) // (R // queries))[:, None]
+        visible = (_visible(last_seen, positions, options.window) & (positions < length))[:, None]
+        scores = jnp.where(visible, _logits(scores, options), _NEVER)
+        highest = scores.max(axis=-1)
+        probs = jnp.where(visible, jnp.exp(scores - highest[..., None]), 0.0)
+        out = jnp.einsum("mkrw,mkwh->mkrh", 2 * probs, _halved(pages.v, table))
+        new = out, probs.sum(axis=-1), highest
+        return tuple(lax.dynamic_update_slice_in_dim(x, y, index * at_once, 0) for x, y in zip(parts, new, strict=True))
+
+    items = -(-B * most // at_once) * at_once
+    parts = jnp.zeros((items, K, R, H)), jnp.zeros((items, K, R)), jnp.zeros((items, K, R))
+    parts = lax.fori_loop(0, -(-ends[-1] // at_once), step, parts)
+
+    def merge(index, carry):  # online softmax (Milakov and Gimelshein 2018)
+        out, total, highest = carry
+        own = (index < held)[:, None, None]
+        part_out, part_total, part_highest = (x.at[ends - held + index].get(mode="clip") for x in parts)
+        new_highest = jnp.maximum(highest, jnp.where(own, part_highest, _NEVER))
+        kept, added = jnp.exp(highest - new_highest), jnp.where(own, jnp.exp(part_highest - new_highest), 0.0)
+        out = out * kept[..., None] + part_out * added[..., None]
+        return out, total * kept + part_total * added, new_highest
+
+    zeros = jnp.zeros((B, K, R, H)), jnp.zeros((B, K, R)), jnp.full((B, K, R), _NEVER)
+    out, total, highest = lax.fori_loop(0, held.max(), merge, zeros)
+    total = _with_sinks(total, highest, None if sinks is None else jnp.tile(sinks, (1, queries)))
+    return (out / total[..., None]).astype(dtype)
+
+
+def _halved(cache: Float[Array, "P K S H"], table: Int[Array, "M n"]) -> Float[Array, "M K n*S H"]:
+    """Half of what the pages of each of M blocks hold. Of a mere copy XLA:CPU makes a loop of half the speed."""
+    _, K, S, H = cache.shape
+    dims = lax.GatherDimensionNumbers((1, 3, 4), collapsed_slice_dims=(0,), start_index_map=(0,))
+    part = lax.gather(cache, table[..., None], dims, (1, K, S, H), mode="clip")
+    return part.reshape(len(table), K, -1, H).astype(jnp.float32) * 0.5
 
 
 def _decode_in_one(q, pages, tables, lengths, sinks, *, options, queries):

@@ -79,6 +79,21 @@ def test_decode_attention(case, T, in_order):
     assert not np.asarray(out, np.float32)[np.asarray(case.lengths) == 0].any()
 
 
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("kv", [F32, INT8], ids=["float32", "int8"])
+def test_a_row_decodes_to_the_same_bits_whatever_the_others_hold(kv, T):
+    """Also where the others' blocks fill other steps of the loop than before."""
+    case = Case(H=16, K=2, G=3, T=T, dtype=F32, kv=kv, lengths=(1500, 700, 900, 2000), window=1300)
+    arrays = case.arrays(7, garbage=0.0)
+    decode = jax.jit(lambda lengths: decode_attention(**arrays | {"lengths": lengths}))
+    whole = decode(arrays["lengths"])
+    for others in (0, 5, 130, 2000):
+        for row, length in enumerate(case.lengths):
+            lengths = np.full(4, others, np.int32)
+            lengths[row] = length
+            np.testing.assert_array_equal(decode(jnp.asarray(lengths))[row], whole[row])
+
+
 def test_shapes_are_checked_wherever_beartype_is_installed():
     pytest.importorskip("beartype")
     case = Case()
