@@ -9,7 +9,7 @@ from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import Residual, transformer, unembed
 from ..sharding.rules import constrain
-from .attend import Form, cached_attend
+from .attend import CachedAttend, Form
 from .cache import KVCache
 
 
@@ -58,7 +58,7 @@ def extend(
     new = jnp.where(fits, new, 0)
     lengths = starts + new
     positions = starts[:, None] + jnp.arange(T)
-    attend = cached_attend(config, cache, form, new, positions)
+    attend = CachedAttend(cache.rows, new, positions, config, form)
     contexts = jnp.maximum(cache.contexts, lengths)
     x, pages = transformer(params, config, tokens, positions, attend, cache.pages, contexts, residual=residual)
     if logits == "all":

@@ -41,6 +41,14 @@ Attend = Callable[
 ]
 """attend(q, k, v, spec, state) -> (output, state): q and k come rotated, state is this layer's own."""
 
+
+class LayerwiseAttend:
+    """Base of `Attend`s that are pytrees, and that do for equal layers the same: such layers are traced once.
+
+    Of several equal layers, the first one's index stands in the `AttentionSpec`.
+    """
+
+
 Residual = Callable[[Float[Array, "B T D"], int], Float[Array, "B T D"]]
 """residual(x, n) -> x: the residual stream after n layers, the token embeddings where n is 0."""
 
@@ -94,12 +102,12 @@ def transformer(
     with jax.named_scope("rope"):
         ropes = {layer.rope: rope_tables(layer.rope, positions, contexts) for layer in config.layers}
     new_state = []
-    layers = zip(config.layers, params["layers"], float_specs(config)["layers"], strict=True)
-    for index, (layer, weights, specs) in enumerate(layers):
-        spec = AttentionSpec(config.query_scale, layer.window, config.attn_soft_cap, index)
+    for index, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
+        run, place = _layer, index
+        if isinstance(attend, LayerwiseAttend):
+            run, place = _layer_traced_once, config.layers.index(layer)
         with jax.named_scope(f"layer_{index}"):
-            attention = functools.partial(attend, spec=spec, state=state[index])
-            x, kept = _layer(x, weights, specs, config, layer, ropes[layer.rope], attention, product)
+            x, kept = run(x, weights, ropes[layer.rope], attend, state[index], config, place, product)
             x = residual(x, index + 1)
         new_state.append(kept)
     with jax.named_scope("final_norm"):
@@ -124,7 +132,10 @@ def unembed(
         return soft_cap(logits, config.logit_soft_cap)
 
 
-def _layer(x, weights, specs, config, layer, rope, attend, product):
+def _layer(x, weights, rope, attend, state, config, index, product):
+    layer, specs = config.layers[index], float_specs(config)["layers"][index]
+    spec = AttentionSpec(config.query_scale, layer.window, config.attn_soft_cap, index)
+    attend = functools.partial(attend, spec=spec, state=state)
     norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
     before, after = config.norm_position != "post", config.norm_position != "pre"
 
@@ -137,6 +148,10 @@ def _layer(x, weights, specs, config, layer, rope, attend, product):
         h = _MLP[layer.mlp](h, weights, specs, config.activation, product)
         x = x + (norm(h, weights["post_mlp_norm"]) if after else h)
     return x, state
+
+
+# Equal layers are one function to JAX; XLA inlines it wherever it is called.
+_layer_traced_once = jax.jit(_layer, static_argnames=("config", "index", "product"))
 
 
 def _grouped_attention(x, weights, specs, config, norm, rope, attend, product):

@@ -178,7 +178,8 @@ def test_the_compiled_step_updates_the_cache_in_place(dtype):
     rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.rows))
     assert memory.alias_size_in_bytes == cache.nbytes + rows
     leaf = cache.pages[1].k
-    assert memory.temp_size_in_bytes < leaf.size * leaf.dtype.itemsize / 2  # room for scores and logits, not for one leaf of the cache
+    # Room for scores and logits, not for one leaf of the cache.
+    assert memory.temp_size_in_bytes < leaf.size * leaf.dtype.itemsize / 2
     shape = ",".join(map(str, leaf.shape))
     assert not re.findall(rf"\[{shape}\][^ ]* (?:copy|transpose|convert)\(", compiled.as_text())
 
