@@ -16,9 +16,8 @@ from ...model.params import Params
 from ...sharding.rules import constrain, named_sharding
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages
-from ..loop import decode_steps, for_host
+from ..loop import decode_steps, for_host, settle
 from ..prefill import prefill
-from ..runner import settle
 from ..sampling.draw import SampleLogprobs, sample
 from ..sampling.layout import RequestArrays, SamplingPlan, make_plan, request_arrays
 from ..sampling.params import SamplingParams
