@@ -155,7 +155,7 @@ def _check_pools(pools: Sequence[int | None], longest: int) -> None:
 
 def _servers(args: argparse.Namespace) -> list[tuple[str, int | None]]:
     """The servers of one speed, and the size of each one's pool: static batches find nothing in it, and have one."""
-    pools = {"static": args.cache_tokens[-1:], "engine": args.cache_tokens}
+    pools = {"static": [max(args.cache_tokens)], "engine": args.cache_tokens}
     names = SERVERS if args.server == "both" else (args.server,)
     return [(name, tokens) for name in names for tokens in pools[name]]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.live import Live
+from rich.text import Text
 
 from ..decode import buckets
 from ..decode.engine.engine import Engine
@@ -151,7 +152,7 @@ def finished(engine: Engine, count: int) -> Iterator[tuple[int, RequestOutput]]:
                     yield chunk.index, chunk.output
             if console.is_terminal and time.perf_counter() - shown > _REFRESH:
                 shown = time.perf_counter()
-                live.update(state(engine, shown - started), refresh=True)
+                live.update(Text(state(engine, shown - started)), refresh=True)
     console.print(state(engine, time.perf_counter() - started), style="dim", highlight=False, soft_wrap=True)
 
 
