@@ -93,7 +93,7 @@ def prefill_cell(
 
     Args:
       deployment, hardware: the model, and the roof of each device.
-      timings: "ttft" of the whole, "set_up" of cache and sampling state alone, "sampling" of the first token.
+      timings: "ttft" of the whole, and "set_up" of the engine alone.
       batch, prompt: rows, and tokens of each.
       chunk: longest run of the program, in tokens a row.
       padded: tokens a row that the programs were compiled for, at least `prompt`.
@@ -101,7 +101,7 @@ def prefill_cell(
 
     Its time is attributed to the predicted "products" (with weights), "attention", "memory" (where a run waits for it
     longer than for arithmetic) and "collectives"; to "padding", which is predicted too: the products of the tokens that
-    fill up the program; to "set_up" and "sampling" as measured; and "unattributed".
+    fill up the program; to "set_up" as measured; and "unattributed".
     """
     roof = predict_prefill(deployment, hardware, batch=batch, prompt=prompt, chunk=chunk)
     longest = min(padded, deployment.config.max_position)
@@ -114,7 +114,6 @@ def prefill_cell(
         "collectives": roof.communication_seconds,
         "padding": filled.seconds - roof.seconds,
         "set_up": timings["set_up"].median,
-        "sampling": timings["sampling"].median,
     }
     sizes = {"batch": batch, "length": prompt}
     return _cell("prefill", deployment, hardware, roof, 1, batch * prompt, "ttft", timings, parts, **sizes, **peers)

@@ -10,20 +10,19 @@ from .limits import used_roof
 from .peers import PEERS
 
 _CAUSES = {
-    "prefill": "products attn=attention memory links=collectives padding set-up=set_up sample=sampling "
-    "rest=unattributed",
+    "prefill": "products attn=attention memory links=collectives padding set-up=set_up rest=unattributed",
     "decode": "weights KV=kv_read,kv_write other=activations,logits,arithmetic links=collectives host sample=sampling "
     "context rows rest=unattributed",
 }
 """Columns of the attribution, by phase, and after "=" what each sums where that has other names."""
 
 _MEANINGS = (
-    "TTFT: from token ids to the first token, cache made on the way. TPOT: decode steps as they are generated, several "
-    "a dispatch, each block read by the host. MFU and MBU: FLOPs and bytes that the work needs, over the time, over "
-    "the measured limits. Weights, KV, other (activations, logits, arithmetic beyond memory), links and padding are "
-    "what the roof predicts. Host (reading tokens, launching what follows), sample and set-up are measured by leaving "
-    "them out; context and rows are what grows with them beyond the prediction; rest is what no measurement tells "
-    "apart, below 0 where a run beat it."
+    "TTFT: from token ids to the first token, the engine made on the way. TPOT: decode steps as they are generated, "
+    "several a dispatch, each block read by the host while the next runs. MFU and MBU: FLOPs and bytes that the work "
+    "needs, over the time, over the measured limits. Weights, KV, other (activations, logits, arithmetic beyond "
+    "memory), links and padding are what the roof predicts. Host (reading tokens, launching what follows), sample and "
+    "set-up are measured by leaving them out; context and rows are what grows with them beyond the prediction; rest is "
+    "what no measurement tells apart, below 0 where a run beat it."
 )
 _QUIET = 0.1  # cores
 _LENGTHS = {"prefill": "prompt", "decode": "context"}

@@ -8,214 +8,48 @@ Goodput counts only the requests that meet limits on both (Zhong et al., "DistSe
 for Goodput-optimized Large Language Model Serving", OSDI 2024), as a share and a second. The paper calls goodput the
 highest rate at which a wanted share is met: to find it, replay at several values of `--speed`.
 
-Prompts are random tokens of the trace's lengths and outputs have exactly its lengths, whatever the model says. Without
-a trace, requests are generated as `request_trace.py` tells. The requests that have arrived run as a batch, and those
-that arrive meanwhile wait until it is done.
+Two servers take turns: "engine", to which each request is submitted when it arrives, and "static", the same engine
+held to batches: those that have arrived run together, and those that arrive meanwhile wait until all of them are done;
+nothing is shared. Outputs have exactly the trace's lengths, whatever the model says. Prompts are random tokens of the
+trace's lengths; where it says what they share (Mooncake's `hash_ids`), they share it. Without a trace, requests are
+generated as `request_trace.py` tells or, with --conversations, as `conversations.py` does.
 
     ridgeline bench replay --requests 40 --scale-lengths 0.2
-    ridgeline bench replay --trace AzureLLMInferenceTrace_conv.csv --requests 200 --speed 0.5
+    ridgeline bench replay --trace AzureLLMInferenceTrace_conv.csv --requests 200 --speed 0.5,1,2 --plot goodput.png
+    ridgeline bench replay --conversations --scale-lengths 0.1 --server engine --cache-tokens 1024,4096,16384
+    ridgeline bench replay --conversations --requests 500 --save-trace conversations.jsonl
     ridgeline bench replay --fit AzureLLMInferenceTrace_conv.csv
 """
 
 import argparse
 import contextlib
-import dataclasses
 import functools
+import itertools
 import math
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from tqdm import tqdm
-
 from ..cli.common import add_format_options, terminal, usage_errors
 from ..decode import buckets
-from ..decode.generate import stream, warm_up
-from ..decode.sampling.params import SamplingParams
+from ..decode.engine.engine import Engine
+from ..decode.engine.sizes import PAGE_SIZE
 from ..model.loading import Model
-from ..roofline.plot import new_figure
 from . import subject as subjects
+from .conversations import Conversations, generate_conversations
 from .harness import Table
 from .limits import Figure
-from .request_trace import CONVERSATION, TraceRequest, clamp, generate_trace, read_trace, scale
+from .replay_plot import plot
+from .request_trace import CONVERSATION, TraceRequest, clamp, generate_trace, scale
+from .served import PERCENTILES, allowed_hit_rate, percentiles, summarize
+from .servers import GREEDY, Job, counted_compilations, make_jobs, on_engine, replay
 from .timing import elapsed
+from .trace_files import read_trace, write_trace
 from .trace_fit import comparison, fit_workload
 
-PERCENTILES = (50, 90, 99)
+__all__ = ["add_arguments", "figures", "measure", "plot", "show"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A request as a server takes it: seconds after serving begins, before which it must not be touched; token ids; and
-    how many tokens to generate, neither more nor fewer.
-    """
-
-    arrival: float
-    prompt: tuple[int, ...]
-    output_tokens: int
-
-
-Serve = Callable[[Sequence[Job]], Iterator[tuple[int, list[float]]]]
-"""What a trace is replayed against: serves jobs, in order of arrival, in real time; time 0 is when the first result is
-asked for. For each job as it is done it yields the index, and when each of its tokens reached the host, in seconds."""
-
-
-@dataclasses.dataclass(frozen=True)
-class InOrder:
-    """Runs what has arrived as one batch, in order of arrival; the next batch begins when all of it is done.
-
-    Attributes:
-      model, kv_dtype: as `generate` takes them.
-      max_batch: most requests of a batch.
-      clock, sleep: of real time.
-    """
-
-    model: Model
-    max_batch: int
-    kv_dtype: str | None = None
-    clock: Callable[[], float] = time.perf_counter
-    sleep: Callable[[float], None] = time.sleep
-
-    def warm_up(self, jobs: Sequence[Job]) -> None:
-        """Compiles the programs of every batch that can come about, which depends on how fast earlier ones run."""
-        for batch in tqdm(representatives(jobs, self.max_batch), unit="shape", desc="warm-up", leave=False):
-            warm_up(self.model, *_arguments(batch), max_batch_size=len(batch), kv_dtype=self.kv_dtype)
-
-    def serve(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[float]]]:
-        start, done = self.clock(), 0
-        while done < len(jobs):
-            now = self.clock() - start
-            if jobs[done].arrival > now:
-                self.sleep(jobs[done].arrival - now)
-                continue
-            batch = [job for job in jobs[done : done + self.max_batch] if job.arrival <= now]
-            times: list[list[float]] = [[] for _ in batch]
-            chunks = stream(self.model, *_arguments(batch), max_batch_size=len(batch), kv_dtype=self.kv_dtype)
-            for chunk in chunks:
-                times[chunk.index] += [self.clock() - start] * len(chunk.tokens)
-                if chunk.output is not None:
-                    yield done + chunk.index, times[chunk.index]
-            done += len(batch)
-
-
-def _arguments(batch: Sequence[Job]) -> tuple[list[tuple[int, ...]], list[SamplingParams]]:
-    params = [SamplingParams(max_tokens=job.output_tokens, temperature=0.0, ignore_eos=True) for job in batch]
-    return [job.prompt for job in batch], params
-
-
-def representatives(jobs: Sequence[Job], max_batch: int) -> list[Sequence[Job]]:
-    """Batches of neighbors that together need every shape any batch of up to `max_batch` neighbors would."""
-    known: set[tuple[int, int, int, bool]] = set()
-    batches = []
-    for first in range(len(jobs)):
-        longest = total = 0
-        for end in range(first + 1, min(first + max_batch, len(jobs)) + 1):
-            job = jobs[end - 1]
-            longest, total = max(longest, len(job.prompt)), max(total, len(job.prompt) + job.output_tokens)
-            rows, cache = buckets.batch_bucket(end - first), buckets.cache_bucket(total)
-            starts = {0, (longest - 1) // buckets.PREFILL_CHUNK * buckets.PREFILL_CHUNK}  # of first and last chunk
-            needed = {(rows, cache, buckets.prefill_bucket(longest - start), start > 0) for start in starts}
-            if not needed <= known:
-                known |= needed
-                batches.append(jobs[first:end])
-    return batches
-
-
-def make_jobs(trace: Sequence[TraceRequest], vocab_size: int, seed: int) -> list[Job]:
-    rng = np.random.default_rng(seed)
-    prompts = (tuple(rng.integers(vocab_size, size=request.prompt_tokens).tolist()) for request in trace)
-    return [Job(each.arrival, prompt, each.output_tokens) for each, prompt in zip(trace, prompts, strict=True)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """A request that was served: when it arrived and each of its tokens came, in seconds on one clock; one at least."""
-
-    arrival: float
-    times: Sequence[float]
-
-    @property
-    def ttft(self) -> float:
-        """Seconds from arrival to first token."""
-        return self.times[0] - self.arrival
-
-    @property
-    def tpot(self) -> float | None:
-        """Seconds a token after the first; None for a single token."""
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else None
-
-    @property
-    def end_to_end(self) -> float:
-        """Seconds from arrival to last token."""
-        return self.times[-1] - self.arrival
-
-    def meets(self, ttft_limit: float, tpot_limit: float) -> bool:
-        """Whether neither limit, in seconds, is exceeded; a single token has no TPOT to exceed one."""
-        return self.ttft <= ttft_limit and (self.tpot is None or self.tpot <= tpot_limit)
-
-
-def percentiles(values: Sequence[int | float]) -> dict[str, float] | None:
-    """`PERCENTILES`, interpolated linearly between values; None of nothing."""
-    if not values:
-        return None
-    return {f"p{percent}": float(np.percentile(values, percent)) for percent in PERCENTILES}
-
-
-def summarize(served: Sequence[Served], ttft_limit: float, tpot_limit: float) -> dict[str, Any]:
-    """All figures of a replay, in seconds and per second, over the time from first arrival to last token."""
-    seconds = max(each.times[-1] for each in served) - min(each.arrival for each in served)
-    good = sum(each.meets(ttft_limit, tpot_limit) for each in served)
-    return {
-        "requests": len(served),
-        "seconds": seconds,
-        "ttft": percentiles([each.ttft for each in served]),
-        "tpot": percentiles([each.tpot for each in served if each.tpot is not None]),
-        "end_to_end": percentiles([each.end_to_end for each in served]),
-        "requests_per_s": len(served) / seconds,
-        "output_tokens_per_s": sum(len(each.times) for each in served) / seconds,
-        "limits": {"ttft": ttft_limit, "tpot": tpot_limit},
-        "goodput": {"share": good / len(served), "requests_per_s": good / seconds},
-    }
-
-
-def replay(serve: Serve, jobs: Sequence[Job]) -> list[Served]:
-    """Serves the jobs and returns what came, in their order.
-
-    Raises:
-      RuntimeError: the server left a job out, gave it other than the tokens asked for, or served it before it arrived.
-    """
-    served: dict[int, Served] = {}
-    for index, times in tqdm(serve(jobs), total=len(jobs), unit="request", file=sys.stderr):
-        job = jobs[index]
-        if len(times) != job.output_tokens or times[0] < job.arrival:
-            raise RuntimeError(
-                f"request {index} arrives at {job.arrival:.3f} s and asks for {job.output_tokens} tokens; the server "
-                f"gave {len(times)}, the first at {times[0] if times else math.nan:.3f} s: the server is wrong"
-            )
-        served[index] = Served(job.arrival, times)
-    if len(served) != len(jobs):
-        raise RuntimeError(f"the server finished {len(served)} of {len(jobs)} requests; every one must be served")
-    return [served[index] for index in range(len(jobs))]
-
-
-@contextlib.contextmanager
-def counted_compilations() -> Iterator[Callable[[], int]]:
-    """Counts the programs that XLA compiles, or fetches compiled, within."""
-    durations = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            durations.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield lambda: len(durations)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+SERVERS = ("static", "engine")
 
 
 def positive(kind: Callable[[str], Any], text: str) -> Any:
@@ -228,17 +62,32 @@ def positive(kind: Callable[[str], Any], text: str) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole, real = functools.partial(positive, int), functools.partial(positive, float)
+
+    def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+        return lambda text: list(dict.fromkeys(map(kind, text.split(","))))
+
     subjects.add_arguments(parser, default="bundled")
     add_format_options(parser)
-    add = parser.add_argument
-    add("--max-batch", type=whole, default=8, metavar="B", help="most requests of a batch (default: %(default)s)")
+    add = parser.add_argument_group("server").add_argument
+    add("--server", choices=(*SERVERS, "both"), default="both", help="what it is replayed against (default: both)")
+    add("--max-batch", type=whole, default=8, metavar="B", help="most requests that run together (default: 8)")
+    help = "positions of the pool; the engine runs with each (default: all that rows at full length take)"
+    add("--cache-tokens", type=several(whole), default=[None], metavar="N,...", help=help)
+    add("--prefill-tokens", type=whole, default=2048, metavar="N", help="most tokens a step (default: %(default)s)")
+    help = "let requests share no pages of equal beginnings"
+    add("--no-prefix-caching", dest="prefix_caching", action="store_false", help=help)
     add = parser.add_argument_group("requests").add_argument
-    add("--trace", type=Path, metavar="FILE", help="a CSV with TIMESTAMP, ContextTokens and GeneratedTokens")
+    add("--trace", type=Path, metavar="FILE", help="Azure's CSV, or Mooncake's form if it ends in .jsonl")
+    add("--conversations", action="store_true", help="generate conversations of several turns over system prompts")
     add("--requests", type=whole, metavar="N", help="the first N of the trace (default: all), or N generated (100)")
-    add("--rate", type=real, metavar="R", help=f"generated requests a second (default: {CONVERSATION.rate})")
+    rates = f"{CONVERSATION.rate}, and {Conversations.rate} of conversations"
+    add("--rate", type=real, metavar="R", help=f"generated requests a second (default: {rates})")
     add("--seed", type=int, default=0, metavar="S", help="of generated requests and of prompts (default: 0)")
-    add("--speed", type=real, default=1.0, metavar="X", help="replay X times as fast (default: 1)")
+    help = "replay X times as fast, one after the other (default: 1)"
+    add("--speed", type=several(real), default=[1.0], metavar="X,...", help=help)
     add("--scale-lengths", type=real, default=1.0, metavar="X", help="lengths of prompts and outputs, times X (1)")
+    help = "write the trace in Mooncake's form, as it is before it is scaled, and stop"
+    add("--save-trace", type=Path, metavar="FILE", help=help)
     add("--fit", type=Path, metavar="FILE", help="fit the generator to a trace, print how well it does, and stop")
     add = parser.add_argument_group("limits, for goodput").add_argument
     add("--ttft-limit", type=real, default=1.0, metavar="SECONDS", help="(default: %(default)s)")
@@ -249,41 +98,104 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.fit is not None:
         return print_fit(args.fit)
     with usage_errors():
-        if args.trace is not None and args.rate is not None:
-            raise ValueError("--rate is for generated requests; change a trace's with --speed")
-        if args.trace is not None:
-            trace = read_trace(args.trace)[: args.requests]
-        else:
-            trace = generate_trace(args.requests or 100, args.seed, CONVERSATION, args.rate)
+        trace = _trace(args)
+        if args.save_trace is not None:
+            return save(trace, args.save_trace)
         schemes = args.dtype, args.quantize, args.quantize_output
         subject = subjects.find_subject(args.model, args.layers, args.set, *schemes)
-    trace = scale(trace, lengths=args.scale_lengths, speed=args.speed)
-    trace, clamped = clamp(trace, subject.config.max_position)
-    server = InOrder(subjects.make_model(subject), args.max_batch, args.kv_dtype)
+        trace = scale(trace, lengths=args.scale_lengths, speed=1.0)
+        trace, clamped = clamp(trace, subject.config.max_position)
+        longest = max(request.prompt_tokens + request.output_tokens for request in trace)
+        _check_pools(args.cache_tokens, longest)
+    model, span = subjects.make_model(subject), trace[-1].arrival
     jobs = make_jobs(trace, subject.config.vocab_size, args.seed)
-    warm_up_seconds, _ = elapsed(lambda: server.warm_up(jobs))
-    with counted_compilations() as compilations:
-        served = replay(server.serve, jobs)
-    span = trace[-1].arrival
-    yield {
+    results = {
         "subject": subject.title,
         "model": subject.record | {"kv": args.kv_dtype},
-        "server": {"kind": "batches in order of arrival", "max_batch": args.max_batch},
+        "server": {name: getattr(args, name) for name in ("max_batch", "prefill_tokens", "prefix_caching")},
         "trace": {
-            "source": "generated" if args.trace is None else args.trace.name,
+            "source": args.trace.name if args.trace else "conversations" if args.conversations else "generated",
             "requests": len(trace),
             "requests_per_s": (len(trace) - 1) / span if span else None,
             "clamped": clamped,
             "max_position": subject.config.max_position,
             "prompt_tokens": percentiles([request.prompt_tokens for request in trace]),
             "output_tokens": percentiles([request.output_tokens for request in trace]),
+            "prefix_hit_rate": allowed_hit_rate((job.prompt for job in jobs), PAGE_SIZE),
         },
+        "runs": [],
+    }
+    for speed, (server, cache_tokens) in itertools.product(args.speed, _servers(args)):
+        faster = [Job(job.arrival / speed, job.prompt, job.output_tokens) for job in jobs]
+        run = {"server": server, "speed": speed, "cache_tokens": cache_tokens}
+        results["runs"].append(run | _run(args, model, faster, server, cache_tokens, longest))
+        yield results
+
+
+def _trace(args: argparse.Namespace) -> list[TraceRequest]:
+    """As it was read or generated, before it is scaled."""
+    if args.trace is not None:
+        if args.rate is not None or args.conversations:
+            name = "--conversations" if args.conversations else "--rate"
+            raise ValueError(f"{name} is for generated requests; change a trace's with --speed or --scale-lengths")
+        return read_trace(args.trace)[: args.requests]
+    if args.conversations:
+        return generate_conversations(args.requests or 100, args.seed, Conversations(), args.rate)
+    return generate_trace(args.requests or 100, args.seed, CONVERSATION, args.rate)
+
+
+def _check_pools(pools: Sequence[int | None], longest: int) -> None:
+    for tokens in pools:
+        if tokens is not None and tokens // PAGE_SIZE * PAGE_SIZE < longest:
+            raise ValueError(
+                f"--cache-tokens is {tokens}, in pages of {PAGE_SIZE}, and the longest request takes {longest} "
+                "positions; raise it, or lower --scale-lengths"
+            )
+
+
+def _servers(args: argparse.Namespace) -> list[tuple[str, int | None]]:
+    """The servers of one speed, and the size of each one's pool: static batches find nothing in it, and have one."""
+    pools = {"static": [max(args.cache_tokens)], "engine": args.cache_tokens}
+    names = SERVERS if args.server == "both" else (args.server,)
+    return [(name, tokens) for name in names for tokens in pools[name]]
+
+
+def _run(
+    args: argparse.Namespace, model: Model, jobs: Sequence[Job], server: str, cache_tokens: int | None, longest: int
+) -> dict[str, Any]:
+    """One replay on a new engine, of which nothing is compiled while the clock runs."""
+    with Engine(
+        model,
+        max_batch_size=args.max_batch,
+        cache_tokens=cache_tokens,
+        max_length=buckets.cache_bucket(longest),
+        prefill_tokens=args.prefill_tokens,
+        prefix_caching=args.prefix_caching and server == "engine",
+        kv_dtype=args.kv_dtype,
+    ) as engine:
+        warm_up_seconds, _ = elapsed(lambda: engine.warm_up(progress=True, sampling=[GREEDY]))
+        batch = args.max_batch if server == "static" else None
+        with counted_compilations() as compilations:
+            served = replay(functools.partial(on_engine, engine, max_batch=batch), jobs)
+        stats = engine.stats()
+    return {
+        "cache_tokens": engine.sizes.cache_tokens,
         "warm_up_seconds": round(warm_up_seconds, 3),
         "compiled_while_serving": compilations(),
         "result": summarize(served, args.ttft_limit, args.tpot_limit),
+        "prefix_hit_rate": stats.prefix_hit_rate,
+        "preemptions": stats.preemptions,
         "ttft": [each.ttft for each in served],
         "tpot": [each.tpot for each in served if each.tpot is not None],
     }
+
+
+def save(trace: Sequence[TraceRequest], file: Path) -> None:
+    """The trace in a file, which `--trace` reads."""
+    if file.suffix != ".jsonl":
+        raise ValueError(f"--save-trace is {str(file)!r}; end it in .jsonl, as what it holds is")
+    write_trace(trace, file)
+    terminal().print(f"{len(trace)} requests are in {file}.", highlight=False, soft_wrap=True)
 
 
 def print_fit(file: Path) -> None:
@@ -297,42 +209,49 @@ def print_fit(file: Path) -> None:
 
 
 def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
-    """Percentiles of the latencies, then what passed and was good."""
-    result, trace, goodput = report["result"], report["trace"], report["result"]["goodput"]
-    rows = []
-    for name, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("end to end", "end_to_end")):
-        cells = ["-"] * len(PERCENTILES) if result[key] is None else [f"{1e3 * v:.1f}" for v in result[key].values()]
-        rows.append((name, *cells, f"{1e3 * result['limits'][key]:.0f}" if key in result["limits"] else ""))
-    yield Table("milliseconds", ("", *(f"p{percent}" for percent in PERCENTILES), "limit"), rows)
-    rate = f", {trace['requests_per_s']:.2f} a second" if trace["requests_per_s"] else ""
+    """The servers side by side, a table a speed: latencies, then what passed, was good, and was found in the cache."""
+    trace = report["trace"]
+    for speed in dict.fromkeys(run["speed"] for run in report["runs"]):
+        yield _table(speed, [run for run in report["runs"] if run["speed"] == speed])
+    rate = f", {trace['requests_per_s']:.2f} a second at speed 1" if trace["requests_per_s"] else ""
+    limits = " and ".join(f"{key.upper()} {1e3 * s:.0f} ms" for key, s in report["runs"][0]["result"]["limits"].items())
     yield (
         f"{trace['requests']} requests{rate}; {trace['clamped']} cut to the {trace['max_position']} positions of "
-        f"{report['subject']}. {result['seconds']:.1f} s: {result['requests_per_s']:.2f} requests/s, "
-        f"{result['output_tokens_per_s']:.1f} output tokens/s; goodput {goodput['requests_per_s']:.2f} requests/s, "
-        f"{goodput['share']:.1%} within both limits."
+        f"{report['subject']}. Good: within {limits}. An engine stands with the positions of its pool. Prefix hits: "
+        f"prompt tokens found in it; a pool without end would have {trace['prefix_hit_rate']:.1%}."
     )
-    if report["compiled_while_serving"]:
-        count = report["compiled_while_serving"]
-        yield f"{count} programs were compiled while the clock ran: THE TIMES ARE TOO LONG."
+    for run in report["runs"]:
+        if count := run["compiled_while_serving"]:
+            yield f"{_name(run)}: {count} programs were compiled while the clock ran: THE TIMES ARE TOO LONG."
+
+
+def _name(run: Mapping[str, Any]) -> str:
+    return f"{run['server']}, {run['cache_tokens']:,}" if run["server"] == "engine" else run["server"]
+
+
+def _table(speed: float, runs: Sequence[Mapping[str, Any]]) -> Table:
+    results = [run["result"] for run in runs]
+    rows = []
+    for name, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("end to end", "end_to_end")):
+        for percent in (f"p{percent}" for percent in PERCENTILES):
+            cells = ("-" if result[key] is None else f"{1e3 * result[key][percent]:.1f}" for result in results)
+            rows.append((f"{name} {percent}, ms", *cells))
+    rows += [
+        ("requests/s", *(f"{result['requests_per_s']:.2f}" for result in results)),
+        ("output tokens/s", *(f"{result['output_tokens_per_s']:.1f}" for result in results)),
+        ("goodput, requests/s", *(f"{result['goodput']['requests_per_s']:.2f}" for result in results)),
+        ("good requests", *(f"{result['goodput']['share']:.1%}" for result in results)),
+        ("prefix hits", *(f"{run['prefix_hit_rate']:.1%}" for run in runs)),
+        ("preemptions", *(str(run["preemptions"]) for run in runs)),
+    ]
+    return Table(f"speed {speed:g}", ("", *map(_name, runs)), rows)
 
 
 def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
     """The slowest of a hundred requests beside the limits of goodput."""
-    result = report["result"]
-    for key, limit in result["limits"].items():
-        if result[key] is not None:
-            yield Figure(f"{key.upper()}, p99", result[key]["p99"] * 1e3, limit * 1e3, "ms")
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """The share of requests whose TTFT, and whose TPOT, is at most so long, with the limits."""
-    figure = new_figure(figsize=(9, 3.6))
-    for axes, (key, limit) in zip(figure.subplots(1, 2, sharey=True), report["result"]["limits"].items(), strict=True):
-        if report[key]:
-            axes.ecdf([1e3 * value for value in report[key]], label=f"{len(report[key])} requests")
-        axes.axvline(1e3 * limit, color="tab:red", linestyle="--", label=f"limit, {1e3 * limit:g} ms")
-        axes.set(xlabel=f"{key.upper()} (ms)", xlim=(0, None), ylim=(0, 1.02))
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    figure.axes[0].set_ylabel("share of requests")
-    figure.savefig(path, dpi=150)
+    for run in report["runs"]:
+        result = run["result"]
+        for key, limit in result["limits"].items():
+            if result[key] is not None:
+                what = f"{_name(run)}, speed {run['speed']:g}: {key.upper()}, p99"
+                yield Figure(what, result[key]["p99"] * 1e3, limit * 1e3, "ms")

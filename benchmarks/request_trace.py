@@ -1,4 +1,5 @@
-"""Request traces: read from a file, or generated after distributions fitted to a real one.
+"""Request traces: when requests come, how long they are, and what their prompts share; generated ones are drawn after
+distributions fitted to a real one.
 
 The source of the fit is the conversation trace of "Azure LLM inference trace 2023" (Azure/AzurePublicDataset on GitHub,
 CC-BY Attribution License): 19,366 requests within an hour to language models in Azure. It is described in Patel,
@@ -17,25 +18,33 @@ with fewer, so they are drawn together. KS distances of as many generated reques
 0.019, both together 0.026, gaps 0.013; of one log-normal each 0.16 and 0.19.
 """
 
-import csv
 import dataclasses
-import datetime
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+BLOCK_TOKENS = 512
+"""Tokens that one id of a trace's file stands for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TraceRequest:
-    """One request: seconds after the trace's first, and the lengths of prompt and output, each at least 1."""
+    """One request.
+
+    Attributes:
+      arrival: seconds after the trace's first.
+      prompt_tokens, output_tokens: lengths, each at least 1.
+      blocks: ids of the prompt's blocks, where it shares any: equal ids stand for equal tokens. The last block may be
+        cut short, and is then the beginning of what its id stands for.
+      block_tokens: tokens a block.
+    """
 
     arrival: float
     prompt_tokens: int
     output_tokens: int
+    blocks: tuple[int, ...] = ()
+    block_tokens: int = BLOCK_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,54 +99,6 @@ CONVERSATION = Workload(
 """Fitted to the conversation trace named above."""
 
 
-def read_trace(path: Path) -> list[TraceRequest]:
-    """Reads a CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens, in order of time.
-
-    A timestamp is a date and time as in ISO 8601, or a number of seconds.
-
-    Raises:
-      ValueError: a column or value that is missing or wrong, naming the file, the line and the remedy.
-    """
-    requests: list[tuple[float, int, int]] = []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path.name}, line 1: no column {missing[0]}, found {rows.fieldnames or 'nothing'}; "
-                f"the first line must name the columns {', '.join(COLUMNS)}"
-            )
-        for row in rows:
-            where = f"{path.name}, line {rows.line_num}"
-            time = _time(row["TIMESTAMP"], where)
-            if requests and time < requests[-1][0]:
-                told = f"TIMESTAMP {row['TIMESTAMP']!r} is before that of the request above"
-                raise ValueError(f"{where}: {told}; sort the file by it")
-            requests.append((time, *(_length(row[name], name, where) for name in COLUMNS[1:])))
-    if not requests:
-        raise ValueError(f"{path.name} has no requests; give one a line, below the names of the columns")
-    return [TraceRequest(time - requests[0][0], *lengths) for time, *lengths in requests]
-
-
-def _time(value: str | None, where: str) -> float:
-    for parse in (float, lambda text: datetime.datetime.fromisoformat(text)):
-        try:
-            time = parse(value or "")
-        except ValueError:
-            continue
-        if isinstance(time, datetime.datetime):  # in UTC where no zone is told: an hour is never skipped
-            return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).timestamp()
-        if math.isfinite(time):
-            return time
-    raise ValueError(f"{where}: TIMESTAMP is {value!r}; write it as 2023-11-16 18:15:46.68, or as seconds")
-
-
-def _length(value: str | None, name: str, where: str) -> int:
-    if value is None or not value.strip().isdecimal() or int(value) == 0:
-        raise ValueError(f"{where}: {name} is {value!r}; it must be a whole number of tokens, at least 1")
-    return int(value)
-
-
 def generate_trace(count: int, seed: int, workload: Workload, rate: float | None = None) -> list[TraceRequest]:
     """Draws so many requests; equal seeds give equal traces, and a longer trace begins like a shorter one.
 
@@ -182,12 +143,25 @@ def _drift(workload: Workload, noise: np.ndarray) -> np.ndarray:
 
 
 def scale(trace: Sequence[TraceRequest], *, lengths: float, speed: float) -> list[TraceRequest]:
-    """Lengths times `lengths`, at least 1; arrivals `speed` times as dense."""
+    """Lengths times `lengths`, at least 1; arrivals `speed` times as dense.
+
+    Blocks are scaled, and prompts block by block, so that those that began alike still do.
+    """
 
     def scaled(tokens: int) -> int:
         return max(1, round(tokens * lengths))
 
-    return [TraceRequest(r.arrival / speed, scaled(r.prompt_tokens), scaled(r.output_tokens)) for r in trace]
+    def prompt(request: TraceRequest) -> int:
+        if not request.blocks:
+            return scaled(request.prompt_tokens)
+        block = scaled(request.block_tokens)
+        whole, rest = divmod(request.prompt_tokens, request.block_tokens)
+        return max(1, whole * block + min(block, round(rest * lengths)))
+
+    return [
+        TraceRequest(r.arrival / speed, prompt(r), scaled(r.output_tokens), r.blocks, scaled(r.block_tokens))
+        for r in trace
+    ]
 
 
 def clamp(trace: Sequence[TraceRequest], max_position: int) -> tuple[list[TraceRequest], int]:
@@ -196,5 +170,5 @@ def clamp(trace: Sequence[TraceRequest], max_position: int) -> tuple[list[TraceR
     for request in trace:
         output = min(request.output_tokens, max_position - 1)
         prompt = min(request.prompt_tokens, max_position - output)
-        fitting.append(TraceRequest(request.arrival, prompt, output))
+        fitting.append(dataclasses.replace(request, prompt_tokens=prompt, output_tokens=output))
     return fitting, sum(before != after for before, after in zip(trace, fitting, strict=True))

@@ -70,7 +70,7 @@ STAGES = (
         ALL,
         "replay",
         "replay --requests 40",
-        f"replay {TINY} --requests 2 --scale-lengths 0.02",
+        f"replay {TINY} --requests 2 --scale-lengths 0.02 --max-batch 2 --prefill-tokens 64",
     ),
     Stage("loading", 300, "", "loading", "loading", "loading --gigabytes 0 --repeats 1 --only ridgeline"),
     Stage("quality", 900, ALL, "quality --text {text}", "quality --text {text}", None),

@@ -1,9 +1,9 @@
-"""Prefills and decode steps as `generate` runs them, ready to be timed: what is measured of a model is made here."""
+"""Prefills and decode steps as an engine runs them, ready to be timed: what is measured of a model is made here."""
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,18 @@ import numpy as np
 from jax import lax
 
 from ..decode import buckets
-from ..decode.cache import KVCache, page_dtype
-from ..decode.runner import Runner, settle
+from ..decode.cache import KVCache, Rows, page_dtype
+from ..decode.engine.engine import Engine
+from ..decode.engine.pages import RowPages
+from ..decode.engine.runner import Runner
+from ..decode.engine.scheduler import Row
+from ..decode.engine.sizes import PAGE_SIZE
+from ..decode.loop import settle
+from ..decode.sampling.layout import make_plan
 from ..decode.sampling.params import SamplingParams
 from ..decode.step import decode_step
 from ..model.config import ModelConfig
+from ..model.kv_specs import page_kinds
 from ..model.loading import Model
 from .timing import Turn, elapsed
 
@@ -36,27 +43,39 @@ def random_prompts(vocab_size: int, batch: int, length: int) -> np.ndarray:
 
 
 def prefill_turn(model: Model, prompts: np.ndarray, kv_dtype: str | None) -> Turn:
-    """Time to the first token: prompts on the host to tokens on the host, cache and sampling state made on the way.
+    """Time to the first token: prompts on the host to tokens on the host, the engine made on the way.
 
-    Beside "ttft": "set_up" of the cache and the sampling state alone, and "sampling" alone.
+    Beside "ttft": "set_up" of the engine alone, its pool and its slots.
     """
-    length = prompts.shape[1]
+    rows, length = prompts.shape
+    one, texts = dataclasses.replace(GREEDY, max_tokens=1), prompts.tolist()
+    slots, longest = buckets.batch_bucket(rows), cache_bucket(length + 1)
 
-    def set_up() -> Runner:
-        return _runner(model, prompts, cache_bucket(length + 1), kv_dtype)
+    def set_up() -> Engine:
+        return Engine(
+            model,
+            max_batch_size=slots,
+            cache_tokens=slots * longest,
+            max_length=longest,
+            prefill_tokens=slots * CHUNK,
+            kv_dtype=kv_dtype,
+            whole_batches=True,
+        )
 
-    def first_token() -> tuple[Runner, jax.Array]:
-        runner = set_up()
-        logits = runner.prefill(prompts)
-        jax.device_get(runner.first(logits)[0])
-        return runner, logits
+    def first_token() -> Engine:
+        engine = set_up()
+        for text in texts:
+            engine.submit(text, one)
+        for _ in engine.run():
+            pass
+        return engine
 
     def turn() -> Mapping[str, float]:
-        alone, _ = elapsed(lambda: jax.block_until_ready(set_up().cache))
-        ttft, (runner, logits) = elapsed(first_token)
-        jax.block_until_ready((logits, runner.state))
-        sampling, _ = elapsed(lambda: jax.device_get(runner.first(logits)[0]))
-        return {"ttft": ttft, "set_up": alone, "sampling": sampling}
+        timed = {}
+        for name, run in (("set_up", set_up), ("ttft", first_token)):
+            timed[name], engine = elapsed(run)
+            engine.close()
+        return timed
 
     return turn
 
@@ -89,38 +108,36 @@ def plan_steps(context: int, tokens: int) -> Steps:
 
 
 def decode_turn(model: Model, batch: int, steps: Steps, kv_dtype: str | None) -> Turn:
-    """Seconds a step: "tpot" in blocks, each read by the host before the next, as tokens are generated.
+    """Seconds a step: "tpot" in blocks, each read by the host while the next one runs, as an engine does.
 
     Beside it "queued", the same blocks read at the end alone; and "step", steps without sampling, queued likewise: a
     step that is waited for by itself has its launch in its time, and a queue of them has it once.
     """
-    prompts = random_prompts(model.config.vocab_size, batch, 1)
+    plan = make_plan([GREEDY], model.config.vocab_size)
+    tokens = random_prompts(model.config.vocab_size, batch, 1)[:, 0]
 
-    def in_blocks(runner: Runner, tokens: jax.Array, count: int, read: bool) -> float:
-        _sample(runner, batch)
-        runner.tokens = tokens
-        jax.block_until_ready((runner.state, runner.cache.lengths))
-        started = time.perf_counter()
+    def in_blocks(runner: Runner, rows: Sequence[Row], count: int, read: bool) -> float:
+        started, before = time.perf_counter(), None
         for _ in range(count // steps.block):
-            made, _ = runner.decode(steps=steps.block)
-            if read:
-                jax.device_get(made)
-        jax.device_get(made)
+            (made, _), _ = runner.decode(rows, steps.block, plan)
+            if read and before is not None:
+                jax.device_get(before)
+            before = made
+        jax.device_get(before)
         return time.perf_counter() - started
 
-    def alone(runner: Runner, tokens: jax.Array, count: int) -> float:
-        jax.block_until_ready(runner.cache.lengths)
+    def alone(runner: Runner, rows: Sequence[Row], count: int) -> float:
+        cache, given = _cache_of(runner, rows), jax.block_until_ready(runner.state.tokens + 0)
         started = time.perf_counter()
         for _ in range(count):
-            logits, runner.cache = decode_step(model.params, model.config, tokens, runner.cache)
+            logits, cache = decode_step(model.params, model.config, given, cache)
             settle(model, logits)
         jax.block_until_ready(logits)
-        return time.perf_counter() - started
+        seconds, runner.pages = time.perf_counter() - started, cache.pages
+        return seconds
 
     def turn() -> Mapping[str, float]:
-        runner = _runner(model, prompts, steps.capacity, kv_dtype)
-        runner.cache = filled(runner.cache, steps.cached)
-        tokens = jax.device_put(prompts[:, 0], None if model.mesh is None else runner.cache.lengths.sharding)
+        runner, rows = running_rows(model, batch, steps.capacity, kv_dtype)
         timed = {}
         for name, run, once in (
             ("tpot", functools.partial(in_blocks, read=True), steps.block),
@@ -128,12 +145,51 @@ def decode_turn(model: Model, batch: int, steps: Steps, kv_dtype: str | None) ->
             ("step", alone, 1),
         ):
             for count in (once, steps.count):  # what others left in the machine's caches is not this one's
-                runner.cache = rewound(runner.cache, steps.cached)
-                seconds = run(runner, tokens, count)
+                rewind(runner, tokens, steps.cached)
+                seconds = run(runner, rows, count)
             timed[name] = seconds / steps.count
+        runner.free()
         return timed
 
     return turn
+
+
+def running_rows(model: Model, batch: int, capacity: int, kv_dtype: str | None) -> tuple[Runner, list[Row]]:
+    """An engine's device side with so many rows that run, each with pages of its own for `capacity` positions.
+
+    Layers with a window have as many pages as it reaches, used in turns. Pages hold noise: see `filled`.
+    """
+    entries, windows = -(-capacity // PAGE_SIZE), page_kinds(model.config)
+    counts = [entries if window is None else min(entries, -(-window // PAGE_SIZE) + 1) for window in windows]
+    pools = [batch * count for count in counts]
+    runner = Runner(model, batch, pools, PAGE_SIZE, capacity, kv_dtype, whole_batches=True)
+    runner.pages = jax.block_until_ready(jax.tree.map(_noise, runner.pages))
+    rows = []
+    for slot in range(batch):
+        row = Row(slot, [], 0, capacity + 1, slot=slot, pages=RowPages(len(windows)))
+        row.pages.lists = [[slot * count + n % count for n in range(entries)] for count in counts]
+        runner.set_pages(row)
+        rows.append(row)
+    return runner, rows
+
+
+def rewind(runner: Runner, tokens: np.ndarray, cached: int) -> None:
+    """Let every row have so many positions, and one of the tokens [B] as its last, which is not cached yet."""
+    state = runner.state
+
+    def placed(values: np.ndarray) -> jax.Array:
+        return jax.device_put(values.astype(np.int32), state.lengths.sharding)
+
+    lengths = placed(np.full(len(tokens), cached))
+    runner.state = jax.block_until_ready(state.replace(tokens=placed(tokens), lengths=lengths, contexts=lengths + 0))
+
+
+def _cache_of(runner: Runner, rows: Sequence[Row]) -> KVCache:
+    """The rows as `decode_step` takes them; it consumes the runner's pages."""
+    tables = tuple(np.array(lists, np.int32) for lists in zip(*(row.pages.lists for row in rows), strict=True))
+    full = np.array([row.max_length - 1 for row in rows], np.int32)
+    state = runner.state
+    return KVCache(runner.pages, Rows(state.lengths + 0, full, state.contexts + 0, tables))
 
 
 def compiled_step(model: Model, cache: KVCache, options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -147,12 +203,9 @@ def filled(cache: KVCache, cached: int) -> KVCache:
 
     What a cache holds does not change what a step does.
     """
-    return rewound(cache, cached).replace(pages=jax.block_until_ready(jax.tree.map(_noise, cache.pages)))
-
-
-def rewound(cache: KVCache, cached: int) -> KVCache:
-    """The cache with so many positions a row."""
-    return cache.replace(lengths=jnp.full_like(cache.lengths, cached, device=cache.lengths.sharding))
+    pages = jax.block_until_ready(jax.tree.map(_noise, cache.pages))
+    lengths = jnp.full_like(cache.lengths, cached, device=cache.lengths.sharding)
+    return cache.replace(pages=pages, lengths=lengths)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -163,15 +216,3 @@ def _noise(pages: jax.Array) -> jax.Array:
     elif pages.dtype == jnp.int8:
         block = 32 * block
     return jnp.broadcast_to(block.astype(pages.dtype), pages.shape) + pages
-
-
-def _runner(model: Model, prompts: np.ndarray, capacity: int, kv_dtype: str | None) -> Runner:
-    """Ready for greedy rows that begin with these prompts."""
-    runner = Runner(model, len(prompts), capacity, kv_dtype=kv_dtype)
-    runner.begin(prompts, [capacity] * len(prompts))
-    _sample(runner, len(prompts))
-    return runner
-
-
-def _sample(runner: Runner, rows: int) -> None:
-    runner.sample_with([GREEDY] * rows, [[]] * rows, range(rows))

@@ -1,6 +1,5 @@
 """Fitting a workload to a trace of requests, and how good the fit is."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ def fit_workload(trace: Sequence[TraceRequest], kinds: int = 8) -> Workload:
 
 def _arrays(trace: Sequence[TraceRequest]) -> tuple[np.ndarray, np.ndarray]:
     """Arrivals [requests] and lengths [requests, 2]."""
-    rows = np.array([dataclasses.astuple(request) for request in trace])
+    rows = np.array([(request.arrival, request.prompt_tokens, request.output_tokens) for request in trace])
     return rows[:, 0], rows[:, 1:]
 
 

@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
+import time
 
-from ..decode import buckets
-from ..decode.prompts import make_requests
+from ..decode.buckets import PREFILL_CHUNK
+from ..decode.engine.engine import Engine
+from ..decode.prompts import make_request
 from ..decode.sampling.params import SamplingParams
-from ..model.loading import Model
-from .common import OK, UsageError, add_options, load, usage_errors, warm_up_programs
+from .common import OK, UsageError, add_options, load, terminal, usage_errors
 from .reply import Reply
 
 
@@ -27,8 +28,16 @@ def run(args: argparse.Namespace) -> int:
     model, params = load(args)
     if model.tokenizer is None:
         raise UsageError("this model has no tokenizer; chat needs one")
+    with usage_errors():
+        engine = Engine(model, 1, prefill_tokens=PREFILL_CHUNK, kv_dtype=args.kv_dtype, whole_batches=True)
+    with engine:
+        return _talk(engine, params, args)
+
+
+def _talk(engine: Engine, params: SamplingParams, args: argparse.Namespace) -> int:
+    """Turns until the end; each finds the keys and values of those before it."""
     start = [{"role": "system", "content": args.system}] if args.system else []
-    messages, compiled = list(start), set()
+    messages = list(start)
     interactive = sys.stdin.isatty()
     if interactive:
         print("Ctrl-C stops a reply, /reset starts over, /exit leaves.", file=sys.stderr)
@@ -47,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         messages.append({"role": "user", "content": line})
         try:
-            reply = _reply(model, params, messages, compiled, args)
+            reply = _reply(engine, params, messages, show=not args.json)
         except UsageError as error:  # such as a conversation that has grown too long
             print(f"ridgeline: {error}; /reset starts over", file=sys.stderr)
             messages.pop()
@@ -57,17 +66,27 @@ def run(args: argparse.Namespace) -> int:
         messages.append({"role": "assistant", "content": reply.text})
 
 
-def _reply(
-    model: Model, params: SamplingParams, messages: list[dict], compiled: set, args: argparse.Namespace
-) -> Reply:
+def _reply(engine: Engine, params: SamplingParams, messages: list[dict], show: bool) -> Reply:
     with usage_errors():
-        text = model.tokenizer.apply_chat_template(messages)
-        tokens = model.tokenizer.encode(text, add_special_tokens=False)
-        make_requests(model, [tokens], params)
-    reply = Reply(show=not args.json)
-    shapes = buckets.prefill_bucket(len(tokens)), buckets.cache_bucket(len(tokens) + (params.max_tokens or 0))
-    if shapes not in compiled:
-        compiled.add(shapes)
-        reply.compile_seconds = warm_up_programs(model, [tokens], params, args.kv_dtype)
-    reply.run(model, [tokens], params, args.kv_dtype)
+        request = make_request(engine.model, 0, messages, params, max_length=engine.sizes.max_length)
+    compile_seconds = None
+    if not engine.stats().steps:
+        with terminal(stderr=True).status("compiling"):  # shown on terminals only
+            started = time.perf_counter()
+            engine.warm_up(sampling=[params])
+            compile_seconds = time.perf_counter() - started
+    before = _cached_tokens(engine)
+    index = engine.add(request)
+    reply = Reply(show, len(request.prompt), compile_seconds)
+    reply.run(engine.run())
+    reply.cached_tokens = _cached_tokens(engine) - before
+    if reply.output is None:
+        engine.abort(index)
+        list(engine.run())
     return reply
+
+
+def _cached_tokens(engine: Engine) -> int:
+    """Prompt tokens of all turns that were found in the cache."""
+    stats = engine.stats()
+    return round((stats.prefix_hit_rate or 0.0) * stats.prompt_tokens)

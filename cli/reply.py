@@ -8,30 +8,29 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..decode.generate import stream
-from ..decode.prompts import make_requests
-from ..decode.sampling.params import SamplingParams
-from ..model.loading import Model
-from .common import terminal, usage_errors
+from ..decode.request import RequestOutput, StreamChunk
+from .common import terminal
 
 
 class Reply:
-    """Printed as it comes, kept for the summary, whole or cut short by Ctrl-C."""
+    """Printed as it comes, kept for the summary, whole or cut short by Ctrl-C.
 
-    def __init__(self, show: bool):
-        self.show = show
+    Args:
+      show: whether to print it.
+      prompt_tokens: of the prompt.
+      compile_seconds: that went before it, where it was measured.
+    """
+
+    def __init__(self, show: bool, prompt_tokens: int, compile_seconds: float | None):
+        self.show, self.prompt_tokens, self.compile_seconds = show, prompt_tokens, compile_seconds
+        self.cached_tokens: int | None = None  # of the prompt, found in the cache, where there was one before
         self.text, self.tokens, self.output = "", [], None
         self.started = self.first = self.last = time.perf_counter()
-        self.prompt_tokens = 0
-        self.compile_seconds: float | None = None
 
-    def run(self, model: Model, prompt: Any, params: SamplingParams, kv_dtype: str | None) -> None:
-        """Generate, until the end or Ctrl-C."""
-        with usage_errors():
-            self.prompt_tokens = len(make_requests(model, prompt, params)[0].prompt)
-            chunks = stream(model, prompt, params, kv_dtype=kv_dtype)
+    def run(self, chunks: Iterator[StreamChunk]) -> None:
+        """Take what is generated, until the end or Ctrl-C."""
         self.started = time.perf_counter()
-        with _ctrl_c() as pressed, contextlib.suppress(KeyboardInterrupt):
+        with ctrl_c() as pressed, contextlib.suppress(KeyboardInterrupt):
             for chunk in chunks:
                 self.last = time.perf_counter()
                 self.first = self.last if not self.tokens else self.first
@@ -44,26 +43,21 @@ class Reply:
 
     def as_dict(self) -> dict[str, Any]:
         """The completion for JSON; an interrupted one has the finish reason "abort"."""
-        details = {"finish_reason": "abort"} if self.output is None else dataclasses.asdict(self.output)
-        for derived in ("prompt_tokens", "text", "tokens", "ttft", "tpot"):
-            details.pop(derived, None)
-        return {"text": self.text, "tokens": self.tokens, **details, "usage": self._usage()}
+        details = {"finish_reason": "abort"} if self.output is None else as_json(self.output)
+        return details | {"text": self.text, "tokens": self.tokens, "usage": self._usage()}
 
     def _usage(self) -> dict[str, Any]:
         new = len(self.tokens)
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "new_tokens": new,
-            "ttft_seconds": self.first - self.started if new else None,
-            "tpot_seconds": (self.last - self.first) / (new - 1) if new > 1 else None,
-            "tokens_per_second": new / (self.last - self.started) if new else None,
-        }
+        ttft = self.first - self.started if new else None
+        used = usage(self.prompt_tokens, new, ttft, (self.last - self.first) / (new - 1) if new > 1 else None)
+        return used if self.cached_tokens is None else used | {"cached_tokens": self.cached_tokens}
 
     def print_summary(self) -> None:
         """One line on standard error: tokens, times, and compilation where it was measured."""
-        usage = self._usage() | {"compiled": self.compile_seconds}
+        used = self._usage() | {"compiled": self.compile_seconds}
         texts = {
             "prompt_tokens": "{} prompt tokens",
+            "cached_tokens": "{} found in the cache",
             "new_tokens": "{} new tokens",
             "ttft_seconds": "TTFT {:.1f} ms",
             "tpot_seconds": "TPOT {:.2f} ms",
@@ -71,13 +65,33 @@ class Reply:
             "compiled": "compiled in {:.1f} s before",
         }
         scales = {"ttft_seconds": 1e3, "tpot_seconds": 1e3}
-        parts = [text.format(usage[k] * scales.get(k, 1)) for k, text in texts.items() if usage[k] is not None]
+        parts = [text.format(used[k] * scales.get(k, 1)) for k, text in texts.items() if used.get(k) is not None]
         line = ", ".join(parts + ["interrupted"] * (self.output is None))
         terminal(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
+def as_json(output: RequestOutput) -> dict[str, Any]:
+    """A result for JSON; lengths and times are its "usage"."""
+    details = dataclasses.asdict(dataclasses.replace(output, error=None))
+    prompt, ttft, tpot = (details.pop(name) for name in ("prompt_tokens", "ttft", "tpot"))
+    used = usage(len(prompt), len(output.tokens), ttft if output.tokens else None, tpot)
+    return details | {"error": output.error and str(output.error), "usage": used}
+
+
+def usage(prompt_tokens: int, new_tokens: int, ttft: float | None, tpot: float | None) -> dict[str, Any]:
+    """Lengths and times of a request; `ttft` is None of one without tokens, and `tpot` of fewer than two."""
+    seconds = None if ttft is None else ttft + (tpot or 0.0) * (new_tokens - 1)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "ttft_seconds": ttft,
+        "tpot_seconds": tpot,
+        "tokens_per_second": new_tokens / seconds if seconds else None,
+    }
+
+
 @contextlib.contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
+def ctrl_c() -> Iterator[threading.Event]:
     """An event that Ctrl-C sets, so that it ends the work between two programs and not inside one; a second raises."""
     pressed = threading.Event()
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ..model.config import ModelConfig
+from ..model.loading import Model
 from ..model.params import Params
 from ..sharding.rules import constrain
 from .cache import KVCache
@@ -57,16 +58,12 @@ def decode_steps(
     return made, logprobs, tokens, cache, state
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
-def sample_first(
-    logits: Float[Array, "B V"], state: SamplingState, positions: Int[Array, "B"], plan: SamplingPlan
-) -> tuple[Int[Array, "1 B"], SampleLogprobs | None, Int[Array, "B"], SamplingState]:
-    """Sample the token that follows prefill; returns what `decode_steps` of one step would, without a cache."""
-    tokens, logprobs, state = sample(logits, state, positions, plan)
-    made, logprobs = for_host(jax.tree.map(lambda x: x[None], (tokens, logprobs)))
-    return made, logprobs, tokens, state
-
-
 def for_host(made: Any) -> Any:
     """Results that the host reads: whole on every device, so that each process of a mesh can read them."""
     return jax.tree.map(constrain, made)
+
+
+def settle(model: Model, out: jax.Array) -> None:
+    """Wait, on a mesh of CPU devices: collective programs that are queued there wait for each other for ever."""
+    if model.mesh is not None and model.mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(out)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ..model.loading import Model
-from .runner import Runner
+from .teacher_forced import TeacherForced
 
 _CHUNK = 256
 """Tokens a row that pass at once, so that the logits of no more than these are ever held."""
@@ -134,8 +134,8 @@ def evaluate(
     total = sum(window.scores for window in windows)
     windows.sort(key=lambda window: len(window.targets))  # rows of a batch end together
     length, rows = len(windows[-1].targets), min(batch_size, len(windows))
-    runners = [Runner(m, rows, length, kv_dtype=kv) for m, kv in zip(models, (kv_dtype, None), strict=False)]
-    rows = runners[0].cache.batch_size
+    runners = [TeacherForced(m, rows, length, kv) for m, kv in zip(models, (kv_dtype, None), strict=False)]
+    rows = runners[0].rows
     done, sums = 0, np.zeros(1 if against is None else 4)
     for first in range(0, len(windows), rows):
         batch = windows[first : first + rows]
@@ -224,17 +224,15 @@ class _Window:
         return self.end - self.first
 
 
-def _score(runners: Sequence[Runner], windows: Sequence[_Window], chunk: int) -> Float[np.ndarray, "N"]:
+def _score(runners: Sequence[TeacherForced], windows: Sequence[_Window], chunk: int) -> Float[np.ndarray, "N"]:
     """What `_sums` gives for all scored tokens of windows that run together."""
-    rows, lengths = runners[0].cache.batch_size, [len(window.targets) for window in windows]
+    rows, lengths = runners[0].rows, [len(window.targets) for window in windows]
     width = -(-max(lengths) // chunk) * chunk
     targets, scored = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
     for row, (window, length) in enumerate(zip(windows, lengths, strict=True)):
         targets[row, :length] = window.targets
         scored[row, window.first - window.begin : length] = True
     texts = [window.tokens for window in windows]
-    for runner in runners:
-        runner.begin(texts, lengths)
     sums = []
     for parts in zip(*(runner.all_logits(texts, chunk) for runner in runners), strict=True):
         part = np.s_[:, parts[0][0] : parts[0][0] + chunk]

@@ -7,18 +7,21 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from ridgeline.benchmarks.cells import Cell, decode_cell, explain_growth, prefill_cell, scaling
 from ridgeline.benchmarks.decode_tables import show
 from ridgeline.benchmarks.environment import Others
 from ridgeline.benchmarks.limits import Figure, better, roof_record
-from ridgeline.benchmarks.steps import chunks, plan_steps
+from ridgeline.benchmarks.steps import chunks, plan_steps, rewind, running_rows
 from ridgeline.benchmarks.subject import find_subject
 from ridgeline.benchmarks.timing import in_turns, spread
 from ridgeline.cli import main
+from ridgeline.decode.sampling.layout import SamplingPlan
 from ridgeline.model.presets import PRESETS, preset
 from ridgeline.roofline import Deployment, Hardware, count_decode, count_prefill
+from tiny import tiny_model
 
 MACHINE = Hardware("test machine", 10**10, 1e10, {"float32": 1e11, "bfloat16": 2e11}, 1e9, 1e-6)
 SHAPE = {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 300}
@@ -103,6 +106,18 @@ def test_prompts_are_padded_as_generate_pads_them():
     assert chunks(1025) == [(0, 1024), (1024, 16)]
 
 
+def test_rows_that_are_timed_have_pages_of_their_own_and_as_many_as_a_window_reaches():
+    runner, rows = running_rows(tiny_model(), 3, 200, None)  # a layer with a window of 9, and one without
+    assert [len(row.pages.lists[1]) for row in rows] == [4] * 3
+    for kind, count in enumerate((2, 4)):
+        pages = [page for row in rows for page in dict.fromkeys(row.pages.lists[kind])]
+        assert pages == list(range(3 * count))
+    rewind(runner, np.array([5, 6, 7]), 130)
+    made, places = runner.decode(rows, 2, SamplingPlan())
+    assert (made[0].shape, places) == ((2, 3), [0, 1, 2])
+    assert runner.state.lengths.tolist() == [132] * 3
+
+
 def cell(batch=1, cached=99, tpot=0.02, queued=0.019, step=0.018, deployment=None, **peers) -> Cell:
     deployment = deployment or Deployment(preset("llama-3.2-1b"), None, "float32")
     timings = {"tpot": spread([tpot] * 3), "queued": spread([queued] * 3), "step": spread([step] * 3)}
@@ -148,13 +163,13 @@ def test_growth_with_context_and_rows_is_told_apart():
 def test_a_prefill_s_padding_and_set_up_are_named():
     deployment = Deployment(preset("llama-3.2-1b"), None, "float32")
     machine = Hardware("test", 10**10, 1e12, {"bfloat16": 1e13})
-    timings = {"ttft": spread([0.5, 0.5]), "set_up": spread([0.01]), "sampling": spread([0.002])}
+    timings = {"ttft": spread([0.5, 0.5]), "set_up": spread([0.01])}
     sizes = {"batch": 1, "prompt": 600, "chunk": 1024, "padded": 1024}
     found = prefill_cell(deployment, machine, timings, **sizes)
     exact, padded = (count_prefill(deployment, 1, tokens).flops / 1e13 for tokens in (600, 1024))
     assert found.attributed["products"] + found.attributed["attention"] == pytest.approx(exact)
     assert found.attributed["padding"] == pytest.approx(padded - exact)
-    assert (found.attributed["set_up"], found.attributed["sampling"]) == (0.01, 0.002)
+    assert found.attributed["set_up"] == 0.01
     assert sum(found.attributed.values()) == pytest.approx(0.5)
 
 

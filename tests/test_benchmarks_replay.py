@@ -1,7 +1,5 @@
-"""The replay of request traces: reading and generating them, what a server is given, and what is made of its times."""
+"""The replay of request traces: what a server is given, what is made of its times, and the command."""
 
-import dataclasses
-import itertools
 import json
 import re
 import types
@@ -9,22 +7,20 @@ import types
 import jax
 import numpy as np
 import pytest
-import scipy.stats
 
-from ridgeline.benchmarks import replay, request_trace, trace_fit
+import ridgeline as rl
+from ridgeline.benchmarks import replay
+from ridgeline.benchmarks.conversations import Conversations, generate_conversations
+from ridgeline.benchmarks.request_trace import CONVERSATION, TraceRequest, generate_trace, scale
+from ridgeline.benchmarks.served import Served, allowed_hit_rate, percentiles, summarize
+from ridgeline.benchmarks.servers import GREEDY, Job, counted_compilations, make_jobs, on_engine
+from ridgeline.benchmarks.servers import replay as served_by
+from ridgeline.benchmarks.stages import TINY
+from ridgeline.benchmarks.trace_files import read_trace
 from ridgeline.cli import main
-from ridgeline.decode import buckets
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-
-# Of the Azure conversation trace of 2023, which the generator is fitted to.
-TRACE_QUANTILES = {
-    "prompt_tokens": {0.1: 207, 0.5: 1020, 0.9: 2734, 0.99: 4142},
-    "output_tokens": {0.1: 54, 0.5: 129, 0.9: 424, 0.99: 601},
-}
-TRACE_GAPS = {0.1: 0.089, 0.5: 0.655, 0.9: 2.326, 0.99: 4.92}
-TRACE_DISPERSION = {5: 1.34, 50: 3.76, 300: 14.5}
 
 
 @pytest.fixture
@@ -49,152 +45,9 @@ def write(tmp_path):
     return write
 
 
-def tuples(trace):
-    return [dataclasses.astuple(request) for request in trace]
-
-
-# --- reading ---
-
-
-def test_a_trace_is_read_with_times_from_its_first_request(write):
-    lines = "2023-11-16 23:59:59.7500000,374,44\n2023-11-17 00:00:01.2500000,396,109\n"
-    assert tuples(request_trace.read_trace(write(HEAD + lines))) == [(0.0, 374, 44), (1.5, 396, 109)]
-
-
-def test_seconds_zones_and_further_columns_are_read(write):
-    read = request_trace.read_trace
-    assert tuples(read(write("id,GeneratedTokens,ContextTokens,TIMESTAMP\na,1,2,10.5\nb,3,4,12\n"))) == [
-        (0.0, 2, 1),
-        (1.5, 4, 3),
-    ]
-    assert tuples(read(write(HEAD + "2024-05-10 00:00:00+00:00,1,1\n2024-05-10 01:00:02+01:00,1,1\n")))[1][0] == 2.0
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        (HEAD + "1,5,5\nnoon,5,5\n", ["line 3", "TIMESTAMP is 'noon'", "2023-11-16"]),
-        (HEAD + "1,5,5\nnan,5,5\n", ["line 3", "TIMESTAMP is 'nan'"]),
-        (HEAD + "1,5.5,5\n", ["line 2", "ContextTokens is '5.5'", "whole number"]),
-        (HEAD + "1,5,0\n", ["line 2", "GeneratedTokens is '0'", "at least 1"]),
-        (HEAD + "1,-3,5\n", ["line 2", "ContextTokens is '-3'"]),
-        (HEAD + "1,5\n", ["line 2", "GeneratedTokens is None"]),
-        (HEAD + "5,5,5\n4.5,5,5\n", ["line 3", "'4.5'", "sort the file"]),
-        ("time,ContextTokens,GeneratedTokens\n1,1,1\n", ["line 1", "no column TIMESTAMP", "'time'"]),
-        (HEAD, ["has no requests"]),
-        ("", ["line 1", "found nothing"]),
-    ],
-)
-def test_a_bad_line_is_told_with_its_number_and_value(write, text, told):
-    with pytest.raises(ValueError, match=r"trace\.csv") as error:
-        request_trace.read_trace(write(text))
-    assert all(part in str(error.value) for part in told), error.value
-
-
-# --- generating ---
-
-
-@pytest.fixture
-def drawn():
-    return request_trace.generate_trace(20_000, 3, request_trace.CONVERSATION)
-
-
-def test_generated_lengths_have_the_quantiles_of_the_trace(drawn):
-    for name, quantiles in TRACE_QUANTILES.items():
-        found = np.quantile([getattr(request, name) for request in drawn], list(quantiles))
-        np.testing.assert_allclose(found, list(quantiles.values()), rtol=0.1)
-
-
-def test_generated_outputs_depend_on_prompts_as_in_the_trace(drawn):
-    outputs = [request.output_tokens for request in drawn if 1020 <= request.prompt_tokens < 1130]
-    np.testing.assert_allclose(np.quantile(outputs, (0.1, 0.5, 0.9)), (377, 407, 491), rtol=0.1)
-    assert np.median([request.output_tokens for request in drawn if request.prompt_tokens > 2734]) < 100
-
-
-def test_generated_arrivals_are_as_bursty_as_the_trace():
-    traces = [request_trace.generate_trace(20_000, seed, request_trace.CONVERSATION) for seed in range(20)]
-    times = [np.array([request.arrival for request in trace]) for trace in traces]
-    gaps = np.concatenate([np.diff(each) / np.diff(each).mean() for each in times])
-    np.testing.assert_allclose(np.quantile(gaps, list(TRACE_GAPS)), list(TRACE_GAPS.values()), rtol=0.1)
-    for window, expected in TRACE_DISPERSION.items():
-        found = np.mean([trace_fit.dispersion(each, window) for each in times])
-        assert found == pytest.approx(expected, rel=0.15), window
-    assert np.mean([len(each) / each[-1] for each in times]) == pytest.approx(5.53, rel=0.05)
-
-
-def test_equal_seeds_draw_equal_traces_and_a_shorter_one_is_the_beginning():
-    generate, workload = request_trace.generate_trace, request_trace.CONVERSATION
-    trace = generate(50, 7, workload)
-    assert generate(50, 7, workload) == trace
-    assert generate(20, 7, workload) == trace[:20]
-    assert generate(50, 8, workload)[1:] != trace[1:]
-    assert trace[0].arrival == 0
-    assert all(one.arrival <= other.arrival for one, other in itertools.pairwise(trace))
-
-
-def test_the_rate_scales_arrivals_alone():
-    generate, workload = request_trace.generate_trace, request_trace.CONVERSATION
-    slow, fast = generate(50, 1, workload, rate=2.0), generate(50, 1, workload, rate=8.0)
-    for one, other in zip(slow, fast, strict=True):
-        assert one.arrival == pytest.approx(4 * other.arrival)
-        assert dataclasses.astuple(one)[1:] == dataclasses.astuple(other)[1:]
-    with pytest.raises(ValueError, match=r"rate is 0\.0"):
-        generate(5, 1, workload, rate=0.0)
-    with pytest.raises(ValueError, match="0 requests"):
-        generate(0, 1, workload)
-
-
-def test_a_fit_recovers_what_a_trace_was_drawn_from():
-    poisson = request_trace.Workload(
-        rate=3.0,
-        gap_shape=1.0,
-        rate_std=0.0,
-        rate_memory=1,
-        longest=(4096, 4096),
-        kinds=(request_trace.Kind(0.7, 5.0, 0.2, 4.0, 0.3), request_trace.Kind(0.3, 7.0, 0.3, 6.0, 0.1)),
-    )
-    fitted = trace_fit.fit_workload(request_trace.generate_trace(6000, 0, poisson), kinds=2)
-    assert fitted.rate == pytest.approx(3.0, rel=0.05)
-    assert fitted.gap_shape == pytest.approx(1.0, abs=0.1)
-    assert fitted.rate_std < 0.1
-    for found, expected in zip(fitted.kinds, poisson.kinds, strict=True):
-        np.testing.assert_allclose(dataclasses.astuple(found), dataclasses.astuple(expected), atol=0.03)
-
-
-def test_a_fit_finds_the_drift_of_the_rate():
-    workload = dataclasses.replace(request_trace.CONVERSATION, rate_std=0.6, rate_memory=100, gap_shape=2.0)
-    fitted = trace_fit.fit_workload(request_trace.generate_trace(20_000, 0, workload), kinds=2)
-    assert fitted.rate_std == pytest.approx(0.6, rel=0.2)
-    assert fitted.rate_memory == pytest.approx(100, rel=0.5)
-    assert fitted.gap_shape == pytest.approx(2.0, rel=0.2)
-
-
-def test_what_cannot_be_fitted_is_refused():
-    request = request_trace.TraceRequest(0.0, 10, 10)
-    with pytest.raises(ValueError, match="has 3 requests"):
-        trace_fit.fit_workload([request] * 3)
-    with pytest.raises(ValueError, match="at one time"):
-        trace_fit.fit_workload([request] * 1000)
-
-
-def test_distances_and_dispersion_are_those_of_their_definitions():
-    rng = np.random.default_rng(0)
-    one, other = rng.normal(size=300), rng.normal(0.3, 1.2, size=200)
-    expected = scipy.stats.ks_2samp(one, other).statistic
-    assert trace_fit.ks_distance(one, other) == pytest.approx(expected)
-    times = np.array([0.0, 0.1, 0.2, 0.3, 1.5, 2.5, 4.0])  # 6 gaps; windows of 1.5 of them last 1: counts 4, 1, 1
-    assert trace_fit.dispersion(times, 1.5) == pytest.approx(np.var([4, 1, 1]) / 2)
-
-
-def test_the_fit_program_prints_trace_and_generator(capsys, write):
-    trace = request_trace.generate_trace(600, 0, request_trace.CONVERSATION)
-    file = write(HEAD + "".join(f"{time},{prompt},{output}\n" for time, prompt, output in tuples(trace)))
-    assert main(["bench", "replay", "--fit", str(file)]) == 0
-    printed = capsys.readouterr().out
-    median = np.median([request.output_tokens for request in trace])
-    assert len(re.findall(rf" output tokens, median +{median:.4g} ", printed)) == 2
-    assert "generator fitted to this trace: 600 requests" in printed
-    assert "generator as it ships: 600 requests" in printed
+def full_attention(**changes):
+    """A model whose layers keep all positions."""
+    return tiny_model(tiny_config(layers=(rl.LayerConfig(rl.RopeConfig(rotary_dim=20)),)), **changes)
 
 
 # --- measures ---
@@ -202,12 +55,12 @@ def test_the_fit_program_prints_trace_and_generator(capsys, write):
 
 def test_measures_of_a_hand_computed_replay():
     served = [
-        replay.Served(1.0, [1.5, 1.75, 2.0]),  # TTFT 0.5, TPOT 0.25, end to end 1
-        replay.Served(2.0, [4.0]),  # TTFT 2
-        replay.Served(3.0, [3.25, 4.25]),  # TTFT 0.25, TPOT 1
-        replay.Served(4.0, [4.5, 4.75, 5.0]),  # as the first
+        Served(1.0, [1.5, 1.75, 2.0]),  # TTFT 0.5, TPOT 0.25, end to end 1
+        Served(2.0, [4.0]),  # TTFT 2
+        Served(3.0, [3.25, 4.25]),  # TTFT 0.25, TPOT 1
+        Served(4.0, [4.5, 4.75, 5.0]),  # as the first
     ]
-    found = replay.summarize(served, ttft_limit=0.5, tpot_limit=0.25)
+    found = summarize(served, ttft_limit=0.5, tpot_limit=0.25)
     assert found["requests"] == 4
     assert found["seconds"] == 4.0
     assert found["ttft"] == pytest.approx({"p50": 0.5, "p90": 1.55, "p99": 1.955})
@@ -218,49 +71,84 @@ def test_measures_of_a_hand_computed_replay():
     assert found["goodput"] == {"share": 0.5, "requests_per_s": 0.5}  # limits may be reached: first and last
 
 
+def a_run(result, **changes):
+    """A run of the engine, as it is stored."""
+    run = {"server": "engine", "speed": 1.0, "cache_tokens": 512, "compiled_while_serving": 0, "result": result}
+    return run | {"prefix_hit_rate": 0.25, "preemptions": 0, "ttft": [0.1, 0.2], "tpot": [0.2]} | changes
+
+
 def test_percentiles_of_one_request_and_of_none():
-    assert replay.percentiles([0.3]) == {"p50": 0.3, "p90": 0.3, "p99": 0.3}
-    single = replay.summarize([replay.Served(0.0, [2.0])], ttft_limit=2.0, tpot_limit=0.1)
+    assert percentiles([0.3]) == {"p50": 0.3, "p90": 0.3, "p99": 0.3}
+    single = summarize([Served(0.0, [2.0])], ttft_limit=2.0, tpot_limit=0.1)
     assert single["tpot"] is None
     assert single["ttft"] == single["end_to_end"] == {"p50": 2.0, "p90": 2.0, "p99": 2.0}
     assert single["goodput"] == {"share": 1.0, "requests_per_s": 0.5}
-    trace = {"requests": 1, "requests_per_s": None, "clamped": 0, "max_position": 8}
-    report = {"result": single, "trace": trace, "subject": "story", "compiled_while_serving": 0}
-    table, _ = replay.show(report)
-    assert [row[1] for row in table.rows] == ["2000.0", "-", "2000.0"]
-    assert [figure.what for figure in replay.figures(report)] == ["TTFT, p99"]
+    trace = {"requests": 1, "requests_per_s": None, "clamped": 0, "max_position": 8, "prefix_hit_rate": 0.5}
+    report = {"runs": [a_run(single)], "trace": trace, "subject": "story"}
+    table, note = replay.show(report)
+    assert table.columns == ("", "engine, 512")
+    assert [row[1] for row in table.rows[::3]][:3] == ["2000.0", "-", "2000.0"]
+    assert "a pool without end would have 50.0%" in note
+    assert [figure.what for figure in replay.figures(report)] == ["engine, 512, speed 1: TTFT, p99"]
 
 
 @pytest.mark.parametrize(
     ("ttft", "tpot", "good"), [(0.5, 0.25, True), (0.499, 0.25, False), (0.5, 0.249, False), (0.4, 0.2, False)]
 )
 def test_both_limits_must_be_met(ttft, tpot, good):
-    assert replay.Served(1.0, [1.5, 1.75, 2.0]).meets(ttft, tpot) is good
+    assert Served(1.0, [1.5, 1.75, 2.0]).meets(ttft, tpot) is good
+
+
+@pytest.mark.parametrize(
+    ("prompts", "pages"),
+    [
+        ([[1, 2, 3, 4, 5]], 0),
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], 2),
+        ([[1, 2, 3, 4], [1, 2, 3, 4]], 1),  # the last token must be run
+        ([[1, 2, 9, 4, 5], [1, 2, 3, 4, 5]], 1),
+        ([[9, 2, 3, 4, 5], [1, 2, 3, 4, 5]], 0),  # equal pages after unequal ones are not equal
+        ([[1, 2, 3], [1, 2, 4, 5, 6], [1, 2, 4, 5, 7]], 3),
+        ([[1], [1]], 0),
+    ],
+)
+def test_pages_of_two_tokens_that_a_trace_allows_to_be_found(prompts, pages):
+    assert allowed_hit_rate(prompts, 2) == 2 * pages / sum(map(len, prompts))
+
+
+def test_an_engine_with_a_large_pool_finds_what_the_trace_allows():
+    workload = Conversations(systems=2, turns=3.0, longest=4096)
+    trace = scale(generate_conversations(25, 3, workload), lengths=0.12, speed=1.0)
+    jobs = make_jobs(trace, 509, 0)
+    with rl.Engine(full_attention(), 1, cache_tokens=16384, max_length=512, prefill_tokens=64) as engine:
+        for job in jobs:
+            engine.submit(job.prompt, rl.SamplingParams(max_tokens=1))
+            for _ in engine.run():
+                pass
+        allowed = allowed_hit_rate((job.prompt for job in jobs), 64)
+        assert engine.stats().prefix_hit_rate == allowed
+    assert 0.2 < allowed < 0.95
 
 
 # --- what a server is given ---
 
 
-def test_scaled_and_clamped_requests():
-    request = request_trace.TraceRequest
-    trace = [request(0.0, 100, 30), request(8.0, 1, 1), request(9.0, 400, 500)]
-    scaled = request_trace.scale(trace, lengths=0.25, speed=2.0)
-    assert tuples(scaled) == [(0.0, 25, 8), (4.0, 1, 1), (4.5, 100, 125)]
-    fitting, cut = request_trace.clamp(scaled, 64)
-    assert tuples(fitting) == [(0.0, 25, 8), (4.0, 1, 1), (4.5, 1, 63)]
-    assert cut == 1
-    fitting, cut = request_trace.clamp(scaled, 32)
-    assert tuples(fitting)[0] == (0.0, 24, 8)  # the prompt gives way
-    assert cut == 2
-
-
 def test_prompts_have_the_lengths_asked_for_and_follow_the_seed():
-    trace = [request_trace.TraceRequest(0.5, 7, 3), request_trace.TraceRequest(1.5, 2, 4)]
-    jobs = replay.make_jobs(trace, 100, 0)
+    trace = [TraceRequest(0.5, 7, 3), TraceRequest(1.5, 2, 4)]
+    jobs = make_jobs(trace, 100, 0)
     assert [(job.arrival, len(job.prompt), job.output_tokens) for job in jobs] == [(0.5, 7, 3), (1.5, 2, 4)]
     assert all(0 <= token < 100 for job in jobs for token in job.prompt)
-    assert replay.make_jobs(trace, 100, 0) == jobs
-    assert replay.make_jobs(trace, 100, 1) != jobs
+    assert make_jobs(trace, 100, 0) == jobs
+    assert make_jobs(trace, 100, 1) != jobs
+
+
+def test_equal_blocks_are_equal_tokens_wherever_they_end():
+    blocks = [(5, 6), (5, 7), (5, 6, 8)]
+    trace = [TraceRequest(0.0, tokens, 1, ids, 4) for tokens, ids in zip((7, 8, 10), blocks, strict=True)]
+    first, second, third = (job.prompt for job in make_jobs(trace, 1000, 0))
+    assert (len(first), len(second), len(third)) == (7, 8, 10)
+    assert first[:4] == second[:4] == third[:4]
+    assert first == third[:7]
+    assert not set(second[4:]) & set(third[4:])
 
 
 class Clock:
@@ -276,29 +164,48 @@ class Clock:
         self.now += seconds
 
 
-def test_waiting_for_earlier_batches_counts(monkeypatch):
-    clock, batches = Clock(), []
+class PretendedEngine(rl.Engine):
+    """Gives every request that runs, two at most, a token a step, which takes a second."""
 
-    def stream(model, prompts, params, *, max_batch_size, kv_dtype):
-        """One second for the first tokens, and one a token after them; a finished row waits for the batch."""
-        batches.append(len(prompts))
-        wanted = [each.max_tokens for each in params]
-        for step in range(max(wanted)):
-            clock.now += 1.0
-            for row in range(len(prompts)):
-                if step < wanted[row]:
-                    done = object() if step + 1 == wanted[row] else None
-                    yield types.SimpleNamespace(index=row, tokens=[0], output=done)
+    def __init__(self, clock):
+        self.clock, self.left, self.submitted = clock, {}, []
 
-    monkeypatch.setattr(replay, "stream", stream)
-    arrivals = [(2.0, 3), (2.5, 1), (3.0, 2), (3.5, 1), (20.0, 1)]
-    jobs = [replay.Job(arrival, (1, 2), tokens) for arrival, tokens in arrivals]
-    server = replay.InOrder(tiny_model(), 2, clock=clock, sleep=clock.sleep)
-    served = replay.replay(server.serve, jobs)
-    assert batches == [1, 2, 1, 1]  # the first finds nobody else; at 5 two of three that wait fit
-    assert [list(each.times) for each in served] == [[3.0, 4.0, 5.0], [6.0], [6.0, 7.0], [8.0], [21.0]]
-    assert [each.ttft for each in served] == [1.0, 3.5, 3.0, 4.5, 1.0]
-    assert [each.tpot for each in served] == [1.0, None, 1.0, None, None]
+    @property
+    def has_work(self):
+        return bool(self.left)
+
+    def submit(self, prompt, sampling):
+        self.left[len(self.submitted)] = sampling.max_tokens
+        self.submitted.append(self.clock.now - 100.0)
+
+    def step(self):
+        self.clock.now += 1.0
+        chunks = []
+        for index in list(self.left)[:2]:
+            self.left[index] -= 1
+            output = None if self.left[index] else types.SimpleNamespace(error=None)
+            chunks.append(types.SimpleNamespace(index=index, tokens=[0], output=output))
+            if output:
+                del self.left[index]
+        return chunks
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "submitted", "times"),
+    [
+        # The first finds nobody else; at 5 two of three that wait fit, and the third waits for both.
+        (2, [2.0, 5.0, 5.0, 7.0, 20.0], [[3.0, 4.0, 5.0], [6.0], [6.0, 7.0], [8.0], [21.0]]),
+        (None, [2.0, 3.0, 3.0, 4.0, 20.0], [[3.0, 4.0, 5.0], [4.0], [5.0, 6.0], [6.0], [21.0]]),
+    ],
+)
+def test_static_batches_wait_and_an_engine_takes_what_arrives(max_batch, submitted, times):
+    clock = Clock()
+    engine = PretendedEngine(clock)
+    jobs = [Job(at, (1, 2), tokens) for at, tokens in [(2.0, 3), (2.5, 1), (3.0, 2), (3.5, 1), (20.0, 1)]]
+    served = served_by(lambda jobs: on_engine(engine, jobs, max_batch, clock, clock.sleep), jobs)
+    assert engine.submitted == submitted
+    assert [list(each.times) for each in served] == times
+    assert [each.ttft for each in served] == [t[0] - job.arrival for t, job in zip(times, jobs, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -311,73 +218,94 @@ def test_waiting_for_earlier_batches_counts(monkeypatch):
     ],
 )
 def test_a_server_that_is_wrong_is_not_measured(results, told):
-    jobs = [replay.Job(1.0, (1,), 2), replay.Job(2.0, (1,), 2)]
+    jobs = [Job(1.0, (1,), 2), Job(2.0, (1,), 2)]
     with pytest.raises(RuntimeError, match=told):
-        replay.replay(lambda jobs: iter(results), jobs)
+        served_by(lambda jobs: iter(results), jobs)
 
 
-def test_warm_up_covers_the_shapes_of_every_batch():
-    jobs = [replay.Job(0.0, (1,) * prompt, output) for prompt, output in [(10, 5), (12, 6), (200, 100), (9, 9)]]
-    found = replay.representatives(jobs, 2)
-    # Alone: 16 of 128 positions, then 256 of 512. In pairs: the first two are of the small shape, the others large.
-    assert found == [jobs[:1], jobs[:2], jobs[1:3], jobs[2:3]]
-    assert replay.representatives(jobs[:2], 1) == [jobs[:1]]
-    long = [replay.Job(0.0, (1,) * prompt, 24) for prompt in (2000, 1000, 1900, 1100)]
-    assert replay.representatives(long, 1) == [
-        long[:1],
-        long[1:2],
-        long[3:],  # its second chunk is shorter; 1,900 is as 2,000
-    ]
-
-
-def test_nothing_is_compiled_while_the_clock_runs(monkeypatch):
-    monkeypatch.setattr(buckets, "PREFILL_CHUNK", 32)
-    model = tiny_model(eos_token_ids=tuple(range(509)))  # every token would end a request
-    trace = [request_trace.TraceRequest(0.0, prompt, output) for prompt, output in [(90, 30), (70, 12), (20, 1)]]
-    jobs = replay.make_jobs(trace, 509, 0)
-    server = replay.InOrder(model, 1)
-    with replay.counted_compilations() as compilations:
-        server.warm_up(jobs)
+def test_nothing_is_compiled_while_the_clock_runs():
+    model = full_attention(eos_token_ids=tuple(range(509)))  # every token would end a request
+    jobs = make_jobs([TraceRequest(0.0, *sizes) for sizes in [(90, 30), (70, 12), (20, 1), (90, 5)]], 509, 0)
+    with rl.Engine(model, 2, max_length=128, prefill_tokens=32) as engine, counted_compilations() as compilations:
+        engine.warm_up(sampling=[GREEDY])
         warm = compilations()
-        served = replay.replay(server.serve, jobs)
-        assert warm > 0
-        assert compilations() == warm
-    assert [len(each.times) for each in served] == [30, 12, 1]
-    jax.jit(lambda x: x + 3)(1)
-    assert compilations() == warm  # no longer counted
+        served = served_by(lambda jobs: on_engine(engine, jobs), jobs)
+        assert 0 < warm == compilations()
+        assert [len(each.times) for each in served] == [30, 12, 1, 5]
+        jax.jit(lambda x: x + 3)(1)
+        assert compilations() == warm + 1
+    jax.jit(lambda x: x + 4)(1)
+    assert compilations() == warm + 1  # no longer counted
 
 
-# --- the program ---
+# --- the command ---
 
 
-def test_a_replay_with_the_bundled_model(run, write):
+def test_a_replay_with_the_bundled_model(run, write, capsys):
     file = write(HEAD + "0,100,2\n0.01,60,4\n0.02,5000,6\n9,9,9\n")
-    arguments = ("--trace", file, "--requests", 3, "--scale-lengths", 0.5, "--speed", 2, "--max-batch", 2)
-    stored = run(*arguments, "--ttft-limit", 1000, "--tpot-limit", 1000)
+    arguments = ("--trace", file, "--requests", 3, "--scale-lengths", 0.5, "--max-batch", 2, "--prefill-tokens", 32)
+    stored = run(*arguments, "--speed", "2,4", "--ttft-limit", 1000, "--tpot-limit", 1000)
     assert stored["benchmark"] == "replay"
     assert (stored["model"]["name"], stored["model"]["dtype"]) == ("bundled", "bfloat16")
+    assert stored["server"] == {"max_batch": 2, "prefill_tokens": 32, "prefix_caching": True}
     trace = stored["trace"]
     assert (trace["source"], trace["requests"], trace["clamped"]) == ("trace.csv", 3, 1)
-    assert trace["requests_per_s"] == pytest.approx(2 / 0.01)
+    assert trace["requests_per_s"] == pytest.approx(1 / 0.01)
     assert trace["prompt_tokens"]["p50"] == 50
-    assert stored["compiled_while_serving"] == 0
-    result = stored["result"]
-    assert result["requests"] == 3
-    assert result["goodput"]["share"] == 1.0
-    tokens = 1 + 2 + 3
-    assert result["output_tokens_per_s"] == pytest.approx(tokens / result["seconds"])
-    assert 0 < result["ttft"]["p50"] <= result["end_to_end"]["p50"] <= result["seconds"]
+    runs = [(each["server"], each["speed"], each["cache_tokens"]) for each in stored["runs"]]
+    assert runs == [("static", 2, 2048), ("engine", 2, 2048), ("static", 4, 2048), ("engine", 4, 2048)]
+    for each in stored["runs"]:
+        result = each["result"]
+        assert each["compiled_while_serving"] == 0
+        assert result["requests"] == 3
+        assert result["goodput"]["share"] == 1.0
+        tokens = 1 + 2 + 3
+        assert result["output_tokens_per_s"] == pytest.approx(tokens / result["seconds"])
+        assert 0 < result["ttft"]["p50"] <= result["end_to_end"]["p50"] <= result["seconds"]
     assert "hardware" in stored
     assert str(file.parent) not in json.dumps(stored)
+    tables = capsys.readouterr().out
+    assert tables.count("static engine, 2,048") == 2
+    assert "goodput, requests/s" in tables
+
+
+def test_conversations_are_saved_and_replayed_over_pools(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "conversations.jsonl", tmp_path / "hits.png"
+    assert main(["bench", "replay", "--conversations", "--requests", "8", "--save-trace", str(file)]) == 0
+    assert read_trace(file) == generate_conversations(8, 0, Conversations())
+    assert "8 requests are in" in capsys.readouterr().out
+    sizes = ("--scale-lengths", 0.1, "--speed", 50, "--max-batch", 1, "--prefill-tokens", 16)
+    pools = ("--server", "engine", "--cache-tokens", "512,4096", "--plot", picture)
+    stored = run(*TINY.split(), "--trace", file, *sizes, *pools)
+    small, large = stored["runs"]
+    assert (small["cache_tokens"], large["cache_tokens"]) == (512, 4096)
+    assert small["prefix_hit_rate"] <= large["prefix_hit_rate"] == stored["trace"]["prefix_hit_rate"]
+    assert large["prefix_hit_rate"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_fit_program_prints_trace_and_generator(capsys, write):
+    trace = generate_trace(600, 0, CONVERSATION)
+    file = write(HEAD + "".join(f"{r.arrival},{r.prompt_tokens},{r.output_tokens}\n" for r in trace))
+    assert main(["bench", "replay", "--fit", str(file)]) == 0
+    printed = capsys.readouterr().out
+    median = np.median([request.output_tokens for request in trace])
+    assert len(re.findall(rf" output tokens, median +{median:.4g} ", printed)) == 2
+    assert "generator fitted to this trace: 600 requests" in printed
+    assert "generator as it ships: 600 requests" in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--requests", "0"], "'0' is not a positive integer"),
-        (["--speed", "nan"], "'nan' is not a positive number"),
+        (["--speed", "1,nan"], "'nan' is not a positive number"),
         (["--trace", "absent.csv"], "absent.csv"),
         (["--trace", "absent.csv", "--rate", "2"], "change a trace's with --speed"),
+        (["--trace", "absent.csv", "--conversations"], "--conversations is for generated requests"),
+        (["--save-trace", "trace.csv"], "end it in .jsonl"),
+        (["--cache-tokens", "4096,100"], "--cache-tokens is 100, in pages of 64, and the longest request takes"),
         (["no-such-directory"], "no-such-directory"),
         (["bundled", "--layers", "2"], "has weights of its own"),
     ],
@@ -387,12 +315,20 @@ def test_bad_usage_is_told_before_any_work(capsys, arguments, told):
     assert told in capsys.readouterr().err
 
 
-def test_a_plot_shows_both_distributions_and_limits(monkeypatch, tmp_path):
+def test_a_plot_has_a_panel_for_whatever_was_varied(monkeypatch, tmp_path):
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, **_: drawn.append(self))
-    limits = {"ttft": 0.15, "tpot": 0.05}
-    replay.plot({"result": {"limits": limits}, "ttft": [0.1, 0.2], "tpot": [0.2]}, tmp_path / "plot.png")
+    result = {"limits": {"ttft": 0.15, "tpot": 0.05}, "goodput": {"requests_per_s": 2.0}}
+    one = a_run(result, server="static", cache_tokens=1024)
+    report = {"trace": {"prefix_hit_rate": 0.5}, "runs": [one]}
+    replay.plot(report, tmp_path / "plot.png")
     ttft, tpot = drawn[0].axes
     assert [line.get_xdata()[-1] for line in ttft.lines] == [200.0, 150.0]  # the longest, the limit
     assert [line.get_xdata()[-1] for line in tpot.lines] == [pytest.approx(200.0), 50.0]
+    report["runs"] += [a_run(result, cache_tokens=tokens, speed=s) for s in (1.0, 2.0) for tokens in (1024, 512)]
+    replay.plot(report, tmp_path / "plot.png")
+    _, _, goodput, hits = drawn[1].axes
+    assert [list(line.get_xdata()) for line in goodput.lines] == [[1.0], [1.0, 2.0]]
+    assert [list(line.get_xdata()) for line in hits.lines[:2]] == [[512, 1024]] * 2
+    assert list(hits.lines[2].get_ydata()) == [0.5, 0.5]

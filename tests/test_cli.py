@@ -1,16 +1,22 @@
 """The `ridgeline` command, in this process where possible and as a process where its end matters."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
 import pytest
+from rich.console import Console
 
-from ridgeline.cli import main
+import ridgeline as rl
+from ridgeline.cli import batch, main
 
 RUN = [sys.executable, "-m", "ridgeline"]
 
@@ -129,6 +135,113 @@ def test_a_reader_that_goes_away_is_no_error(environment):
         time.sleep(0.1)
     assert process.returncode == 0
     assert b"Traceback" not in process.stderr.read()
+
+
+def test_each_turn_of_a_chat_finds_the_turns_before_it_in_the_cache(monkeypatch, capsys):
+    lines = iter(["The old king " * 40, "and then", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert main(["chat", "--max-tokens", "8", "--seed", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    first, second = [json.loads(line)["usage"] for line in out.splitlines()]
+    assert first["cached_tokens"] == 0
+    assert 64 <= second["cached_tokens"] <= first["prompt_tokens"] + 8 < second["prompt_tokens"]
+    assert f"{second['cached_tokens']} found in the cache" in err
+
+
+def write_lines(tmp_path, *values):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(value if isinstance(value, str) else json.dumps(value) for value in values))
+    return str(file)
+
+
+def test_many_prompts_run_together_and_are_printed_in_their_order(capsys, tmp_path):
+    shared = "Once upon a time there was a king. " * 12
+    file = write_lines(
+        tmp_path,
+        json.dumps(shared + "He"),
+        "",
+        {"prompt": "The old", "max_tokens": 2, "logit_bias": {"5": 1}, "logprobs": 1},
+        {"messages": [{"role": "user", "content": "Hello"}], "seed": 7},
+        {"prompt": [5, 6, 7], "temperature": 0},
+        {"prompt": shared + "She", "stop": "zzz"},
+    )
+    args = ["generate", "--file", file, "--max-tokens", "9", "--seed", "1", "--ignore-eos", "--dtype", "float32"]
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [result["prompt"] for result in results[1::2]] == ["The old", [5, 6, 7]]
+    assert [result["usage"]["new_tokens"] for result in results] == [9, 2, 9, 9, 9]
+    assert [result["seed"] for result in results] == [1, 1, 7, 1, 1]
+    assert len(results[1]["logprobs"]) == 2
+    assert results[0]["logprobs"] is None
+    assert "5 finished, 0 running, 0 waiting" in err
+    assert "prefix hits" in err
+    assert main(["generate", shared + "She", *args[3:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == results[-1]["tokens"]  # as it is alone
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("Once upon", "is no JSON"),
+        ("7", "a text in quotes, or an object"),
+        ('{"prompt": "x", "messages": []}', 'with "prompt" or "messages"'),
+        ('{"messages": ["hello"]}', '"messages" must be a list of objects'),
+        ('{"prompt": 5}', '"prompt" must be a text'),
+        ('{"prompt": "x", "temprature": 1}', "there is no field 'temprature'"),
+        ('{"prompt": "x", "top_p": 0}', "top_p is 0"),
+        ('{"prompt": ""}', "is empty"),
+        ('{"prompt": [99999]}', "token id 99999"),
+    ],
+)
+def test_a_bad_line_of_prompts_is_told_with_its_number(capsys, tmp_path, line, message):
+    assert main(["generate", "--file", write_lines(tmp_path, '"Once"', line)]) == 2
+    err = capsys.readouterr().err
+    assert "prompts.jsonl, line 2" in err
+    assert message in err
+
+
+def test_terminals_show_a_line_meanwhile_and_texts_in_the_end(monkeypatch, tmp_path):
+    screen = io.StringIO()
+    monkeypatch.setattr(batch, "terminal", lambda stderr=False: Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(batch, "_REFRESH", 0.0)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    file = write_lines(tmp_path, '"Once upon a time"', '"The old king"')
+    assert main(["generate", "--file", file, "--max-tokens", "9", "--seed", "1", "--dtype", "float32"]) == 0
+    shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", screen.getvalue())
+    assert "0 finished, 2 running, 0 waiting" in shown
+    line, texts = shown.rsplit("2 finished, 0 running, 0 waiting", 1)
+    assert "Once upon a time" not in line
+    assert 0 < texts.index("Once upon a time") < texts.index("The old king")
+
+
+def test_ctrl_c_keeps_what_was_finished(monkeypatch, model):
+    pressed = threading.Event()
+    monkeypatch.setattr(batch, "ctrl_c", lambda: contextlib.nullcontext(pressed))
+    with rl.Engine(model, 2, max_length=128, whole_batches=True) as engine:
+        for max_tokens in (1, 60, 60):
+            engine.submit([1, 2, 3], rl.SamplingParams(max_tokens=max_tokens))
+        reasons = {}
+        for index, output in batch.finished(engine, 3):
+            reasons[index] = output.finish_reason
+            pressed.set()
+    assert reasons == {0: "length", 1: "abort", 2: "abort"}
+
+
+def test_results_keep_their_order_and_come_as_early_as_they_can():
+    came = []
+
+    def outputs():
+        for index in (1, 0, 3, 2):
+            came.append(index)
+            yield index, f"output {index}"
+
+    assert [(output, len(came)) for output in batch.in_order(outputs())] == [
+        ("output 0", 2),
+        ("output 1", 2),
+        ("output 2", 4),
+        ("output 3", 4),
+    ]
 
 
 def test_a_conversation_that_grows_too_long_goes_on_after_a_reset(monkeypatch, capsys):

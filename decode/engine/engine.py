@@ -17,7 +17,7 @@ from ..sampling.draw import SampleLogprobs
 from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays
 from ..sampling.params import SamplingParams
 from .regime import regime_of
-from .runner import Runner, Sampled
+from .runner import ANYTHING, Runner, Sampled
 from .scheduler import Row, Scheduler
 from .sizes import PAGE_SIZE, engine_sizes
 from .stats import EngineStats, percentiles
@@ -191,19 +191,20 @@ class Engine:
         self._host_time += time.perf_counter() - started - (self._device_wait - waited)
         return chunks
 
-    def warm_up(self, progress: bool = False) -> None:
+    def warm_up(self, progress: bool = False, sampling: Sequence[SamplingParams] | None = None) -> None:
         """Compile every program that any mix of requests can need (with more than 32 log-probabilities a token, one
         more when they are first asked for).
 
         Args:
           progress: whether to show a bar.
+          sampling: what requests will ask for, where that is known; None for anything.
 
         Raises:
           RuntimeError: there are requests.
         """
         if self.has_work:
             raise RuntimeError(f"{len(self._active)} requests are there; warm up before the first is submitted")
-        shapes = list(self._runner.shapes(self._scheduler.prefill_tokens))
+        shapes = list(self._runner.shapes(self._scheduler.prefill_tokens, sampling or ANYTHING))
         for run in tqdm(shapes, desc="warm-up", unit="program", disable=not progress):
             run()
         self._scheduler.forget()  # it wrote to pages

@@ -17,9 +17,8 @@ from ...model.params import Params
 from ...sharding.rules import constrain, named_sharding
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages
-from ..loop import decode_steps, for_host
+from ..loop import decode_steps, for_host, settle
 from ..prefill import prefill
-from ..runner import settle
 from ..sampling.draw import SampleLogprobs, sample
 from ..sampling.layout import RequestArrays, SamplingPlan, make_plan, request_arrays
 from ..sampling.params import SamplingParams
@@ -29,6 +28,9 @@ from .scheduler import Chunk, Row
 
 Sampled = tuple[Int[Array, "N B"], SampleLogprobs | None]
 """New tokens, step by step, and their log-probabilities where the plan has any; on the device."""
+
+ANYTHING = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0), SamplingParams(logprobs=1)
+"""Requests that together need every program of sampling."""
 
 
 @struct.dataclass
@@ -166,18 +168,21 @@ class Runner:
         settle(self.model, made[0])
         return made, places
 
-    def shapes(self, prefill_tokens: int) -> Iterator[Callable[[], Any]]:
-        """What compiles every program that there is, one after the other, when called; it writes to some page."""
-        self.make_tables()
-        asked = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0), SamplingParams(logprobs=1)
-        plans = [make_plan([params], self._vocab_size) for params in asked]
+    def shapes(self, prefill_tokens: int, sampling: Sequence[SamplingParams]) -> Iterator[Callable[[], Any]]:
+        """What compiles every program that such requests need, one after the other, when called; it writes to some
+        page.
+        """
+        plans = list(dict.fromkeys(make_plan([params], self._vocab_size) for params in sampling))
+        full = any(plan.kind == "full" for plan in plans)
+        if full:
+            self.make_tables()
         per_shard, longest = self.slots // self.shards, self._max_length
 
         def rows(count: int) -> list[Row]:
             slots = [shard * per_shard + n for shard in range(self.shards) for n in range(count)]
             return [Row(0, [0] * longest, longest, longest + 1, context=longest, slot=slot) for slot in slots]
 
-        for length in {buckets.token_list_bucket(n): n for n in range(longest)}.values():
+        for length in {buckets.token_list_bucket(n): n for n in range(longest if full else 1)}.values():
             request = request_arrays([SamplingParams(repetition_penalty=2.0)], [[0] * length], [0])
             yield functools.partial(self.insert, 0, request)
         most = min(longest, prefill_tokens, buckets.PREFILL_CHUNK)
