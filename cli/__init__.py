@@ -14,6 +14,7 @@ EXAMPLES = """\
 examples:
   ridgeline generate "Once upon a time"
   ridgeline generate --file prompt.txt --model path/to/hf-checkpoint --quantize int4 --kv-dtype int8
+  ridgeline generate --file prompts.jsonl --max-tokens 100
   ridgeline chat --model path/to/hf-checkpoint
   ridgeline eval --text story.txt --quantize int4-32 --against float32
   ridgeline convert path/to/hf-checkpoint path/to/converted

@@ -75,18 +75,12 @@ def _reply(engine: Engine, params: SamplingParams, messages: list[dict], show: b
             started = time.perf_counter()
             engine.warm_up(sampling=[params])
             compile_seconds = time.perf_counter() - started
-    before = _cached_tokens(engine)
+    before = engine.stats().cached_prompt_tokens
     index = engine.add(request)
     reply = Reply(show, len(request.prompt), compile_seconds)
     reply.run(engine.run())
-    reply.cached_tokens = _cached_tokens(engine) - before
+    reply.cached_tokens = engine.stats().cached_prompt_tokens - before
     if reply.output is None:
         engine.abort(index)
         list(engine.run())
     return reply
-
-
-def _cached_tokens(engine: Engine) -> int:
-    """Prompt tokens of all turns that were found in the cache."""
-    stats = engine.stats()
-    return round((stats.prefix_hit_rate or 0.0) * stats.prompt_tokens)

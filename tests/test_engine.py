@@ -9,6 +9,7 @@ import pytest
 
 import ridgeline as rl
 from ridgeline.benchmarks.replay import counted_compilations
+from ridgeline.decode.engine import sizes
 from tiny import byte_tokenizer, tiny_config, tiny_model
 
 SMALL = {"max_batch_size": 4, "max_length": 192, "prefill_tokens": 64, "whole_batches": True}
@@ -164,6 +165,26 @@ def test_what_is_refused(model):
             rl.Engine(model, **{name: 0})
     with pytest.raises(ValueError, match="at least 16"):
         rl.Engine(model, prefill_tokens=8)
+
+
+def test_the_pool_takes_what_memory_leaves(model, monkeypatch):
+    """On a device that says how much it has: what weights and the programs leave, in whole pages."""
+    each = 2 * 2 * 3 * 20 * 4  # bytes a position: layers, keys and values, heads
+    spare = sizes._temporaries(model.config, None, 1000, 64, None)
+
+    class Device:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": spare + 2000 + 100_000 * each, "bytes_in_use": 2000}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    large = sizes.default_cache_tokens(model, 1000, 512, 64)
+    assert large == int(0.95 * 100_000)
+    assert sizes.default_cache_tokens(model, 8, 512, 64) == 8 * 512  # no more than all rows can use
+    monkeypatch.setattr(Device, "memory_stats", lambda self: {"bytes_limit": 2000, "bytes_in_use": 1000})
+    with pytest.raises(ValueError, match="no memory is left for a cache"):
+        sizes.default_cache_tokens(model, 8, 512, 64)
 
 
 def test_closing_ends_what_is_left_and_frees_memory(model):

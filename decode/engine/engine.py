@@ -219,6 +219,7 @@ class Engine:
             finished=self._submitted - len(self._active),
             preemptions=scheduler.preemptions,
             prompt_tokens=scheduler.prompt_tokens,
+            cached_prompt_tokens=scheduler.found_tokens,
             generated_tokens=self._generated,
             prefix_hit_rate=scheduler.found_tokens / scheduler.prompt_tokens if scheduler.prompt_tokens else None,
             pages=sum(pool.size for pool in pools),

@@ -1,13 +1,17 @@
 """How large an engine's pool is: what is asked for, or what memory leaves."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from ...model.config import ModelConfig
 from ...model.kv_specs import kinds_by_layer, kv_specs, page_kinds
 from ...model.loading import Model
+from ...model.params import param_shardings, param_specs
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages, page_dtype
 from ..prefill import prefill
@@ -102,7 +106,7 @@ def _room(model: Model, slots: int, prefill_tokens: int, kv_dtype: jax.typing.DT
     if devices[0].platform == "cpu":
         return data * max(PAGE_SIZE, _CPU_BYTES // a_position)
     left = min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in (d.memory_stats() for d in devices))
-    left = int(_SHARE * (left - _temporaries(model, slots, prefill_tokens, kv_dtype)))
+    left = int(_SHARE * (left - _temporaries(config, mesh, slots, prefill_tokens, kv_dtype)))
     room = left * tensor // a_position
     if room < PAGE_SIZE:
         raise ValueError(
@@ -112,15 +116,21 @@ def _room(model: Model, slots: int, prefill_tokens: int, kv_dtype: jax.typing.DT
     return data * room
 
 
-def _temporaries(model: Model, slots: int, prefill_tokens: int, kv_dtype: jax.typing.DTypeLike | None) -> int:
+@functools.cache
+def _temporaries(
+    config: ModelConfig, mesh: Mesh | None, slots: int, prefill_tokens: int, kv_dtype: jax.typing.DTypeLike | None
+) -> int:
     """Bytes a device of what the largest prefill needs besides its arguments, as XLA has compiled it."""
-    config, mesh = model.config, model.mesh
-    data = 1 if mesh is None else mesh.shape["data"]
+    data, kinds = 1 if mesh is None else mesh.shape["data"], len(page_kinds(config))
     width = buckets.prefill_floor(prefill_tokens)
     rows = data * max(1, prefill_tokens // width // data)
-    pages = init_pages(config, [data] * len(page_kinds(config)), PAGE_SIZE, mesh, kv_dtype)
-    tables = tuple(jnp.zeros((rows, 1), jnp.int32) for _ in page_kinds(config))
     zeros = jnp.zeros((rows,), jnp.int32)
+    tables = (jnp.zeros((rows, 1), jnp.int32),) * kinds
+    pages = init_pages(config, [data] * kinds, PAGE_SIZE, mesh, kv_dtype)
     cache = KVCache(pages, Rows(zeros, zeros, zeros, tables, kinds_by_layer(config)))
-    compiled = prefill.lower(model.params, config, jnp.zeros((rows, width), jnp.int32), zeros, cache).compile()
+    params = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), param_specs(config))
+    if mesh is not None:
+        specs, shardings = param_specs(config, mesh.shape["tensor"]), param_shardings(config, mesh)
+        params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), specs, shardings)
+    compiled = prefill.lower(params, config, jnp.zeros((rows, width), jnp.int32), zeros, cache).compile()
     return compiled.memory_analysis().temp_size_in_bytes + 3 * slots * config.vocab_size * 4  # logits and scores

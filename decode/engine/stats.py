@@ -16,8 +16,9 @@ class EngineStats:
       running, waiting: requests.
       finished: requests since the engine began; aborted and failed ones too.
       preemptions: how often a running request had to give up its pages to an older one.
-      prompt_tokens, generated_tokens: of all requests that have begun, and those made.
-      prefix_hit_rate: prompt tokens found in the cache over prompt tokens; None before the first.
+      prompt_tokens, cached_prompt_tokens, generated_tokens: of all requests that have begun, those of them that were
+        found in the cache, and those made.
+      prefix_hit_rate: of prompt tokens, the share that was found; None before the first.
       pages, pages_used, pages_cached: of the pool, held by requests, and held by none but found by new ones; where
         layers keep different numbers of positions, those that keep all of them.
       ttft, tpot, queue_time: from submission to the first token; between later tokens; from submission until it began.
@@ -31,6 +32,7 @@ class EngineStats:
     finished: int
     preemptions: int
     prompt_tokens: int
+    cached_prompt_tokens: int
     generated_tokens: int
     prefix_hit_rate: float | None
     pages: int
