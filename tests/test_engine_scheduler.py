@@ -2,8 +2,8 @@
 
 import collections
 import random
-
-import pytest
+import subprocess
+import sys
 
 from ridgeline.decode.engine.pages import ABSENT, PagePool, ShardPages
 from ridgeline.decode.engine.scheduler import Row, Scheduler
@@ -139,8 +139,13 @@ def play(seed):
     return scheduler.preemptions, scheduler.found_tokens
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_random_schedules(part):
-    played = [play(seed) for seed in range(part, 10_000, 4)]
-    assert sum(preempted > 0 for preempted, _ in played) > 100
-    assert sum(found > 0 for _, found in played) > 100
+def test_10_000_random_schedules():
+    """In a process of its own, where no types are checked."""
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    played = [play(seed) for seed in range(10_000)]
+    assert sum(preempted > 0 for preempted, _ in played) > 500
+    assert sum(found > 0 for _, found in played) > 1000
