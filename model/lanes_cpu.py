@@ -1,0 +1,127 @@
+"""A matrix times one row as a single loop of XLA:CPU that LLVM vectorizes: weights are widened in registers alone.
+
+The columns are cut into blocks, a block into terms of as many columns as there are lanes. The loop goes over blocks, then
+outputs, then lanes, so that a block of the row stays in the first cache; its body is the sum of a block's terms, written
+out. The sums of lanes and blocks, a few hundredths of the weight, are added up by a second, small product.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int8, Num
+
+from .quantization import ZERO_NIBBLE, QuantizedArray
+
+_LANES = 8  # of float32, in the 256 bits that XLA:CPU prefers
+_TERMS = (16, 64)  # with fewer LLVM unrolls the lanes, and vectorizes nothing; with more registers are spilled
+_CHAINS = 4  # of additions, each of which waits for the one before
+
+
+def terms_of(w: Num[Array, "O I"] | QuantizedArray) -> int:
+    """Terms of a block: the most that divide the columns and are whole groups; 0 where there are none in the range."""
+    values, group = (w.values, _group(w)) if isinstance(w, QuantizedArray) else (w, None)
+    unit = 1 if group is None else group // _LANES
+    if values.shape[1] % _LANES or unit == 0 or unit * _LANES != (group or _LANES):
+        return 0
+    count = values.shape[1] // _LANES
+    fewest, most = _TERMS
+    return max((terms for terms in range(unit, most + 1, unit) if terms >= fewest and count % terms == 0), default=0)
+
+
+def _group(w: QuantizedArray) -> int | None:
+    """Columns of the stored values, bytes of int4, that share a scale; None where all do."""
+    if w.scheme.group is None:
+        return None
+    return w.scheme.group // 2 if w.scheme.dtype == "int4" else w.scheme.group
+
+
+def by_lanes(x: Float[Array, "1 I"], w: Num[Array, "O I"] | QuantizedArray) -> Float[Array, "1 O"]:
+    """x @ w.T in float32, of a weight that has `terms_of`."""
+    x = x[0].astype(jnp.float32)
+    if not isinstance(w, QuantizedArray):
+        return _sums(_widened_terms(w, x, terms_of(w)))[None]
+    scales = w.scales.astype(jnp.float32)
+    if w.scheme.dtype == "int4":
+        y = _sums(_int4_terms(w.values, x, terms_of(w)), w, scales)
+        group = w.scheme.group or x.shape[0]
+        zeros = ZERO_NIBBLE if w.zeros is None else w.zeros.astype(jnp.float32)
+        return (y - (scales * zeros) @ jnp.sum(x.reshape(-1, group), axis=1))[None]
+    return _sums(_widened_terms(w.values, x, terms_of(w)), w, scales)[None]
+
+
+def _cut(array: Num[Array, "... I"], terms: int) -> Num[Array, "... C T L"]:
+    return array.reshape(*array.shape[:-1], -1, terms, _LANES)
+
+
+def _at_this_step(*arrays: Array) -> tuple[Array, ...]:
+    # The barrier ties the weight to this step: in a loop XLA would widen all weights beforehand, and read those.
+    return lax.optimization_barrier(arrays)
+
+
+def _widened_terms(values: Num[Array, "O I"], x: Float[Array, "I"], terms: int) -> list[Float[Array, "C O L"]]:
+    values, x = _at_this_step(_cut(values, terms), _cut(x, terms))
+    values, widen = _widening(values)
+    return [widen(_term(values, t)) * x[:, None, t] for t in range(terms)]
+
+
+def _int4_terms(values: Num[Array, "O J"], x: Float[Array, "I"], terms: int) -> list[Float[Array, "C O L"]]:
+    even, odd = x.reshape(-1, 2).T
+    odd = odd / 16  # a byte is 16 times its high number and once its low one, which `even` makes up for
+    values, even, odd = _at_this_step(*(_cut(array, terms) for array in (values, even - odd, odd)))
+
+    def term(t: int) -> Float[Array, "C O L"]:
+        both = _term(values, t).astype(jnp.int32)
+        return (both & 15).astype(jnp.float32) * even[:, None, t] + both.astype(jnp.float32) * odd[:, None, t]
+
+    return [term(t) for t in range(terms)]
+
+
+def _term(values: Num[Array, "O C T L"], t: int) -> Num[Array, "C O L"]:
+    return jnp.swapaxes(values[:, :, t], 0, 1)
+
+
+def _sums(
+    terms: list[Float[Array, "C O L"]], w: QuantizedArray | None = None, scales: Float[Array, "O N"] | None = None
+) -> Float[Array, "O"]:
+    """The sum of the terms over blocks and lanes; a scale multiplies the sum of its group's terms."""
+    group = None if w is None else _group(w)
+    if group is not None:
+        size = group // _LANES
+        blocks = scales.reshape(scales.shape[0], -1, len(terms) // size)
+        groups = (terms[first : first + size] for first in range(0, len(terms), size))
+        terms = [_add(part) * blocks[:, :, index].T[:, :, None] for index, part in enumerate(groups)]
+    sums = _add([_add(terms[chain::_CHAINS]) for chain in range(min(_CHAINS, len(terms)))])
+    blocks, outputs, _ = sums.shape
+    sums = lax.optimization_barrier(sums.reshape(-1, _LANES))
+    y = jnp.sum((sums @ jnp.ones(_LANES, jnp.float32)).reshape(blocks, outputs), axis=0)
+    return y if scales is None or group is not None else y * scales[:, 0]
+
+
+def _add(terms: list[Array]) -> Array:
+    return functools.reduce(jnp.add, terms)
+
+
+COPIES_BITS = {"float8_e4m3fn"} if jax.__version_info__ >= (0, 11) else {"float8_e4m3fn", "bfloat16"}
+"""Dtypes that XLA:CPU widens in memory, unless they are taken as integers of the same bits; these it copies."""
+
+
+def _widening(values: Num[Array, "..."]) -> tuple[Num[Array, "..."], Callable[[Array], Float[Array, "..."]]]:
+    """The values as they are cut into terms, and what makes float32 of a term."""
+    if values.dtype.name not in COPIES_BITS:
+        return values, lambda part: part.astype(jnp.float32)
+    if values.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(values, jnp.uint16), _bfloat16
+    return lax.bitcast_convert_type(values, jnp.int8), e4m3
+
+
+def _bfloat16(bits: Num[Array, "..."]) -> Float[Array, "..."]:
+    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+
+
+def e4m3(bits: Int8[Array, "..."]) -> Float[Array, "..."]:
+    """Float8 numbers from their bits, which are those of a float16 a 256th as large: XLA:CPU widens float16 faster."""
+    bits = bits.astype(jnp.int16)  # the sign is copied to the upper half
+    return lax.bitcast_convert_type(bits << 7 & 0xBFFF, jnp.float16).astype(jnp.float32) * 256
