@@ -1,14 +1,12 @@
 """A matrix times one row as a single loop of XLA:CPU that LLVM vectorizes: weights are widened in registers alone.
 
-The columns are cut into blocks, a block into terms of as many columns as there are lanes. The loop goes over blocks, then
-outputs, then lanes, so that a block of the row stays in the first cache; its body is the sum of a block's terms, written
-out. The sums of lanes and blocks, a few hundredths of the weight, are added up by a second, small product.
+The columns are cut into blocks, a block into terms of as many columns as there are lanes. The loop goes over blocks,
+then outputs, then lanes, so that a block of the row stays in the first cache; its body is the sum of a block's terms,
+written out. The sums of lanes and blocks, a few hundredths of the weight, are added up by a second, small product.
 """
 
 import functools
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Num
@@ -40,16 +38,15 @@ def _group(w: QuantizedArray) -> int | None:
 
 def by_lanes(x: Float[Array, "1 I"], w: Num[Array, "O I"] | QuantizedArray) -> Float[Array, "1 O"]:
     """x @ w.T in float32, of a weight that has `terms_of`."""
-    x = x[0].astype(jnp.float32)
+    x, terms = x[0].astype(jnp.float32), terms_of(w)
     if not isinstance(w, QuantizedArray):
-        return _sums(_widened_terms(w, x, terms_of(w)))[None]
-    scales = w.scales.astype(jnp.float32)
-    if w.scheme.dtype == "int4":
-        y = _sums(_int4_terms(w.values, x, terms_of(w)), w, scales)
-        group = w.scheme.group or x.shape[0]
-        zeros = ZERO_NIBBLE if w.zeros is None else w.zeros.astype(jnp.float32)
-        return (y - (scales * zeros) @ jnp.sum(x.reshape(-1, group), axis=1))[None]
-    return _sums(_widened_terms(w.values, x, terms_of(w)), w, scales)[None]
+        return _sums(_widened_terms(w, x, terms))[None]
+    is_int4, scales = w.scheme.dtype == "int4", w.scales.astype(jnp.float32)
+    y = _sums((_int4_terms if is_int4 else _widened_terms)(w.values, x, terms), w, scales)
+    zeros = ZERO_NIBBLE if is_int4 and w.zeros is None else w.zeros
+    if zeros is not None:
+        y = y - (scales * jnp.asarray(zeros, jnp.float32)) @ jnp.sum(x.reshape(scales.shape[1], -1), axis=1)
+    return y[None]
 
 
 def _cut(array: Num[Array, "... I"], terms: int) -> Num[Array, "... C T L"]:
@@ -63,7 +60,9 @@ def _at_this_step(*arrays: Array) -> tuple[Array, ...]:
 
 def _widened_terms(values: Num[Array, "O I"], x: Float[Array, "I"], terms: int) -> list[Float[Array, "C O L"]]:
     values, x = _at_this_step(_cut(values, terms), _cut(x, terms))
-    values, widen = _widening(values)
+    is_e4m3 = values.dtype == jnp.float8_e4m3fn
+    values = lax.bitcast_convert_type(values, jnp.int8) if is_e4m3 else values  # a copy; cut float8 would be widened
+    widen = e4m3 if is_e4m3 else jnp.float32
     return [widen(_term(values, t)) * x[:, None, t] for t in range(terms)]
 
 
@@ -102,23 +101,6 @@ def _sums(
 
 def _add(terms: list[Array]) -> Array:
     return functools.reduce(jnp.add, terms)
-
-
-COPIES_BITS = {"float8_e4m3fn"} if jax.__version_info__ >= (0, 11) else {"float8_e4m3fn", "bfloat16"}
-"""Dtypes that XLA:CPU widens in memory, unless they are taken as integers of the same bits; these it copies."""
-
-
-def _widening(values: Num[Array, "..."]) -> tuple[Num[Array, "..."], Callable[[Array], Float[Array, "..."]]]:
-    """The values as they are cut into terms, and what makes float32 of a term."""
-    if values.dtype.name not in COPIES_BITS:
-        return values, lambda part: part.astype(jnp.float32)
-    if values.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(values, jnp.uint16), _bfloat16
-    return lax.bitcast_convert_type(values, jnp.int8), e4m3
-
-
-def _bfloat16(bits: Num[Array, "..."]) -> Float[Array, "..."]:
-    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def e4m3(bits: Int8[Array, "..."]) -> Float[Array, "..."]:

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Num
 
-from .lanes_cpu import COPIES_BITS, by_lanes, e4m3, terms_of
-from .quantization import QuantizedArray, dequantize
+from .lanes_cpu import by_lanes, e4m3, terms_of
+from .quantization import ZERO_NIBBLE, QuantizedArray, dequantize
 
 FEW_ROWS = 64
 """Up to so many rows a product waits for its weight, on CPUs and GPUs."""
+_ROWS_BY_LANES = 4  # of integers: one after the other they take less than to widen the weight
+_BLOCK = 1 << 20  # numbers of a weight that are widened at a time, and stay in cache
+_BY_LANES = {"int8", "uint8", "float16", "float8_e4m3fn"} | ({"bfloat16"} if jax.__version_info__ >= (0, 11) else set())
 _DIGITS = 3
-_BLOCK = 1 << 18  # numbers of a weight that are widened at a time, and stay in cache
+_MOST_BY_DIGITS = 1 << 24 if jax.__version_info__ >= (0, 11) else 0  # numbers of a weight; XLA:CPU copies larger ones
 
 
 def product_cpu(x: Float[Array, "M I"], w: Num[Array, "*out I"] | QuantizedArray) -> Float[Array, "M *out"]:
@@ -28,14 +31,22 @@ def product_cpu(x: Float[Array, "M I"], w: Num[Array, "*out I"] | QuantizedArray
 
 def _on_one_device(x: Float[Array, "M I"], w: Num[Array, "O I"] | QuantizedArray) -> Float[Array, "M O"]:
     rows, quantized = x.shape[0], isinstance(w, QuantizedArray)
-    dtype = (w.values if quantized else w).dtype.name
-    if rows == 1 and dtype != "float32" and terms_of(w):
-        return _in_blocks(by_lanes, x, w) if dtype in COPIES_BITS else by_lanes(x, w)
-    if quantized and dtype == "int8" and w.scheme.scales_outputs and rows * _DIGITS <= FEW_ROWS:
+    values = w.values if quantized else w
+    dtype = values.dtype.name
+    plain_int8 = quantized and dtype == "int8" and w.scheme.scales_outputs
+    by_digits = plain_int8 and 1 < rows <= FEW_ROWS // _DIGITS and values.size <= _MOST_BY_DIGITS
+    most = _ROWS_BY_LANES if dtype in ("int8", "uint8") and not by_digits else 1
+    if rows <= most and dtype in _BY_LANES and terms_of(w):
+        return _in_blocks(by_lanes, x, w) if dtype == "float8_e4m3fn" else _row_by_row(x, w)
+    if by_digits:
         return _int8_by_digits(x, w)
-    if quantized:
-        return _in_blocks(_widened, x, w) if rows <= FEW_ROWS else _widened(x, w)
-    return _dense(x, w)
+    if rows <= FEW_ROWS and (quantized or dtype == "float16"):
+        return _in_blocks(_by_float32, x, w)
+    return _widened(x, w) if quantized else _dense(x, w)
+
+
+def _row_by_row(x: Float[Array, "M I"], w: Num[Array, "O I"] | QuantizedArray) -> Float[Array, "M O"]:
+    return by_lanes(x, w) if x.shape[0] == 1 else lax.map(lambda row: by_lanes(row[None], w)[0], x)
 
 
 def _by_output(w: Num[Array, "*out I"] | QuantizedArray) -> Num[Array, "*out I"] | QuantizedArray:
@@ -45,6 +56,27 @@ def _by_output(w: Num[Array, "*out I"] | QuantizedArray) -> Num[Array, "*out I"]
     times = w.values.shape[-2] // w.scales.shape[-2]
     scales, zeros = (part if part is None else jnp.repeat(part, times, axis=-2) for part in (w.scales, w.zeros))
     return w.replace(scales=scales, zeros=zeros, scheme=dataclasses.replace(w.scheme, rows=1))
+
+
+def _by_float32(x: Float[Array, "M I"], w: Num[Array, "R I"] | QuantizedArray) -> Float[Array, "M R"]:
+    """By the weight in float32."""
+    x = x.astype(jnp.float32)
+    if not isinstance(w, QuantizedArray):
+        return _weight_left(x, w.astype(jnp.float32))
+    if w.scheme.dtype != "int4":
+        return _widened(x, w)
+    groups = w.scales.shape[1]
+    if w.values.shape[1] % groups or (w.scheme.group or x.shape[1]) * groups != x.shape[1]:
+        return _weight_left(x, dequantize(w))
+    # The two numbers of a byte are multiplied apart: to lay them side by side takes longer than the product.
+    scales = w.scales.astype(jnp.float32)[:, :, None]
+    zeros = ZERO_NIBBLE if w.zeros is None else w.zeros.astype(jnp.float32)[:, :, None]
+
+    def half(numbers: Array) -> Float[Array, "R J"]:
+        numbers = numbers.reshape(numbers.shape[0], groups, -1).astype(jnp.float32)
+        return ((numbers - zeros) * scales).reshape(numbers.shape[0], -1)
+
+    return _weight_left(x[:, ::2], half(w.values & 15)) + _weight_left(x[:, 1::2], half(w.values >> 4))
 
 
 def _in_blocks(
@@ -65,9 +97,9 @@ def _in_blocks(
 
 
 def _rows_of(array: Num[Array, "O N"], first: Array, size: int) -> Num[Array, "R N"]:
-    if array.dtype.name not in COPIES_BITS:
+    if array.dtype != jnp.float8_e4m3fn:
         return lax.dynamic_slice_in_dim(array, first, size)
-    bits = lax.bitcast_convert_type(array, f"int{8 * array.dtype.itemsize}")  # XLA:CPU slices such floats widened
+    bits = lax.bitcast_convert_type(array, jnp.int8)  # XLA:CPU would widen all of them to cut them
     return lax.bitcast_convert_type(lax.dynamic_slice_in_dim(bits, first, size), array.dtype)
 
 
