@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int8, Num
 
 from .quantization import ZERO_NIBBLE, QuantizedArray
 
-_LANES = 8  # of float32, in the 256 bits that XLA:CPU prefers
+_LANES = 8  # a byte of the weight's dtype; eight float32 are the 256 bits that XLA:CPU prefers
 _TERMS = (16, 64)  # with fewer LLVM unrolls the lanes, and vectorizes nothing; with more registers are spilled
 _CHAINS = 4  # of additions, each of which waits for the one before
 
@@ -21,10 +21,11 @@ _CHAINS = 4  # of additions, each of which waits for the one before
 def terms_of(w: Num[Array, "O I"] | QuantizedArray) -> int:
     """Terms of a block: the most that divide the columns and are whole groups; 0 where there are none in the range."""
     values, group = (w.values, _group(w)) if isinstance(w, QuantizedArray) else (w, None)
-    unit = 1 if group is None else group // _LANES
-    if values.shape[1] % _LANES or unit == 0 or unit * _LANES != (group or _LANES):
+    lanes = _LANES * values.dtype.itemsize
+    unit = 1 if group is None else group // lanes
+    if values.shape[1] % lanes or unit == 0 or unit * lanes != (group or lanes):
         return 0
-    count = values.shape[1] // _LANES
+    count = values.shape[1] // lanes
     fewest, most = _TERMS
     return max((terms for terms in range(unit, most + 1, unit) if terms >= fewest and count % terms == 0), default=0)
 
@@ -49,8 +50,8 @@ def by_lanes(x: Float[Array, "1 I"], w: Num[Array, "O I"] | QuantizedArray) -> F
     return y[None]
 
 
-def _cut(array: Num[Array, "... I"], terms: int) -> Num[Array, "... C T L"]:
-    return array.reshape(*array.shape[:-1], -1, terms, _LANES)
+def _cut(array: Num[Array, "... I"], terms: int, lanes: int = _LANES) -> Num[Array, "... C T L"]:
+    return array.reshape(*array.shape[:-1], -1, terms, lanes)
 
 
 def _at_this_step(*arrays: Array) -> tuple[Array, ...]:
@@ -59,7 +60,7 @@ def _at_this_step(*arrays: Array) -> tuple[Array, ...]:
 
 
 def _widened_terms(values: Num[Array, "O I"], x: Float[Array, "I"], terms: int) -> list[Float[Array, "C O L"]]:
-    values, x = _at_this_step(_cut(values, terms), _cut(x, terms))
+    values, x = _at_this_step(*(_cut(array, terms, _LANES * values.dtype.itemsize) for array in (values, x)))
     is_e4m3 = values.dtype == jnp.float8_e4m3fn
     values = lax.bitcast_convert_type(values, jnp.int8) if is_e4m3 else values  # a copy; cut float8 would be widened
     widen = e4m3 if is_e4m3 else jnp.float32
@@ -93,9 +94,9 @@ def _sums(
         groups = (terms[first : first + size] for first in range(0, len(terms), size))
         terms = [_add(part) * blocks[:, :, index].T[:, :, None] for index, part in enumerate(groups)]
     sums = _add([_add(terms[chain::_CHAINS]) for chain in range(min(_CHAINS, len(terms)))])
-    blocks, outputs, _ = sums.shape
-    sums = lax.optimization_barrier(sums.reshape(-1, _LANES))
-    y = jnp.sum((sums @ jnp.ones(_LANES, jnp.float32)).reshape(blocks, outputs), axis=0)
+    blocks, outputs, lanes = sums.shape
+    sums = lax.optimization_barrier(sums.reshape(-1, lanes))
+    y = jnp.sum((sums @ jnp.ones(lanes, jnp.float32)).reshape(blocks, outputs), axis=0)
     return y if scales is None or group is not None else y * scales[:, 0]
 
 

@@ -84,16 +84,20 @@ def _in_blocks(
 ) -> Float[Array, "M O"]:
     """A product by as many outputs at a time as stay in cache when they are widened or copied."""
     outputs, inputs = w.shape
-    most = max(1, _BLOCK // inputs)
-    size = max(rows for rows in range(1, min(most, outputs) + 1) if outputs % rows == 0)
-    if size == outputs:
+    count = -(-outputs * inputs // _BLOCK)
+    size = -(-outputs // count)
+    if count == 1 or size == 1:
         return product(x, w)
 
     def block(first: Array) -> Float[Array, "M R"]:
         tied = lax.optimization_barrier((first, w))  # else XLA widens the whole weight before the loop
         return product(x, jax.tree.map(lambda part: _rows_of(part, tied[0], size), tied[1]))
 
-    return jnp.moveaxis(lax.map(block, jnp.arange(0, outputs, size)), 0, 1).reshape(-1, outputs)
+    count = -(-outputs // size)
+    last = outputs - size  # of which the block before may have some too
+    y = jnp.moveaxis(lax.map(block, jnp.minimum(jnp.arange(0, outputs, size), last)), 0, 1).reshape(-1, count * size)
+    whole = (count - 1) * size
+    return y if count * size == outputs else jnp.concatenate([y[:, :whole], y[:, whole - outputs :]], axis=1)
 
 
 def _rows_of(array: Num[Array, "O N"], first: Array, size: int) -> Num[Array, "R N"]:
