@@ -7,6 +7,7 @@ written out. The sums of lanes and blocks, a few hundredths of the weight, are a
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Num
@@ -15,19 +16,28 @@ from .quantization import ZERO_NIBBLE, QuantizedArray
 
 _LANES = 8  # a byte of the weight's dtype; eight float32 are the 256 bits that XLA:CPU prefers
 _TERMS = (16, 64)  # with fewer LLVM unrolls the lanes, and vectorizes nothing; with more registers are spilled
+_WIDENED = (
+    {"bfloat16"} if jax.__version_info__ < (0, 11) else set()
+)  # in memory, in loops of more terms than 12 or more blocks than one
 _CHAINS = 4  # of additions, each of which waits for the one before
 
 
 def terms_of(w: Num[Array, "O I"] | QuantizedArray) -> int:
     """Terms of a block: the most that divide the columns and are whole groups; 0 where there are none in the range."""
     values, group = (w.values, _group(w)) if isinstance(w, QuantizedArray) else (w, None)
-    lanes = _LANES * values.dtype.itemsize
+    lanes = _lanes_of(values)
     unit = 1 if group is None else group // lanes
     if values.shape[1] % lanes or unit == 0 or unit * lanes != (group or lanes):
         return 0
     count = values.shape[1] // lanes
+    if values.dtype.name in _WIDENED:
+        return count if 6 <= count <= 12 else 0
     fewest, most = _TERMS
     return max((terms for terms in range(unit, most + 1, unit) if terms >= fewest and count % terms == 0), default=0)
+
+
+def _lanes_of(values: Num[Array, "..."]) -> int:
+    return 64 if values.dtype.name in _WIDENED else _LANES * values.dtype.itemsize
 
 
 def _group(w: QuantizedArray) -> int | None:
@@ -60,7 +70,7 @@ def _at_this_step(*arrays: Array) -> tuple[Array, ...]:
 
 
 def _widened_terms(values: Num[Array, "O I"], x: Float[Array, "I"], terms: int) -> list[Float[Array, "C O L"]]:
-    values, x = _at_this_step(*(_cut(array, terms, _LANES * values.dtype.itemsize) for array in (values, x)))
+    values, x = _at_this_step(*(_cut(array, terms, _lanes_of(values)) for array in (values, x)))
     is_e4m3 = values.dtype == jnp.float8_e4m3fn
     values = lax.bitcast_convert_type(values, jnp.int8) if is_e4m3 else values  # a copy; cut float8 would be widened
     widen = e4m3 if is_e4m3 else jnp.float32

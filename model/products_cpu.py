@@ -15,7 +15,7 @@ FEW_ROWS = 64
 """Up to so many rows a product waits for its weight, on CPUs and GPUs."""
 _ROWS_BY_LANES = 4  # of integers: one after the other they take less than to widen the weight
 _BLOCK = 1 << 20  # numbers of a weight that are widened at a time, and stay in cache
-_BY_LANES = {"int8", "uint8", "float16", "float8_e4m3fn"} | ({"bfloat16"} if jax.__version_info__ >= (0, 11) else set())
+_BY_LANES = {"int8", "uint8", "bfloat16", "float16", "float8_e4m3fn"}
 _DIGITS = 3
 _MOST_BY_DIGITS = 1 << 24 if jax.__version_info__ >= (0, 11) else 0  # numbers of a weight; XLA:CPU copies larger ones
 
