@@ -16,9 +16,8 @@ from .quantization import ZERO_NIBBLE, QuantizedArray
 
 _LANES = 8  # a byte of the weight's dtype; eight float32 are the 256 bits that XLA:CPU prefers
 _TERMS = (16, 64)  # with fewer LLVM unrolls the lanes, and vectorizes nothing; with more registers are spilled
-_WIDENED = (
-    {"bfloat16"} if jax.__version_info__ < (0, 11) else set()
-)  # in memory, in loops of more terms than 12 or more blocks than one
+_BFLOAT16 = (32, 64) if jax.__version_info__ >= (0, 11) else (64, 12)
+"""Lanes and most terms of bfloat16: in loops of more terms or blocks XLA:CPU is slower, or widens it in memory."""
 _CHAINS = 4  # of additions, each of which waits for the one before
 
 
@@ -30,14 +29,14 @@ def terms_of(w: Num[Array, "O I"] | QuantizedArray) -> int:
     if values.shape[1] % lanes or unit == 0 or unit * lanes != (group or lanes):
         return 0
     count = values.shape[1] // lanes
-    if values.dtype.name in _WIDENED:
-        return count if 6 <= count <= 12 else 0
+    if values.dtype == jnp.bfloat16:
+        return count if 6 <= count <= _BFLOAT16[1] else 0
     fewest, most = _TERMS
     return max((terms for terms in range(unit, most + 1, unit) if terms >= fewest and count % terms == 0), default=0)
 
 
 def _lanes_of(values: Num[Array, "..."]) -> int:
-    return 64 if values.dtype.name in _WIDENED else _LANES * values.dtype.itemsize
+    return _BFLOAT16[0] if values.dtype == jnp.bfloat16 else _LANES * values.dtype.itemsize
 
 
 def _group(w: QuantizedArray) -> int | None:
