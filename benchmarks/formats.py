@@ -1,5 +1,7 @@
 """A decode step with the same weights in several formats, in turns: what fewer bytes a token are worth.
 
+Then each product of a layer by itself, beside the speed of memory, worst first.
+
 Formats are a dtype, with a scheme of the layers' weights behind a slash and one of the output projection behind a plus:
 float32, bfloat16, bfloat16/int8, bfloat16/int4-32+int8.
 """
@@ -18,6 +20,7 @@ from ..model.config import DTYPES
 from . import subject as subjects
 from .harness import Table, milliseconds
 from .limits import Figure, measured_roof, roof_record
+from .products import measured, of_layer, table
 from .steps import decode_turn, plan_steps
 from .subject import find_subject, make_model
 from .timing import Turn, in_turns
@@ -58,6 +61,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with tqdm(total=len(turns) * (args.repeats + 1), unit="turn", disable=None, leave=False) as bar:
         timed, _ = in_turns(turns, args.repeats, turns, lambda _: bar.update())
     after = measured_roof(["bfloat16"])
+    stored = dict.fromkeys(parsed["quantize"] or parsed["dtype"] for parsed in map(parse, args.formats))
+    layer = of_layer(next(iter(named.values())).config)
     read = {name: roofline.Deployment(subject.config) for name, subject in named.items()}
     yield {
         "subject": next(iter(named.values())).title,
@@ -73,6 +78,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
             for (name, batch), spreads in timed.items()
         ],
+        "products": measured(layer, list(stored), args.batch, args.repeats),
     }
 
 
@@ -91,6 +97,7 @@ def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
         )
     columns = ("format", "batch", "MB", "ms", "tok/s", "GB/s", *(f"x {name}" for name in first))
     yield Table("", columns, rows)
+    yield table(report["products"])
     before, after = (report["roof"][when]["bandwidth"] / 1e9 for when in ("before", "after"))
     yield f"Memory is read at {before:.1f} GB/s before and {after:.1f} after."
 

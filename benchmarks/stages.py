@@ -64,6 +64,7 @@ STAGES = (
     Stage("transformers", 150, ALL, f"decode llama-3.2-1b {ONE} --compare transformers", None, None),
     Stage("tensor", 300, ALL, f"decode llama-3.1-8b {ONE} --tensor 1,{{devices}}", None, None),
     Stage("formats", 240, ALL, f"formats llama-3.1-8b {FORMATS}", "formats", f"formats {TINY} {TWO}"),
+    Stage("products", 600, "", None, "products", f"products {TINY} --formats float32,int4 --repeats 1"),
     Stage(
         "replay",
         240,

@@ -1,35 +1,110 @@
 """x @ w.T in the forms that XLA:CPU is fastest at: at the speed of memory where rows are few."""
 
-import functools
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int8, Num
+from jaxtyping import Array, Float, Num
 
+from .lanes_cpu import by_lanes, e4m3, terms_of
 from .quantization import ZERO_NIBBLE, QuantizedArray, dequantize
 
 FEW_ROWS = 64
 """Up to so many rows a product waits for its weight, on CPUs and GPUs."""
-_MOST_TERMS = 64 if jax.__version_info__ >= (0, 11) else 12  # that XLA:CPU fuses into one vectorized loop
+_ROWS_BY_LANES = 4  # of integers: one after the other they take less than to widen the weight
+_BLOCK = 1 << 20  # numbers of a weight that are widened at a time, and stay in cache
+_BY_LANES = {"int8", "uint8", "bfloat16", "float16", "float8_e4m3fn"}
 _DIGITS = 3
+_MOST_BY_DIGITS = 1 << 24 if jax.__version_info__ >= (0, 11) else 0  # numbers of a weight; XLA:CPU copies larger ones
 
 
 def product_cpu(x: Float[Array, "M I"], w: Num[Array, "*out I"] | QuantizedArray) -> Float[Array, "M *out"]:
     """x @ w.T in float32, in the first form that serves the weight, the rows and the devices."""
+    if _cpu_devices() != 1:  # over several, an axis that may be split is neither merged nor cut
+        return _widened(x, w) if isinstance(w, QuantizedArray) else _dense(x, w)
+    shape = w.shape
+    y = _on_one_device(x, jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), _by_output(w)))
+    return y.reshape(-1, *shape[:-1])
+
+
+def _on_one_device(x: Float[Array, "M I"], w: Num[Array, "O I"] | QuantizedArray) -> Float[Array, "M O"]:
     rows, quantized = x.shape[0], isinstance(w, QuantizedArray)
-    one_device = _cpu_devices() == 1  # over several, an axis that may be split is neither merged nor cut
-    if one_device and rows == 1 and (lanes := _lanes(x, w)):
-        return _by_lanes(x, w, lanes)
-    plain_int8 = quantized and w.scheme.dtype == "int8" and w.scheme.scales_outputs
-    if one_device and plain_int8 and rows * _DIGITS <= FEW_ROWS:
+    values = w.values if quantized else w
+    dtype = values.dtype.name
+    plain_int8 = quantized and dtype == "int8" and w.scheme.scales_outputs
+    by_digits = plain_int8 and 1 < rows <= FEW_ROWS // _DIGITS and values.size <= _MOST_BY_DIGITS
+    most = _ROWS_BY_LANES if dtype in ("int8", "uint8") and not by_digits else 1
+    if rows <= most and dtype in _BY_LANES and terms_of(w):
+        return _in_blocks(by_lanes, x, w) if dtype == "float8_e4m3fn" else _row_by_row(x, w)
+    if by_digits:
         return _int8_by_digits(x, w)
-    if quantized:
+    if rows <= FEW_ROWS and (quantized or dtype == "float16"):
+        return _in_blocks(_by_float32, x, w)
+    return _widened(x, w) if quantized else _dense(x, w)
+
+
+def _row_by_row(x: Float[Array, "M I"], w: Num[Array, "O I"] | QuantizedArray) -> Float[Array, "M O"]:
+    return by_lanes(x, w) if x.shape[0] == 1 else lax.map(lambda row: by_lanes(row[None], w)[0], x)
+
+
+def _by_output(w: Num[Array, "*out I"] | QuantizedArray) -> Num[Array, "*out I"] | QuantizedArray:
+    """The weight with scales for each output, where they are of blocks."""
+    if not isinstance(w, QuantizedArray) or w.scheme.rows == 1:
+        return w
+    times = w.values.shape[-2] // w.scales.shape[-2]
+    scales, zeros = (part if part is None else jnp.repeat(part, times, axis=-2) for part in (w.scales, w.zeros))
+    return w.replace(scales=scales, zeros=zeros, scheme=dataclasses.replace(w.scheme, rows=1))
+
+
+def _by_float32(x: Float[Array, "M I"], w: Num[Array, "R I"] | QuantizedArray) -> Float[Array, "M R"]:
+    """By the weight in float32."""
+    x = x.astype(jnp.float32)
+    if not isinstance(w, QuantizedArray):
+        return _weight_left(x, w.astype(jnp.float32))
+    if w.scheme.dtype != "int4":
         return _widened(x, w)
-    if one_device and rows > FEW_ROWS:
-        return _plain(x, w)
-    return _weight_left(x, w)
+    groups = w.scales.shape[1]
+    if w.values.shape[1] % groups or (w.scheme.group or x.shape[1]) * groups != x.shape[1]:
+        return _weight_left(x, dequantize(w))
+    # The two numbers of a byte are multiplied apart: to lay them side by side takes longer than the product.
+    scales = w.scales.astype(jnp.float32)[:, :, None]
+    zeros = ZERO_NIBBLE if w.zeros is None else w.zeros.astype(jnp.float32)[:, :, None]
+
+    def half(numbers: Array) -> Float[Array, "R J"]:
+        numbers = numbers.reshape(numbers.shape[0], groups, -1).astype(jnp.float32)
+        return ((numbers - zeros) * scales).reshape(numbers.shape[0], -1)
+
+    return _weight_left(x[:, ::2], half(w.values & 15)) + _weight_left(x[:, 1::2], half(w.values >> 4))
+
+
+def _in_blocks(
+    product: Callable[..., Float[Array, "M R"]], x: Float[Array, "M I"], w: Num[Array, "O I"] | QuantizedArray
+) -> Float[Array, "M O"]:
+    """A product by as many outputs at a time as stay in cache when they are widened or copied."""
+    outputs, inputs = w.shape
+    count = -(-outputs * inputs // _BLOCK)
+    size = -(-outputs // count)
+    if count == 1 or size == 1:
+        return product(x, w)
+
+    def block(first: Array) -> Float[Array, "M R"]:
+        tied = lax.optimization_barrier((first, w))  # else XLA widens the whole weight before the loop
+        return product(x, jax.tree.map(lambda part: _rows_of(part, tied[0], size), tied[1]))
+
+    count = -(-outputs // size)
+    last = outputs - size  # of which the block before may have some too
+    y = jnp.moveaxis(lax.map(block, jnp.minimum(jnp.arange(0, outputs, size), last)), 0, 1).reshape(-1, count * size)
+    whole = (count - 1) * size
+    return y if count * size == outputs else jnp.concatenate([y[:, :whole], y[:, whole - outputs :]], axis=1)
+
+
+def _rows_of(array: Num[Array, "O N"], first: Array, size: int) -> Num[Array, "R N"]:
+    if array.dtype != jnp.float8_e4m3fn:
+        return lax.dynamic_slice_in_dim(array, first, size)
+    bits = lax.bitcast_convert_type(array, jnp.int8)  # XLA:CPU would widen all of them to cut them
+    return lax.bitcast_convert_type(lax.dynamic_slice_in_dim(bits, first, size), array.dtype)
 
 
 def _cpu_devices() -> int:
@@ -39,10 +114,10 @@ def _cpu_devices() -> int:
         return 0
 
 
-def _plain(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
-    """A product of matrices: with more axes XLA would transpose its result."""
-    y = jnp.einsum("mi,oi->mo", x, w.reshape(-1, w.shape[-1]), preferred_element_type=jnp.float32)
-    return y.reshape(-1, *w.shape[:-1])
+def _dense(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
+    if x.shape[0] > FEW_ROWS and w.ndim == 2:  # with more axes XLA would transpose the result
+        return jnp.einsum("mi,oi->mo", x, w, preferred_element_type=jnp.float32)
+    return _weight_left(x, w)
 
 
 def _weight_left(x: Float[Array, "M I"], w: Float[Array, "*out I"]) -> Float[Array, "M *out"]:
@@ -67,89 +142,14 @@ def _dot_weight_left(x: Num[Array, "M I"], w: Num[Array, "*out I"], dtype: jax.t
 def _widened(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
     """By the weight as an array of x's dtype, or of float32."""
     if w.scheme.dtype == "float8_e4m3fn":
-        w = w.replace(values=_e4m3(lax.bitcast_convert_type(w.values, jnp.int8)))
+        w = w.replace(values=e4m3(lax.bitcast_convert_type(w.values, jnp.int8)))
     if w.scheme.scales_outputs:
-        return _scaled(product_cpu(x, w.values.astype(x.dtype)), w)
-    return product_cpu(x, dequantize(w, x.dtype))
+        return _scaled(_dense(x, w.values.astype(x.dtype)), w)
+    return _dense(x, dequantize(w, x.dtype))
 
 
 def _scaled(y: Float[Array, "M *out"], w: QuantizedArray) -> Float[Array, "M *out"]:
     return y * w.scales[..., 0]
-
-
-def _lanes(x: Float[Array, "1 I"], w: Num[Array, "*out I"] | QuantizedArray) -> int:
-    """Columns a term of a product by lanes, bytes of int4; 0 where the form does not serve."""
-    if not isinstance(w, QuantizedArray):
-        return _dividing(x.shape[1], (32, 64)) if x.dtype == jnp.bfloat16 else 0
-    if w.scheme.dtype != "int4":
-        return _dividing(x.shape[1], (32, 64)) if w.scheme.scales_outputs else 0
-    group = w.scheme.group or x.shape[1]
-    whole = tuple(lanes for lanes in (32, 64, 16) if group // 2 % lanes == 0)  # which do not straddle groups
-    return _dividing(x.shape[1] // 2, whole) if x.shape[1] % group == 0 else 0
-
-
-def _dividing(size: int, choices: tuple[int, ...]) -> int:
-    """The first that divides the columns into no more terms than one loop takes; 0 where none does."""
-    return next((lanes for lanes in choices if size % lanes == 0 and size <= _MOST_TERMS * lanes), 0)
-
-
-def _by_lanes(x: Float[Array, "1 I"], w: Num[Array, "*out I"] | QuantizedArray, lanes: int) -> Float[Array, "1 *out"]:
-    """A matrix times one row as one fused loop that LLVM vectorizes: XLA's own product takes twice as long or more.
-
-    Each of `lanes` sums takes every such column; a second, small product adds them up.
-    """
-    if not isinstance(w, QuantizedArray):
-        return _values_by_lanes(x, w, lanes)
-    if w.scheme.dtype == "int4":
-        return _int4_by_lanes(x, w, lanes)
-    return _scaled(_values_by_lanes(x, w.values, lanes), w)
-
-
-def _values_by_lanes(x: Float[Array, "1 I"], w: Num[Array, "*out I"], lanes: int) -> Float[Array, "1 *out"]:
-    x, w = _at_this_step(x[0].astype(jnp.float32), w)
-    is_e4m3 = w.dtype == jnp.float8_e4m3fn
-    w = lax.bitcast_convert_type(w, jnp.int8) if is_e4m3 else w  # before it is cut: XLA:CPU would copy cut float8
-
-    def term(first: int) -> Array:
-        part = w[..., first : first + lanes]
-        return (_e4m3(part) if is_e4m3 else part.astype(jnp.float32)) * x[first : first + lanes]
-
-    return _sum_of_lanes(term(first) for first in range(0, w.shape[-1], lanes))
-
-
-def _int4_by_lanes(x: Float[Array, "1 I"], w: QuantizedArray, lanes: int) -> Float[Array, "1 *out"]:
-    """A group's scale multiplies the sum of its terms."""
-    group, x = w.scheme.group or x.shape[1], x[0].astype(jnp.float32)
-    scales = w.scales.astype(jnp.float32)
-    zeros = ZERO_NIBBLE if w.zeros is None else w.zeros.astype(jnp.float32)
-    sums = jnp.sum(x.reshape(-1, group), axis=1)  # what zero points multiply
-    even, odd = x.reshape(-1, 2).T
-    odd = odd / 16  # a byte is 16 times its high number and once its low one, which `even` makes up for
-    even, odd, values, scales = _at_this_step(even - odd, odd, w.values, scales)
-
-    def term(first: int) -> Array:
-        part, columns = values[..., first : first + lanes], slice(first, first + lanes)
-        low, both = (part & 15).astype(jnp.float32), part.astype(jnp.float32)
-        index = 2 * first // group
-        return (low * even[columns] + both * odd[columns]) * scales[..., index : index + 1]
-
-    return _sum_of_lanes(term(first) for first in range(0, values.shape[-1], lanes)) - (scales * zeros) @ sums
-
-
-def _at_this_step(*arrays: Array) -> tuple[Array, ...]:
-    # The barrier ties the weight to this step: in a loop XLA would widen all weights beforehand, and read those.
-    return lax.optimization_barrier(arrays)
-
-
-def _sum_of_lanes(terms: Iterable[Array]) -> Float[Array, "1 *out"]:
-    sums = lax.optimization_barrier(functools.reduce(jnp.add, terms))
-    return (sums @ jnp.ones((sums.shape[-1],), jnp.float32))[None]
-
-
-def _e4m3(bits: Int8[Array, "..."]) -> Float[Array, "..."]:
-    """Float8 numbers from their bits, which are those of a float16 a 256th as large: XLA:CPU widens float16 faster."""
-    bits = bits.astype(jnp.int16)  # the sign is copied to the upper half
-    return lax.bitcast_convert_type(bits << 7 & 0xBFFF, jnp.float16).astype(jnp.float32) * 256
 
 
 def _int8_by_digits(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
