@@ -2,8 +2,6 @@
 
 import random
 
-import pytest
-
 import ridgeline as rl
 from families import write_checkpoint
 
@@ -13,14 +11,13 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize(("data", "tensor"), [(1, 8), (2, 4)])
-def test_random_schedules_on_a_mesh(tmp_path, data, tensor):
+def test_random_schedules_on_a_mesh(tmp_path):
     directory = write_checkpoint(tmp_path / "checkpoint", "gemma3", 8, 4)
-    one, model = rl.load_model(directory), rl.load_model(directory, mesh=rl.make_mesh(data=data, tensor=tensor))
+    one, model = rl.load_model(directory), rl.load_model(directory, mesh=rl.make_mesh(data=2, tensor=4))
     expected = [rl.generate(one, [prompt], params)[0].tokens for prompt, params in REQUESTS]
     rng = random.Random(0)
-    with rl.Engine(model, max_batch_size=4, max_length=192, cache_tokens=64 * 4 * data, prefill_tokens=64) as engine:
-        for _ in range(6):
+    with rl.Engine(model, max_batch_size=4, max_length=192, cache_tokens=64 * 8, prefill_tokens=64) as engine:
+        for _ in range(5):
             places, to_come = {}, list(range(len(REQUESTS)))
             rng.shuffle(to_come)
             while to_come or engine.has_work:
