@@ -38,7 +38,7 @@ def requests_for(rng, vocab_size):
         {"temperature": 0.0, "logprobs": 2},
     ]
     return [
-        (prompt, rl.SamplingParams(max_tokens=rng.randint(1, 30), **asked[n % 5])) for n, prompt in enumerate(prompts)
+        (prompt, rl.SamplingParams(max_tokens=rng.randint(3, 30), **asked[n % 5])) for n, prompt in enumerate(prompts)
     ]
 
 
@@ -91,6 +91,22 @@ def test_any_mix_gives_the_tokens_of_each_alone(config):
     with rl.Engine(model, **options) as engine:
         for _ in range(60):
             check(play(engine, rng, requests, aborts=0.02), expected)
+        stats = engine.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_rate > 0.05
+
+
+def test_batch_invariant_in_bfloat16():
+    """Logits too, to the bit."""
+    model, rng = tiny_model(tiny_config(dtype="bfloat16", max_position=192)), random.Random(4)
+    requests = [(prompt, dataclasses.replace(params, logprobs=3)) for prompt, params in requests_for(rng, 509)]
+    options = SMALL | {"cache_tokens": 64 * 5, "batch_invariant": True}
+    expected = one_by_one(model, requests, **options)
+    with rl.Engine(model, **options) as engine:
+        for _ in range(30):
+            outputs = play(engine, rng, requests)
+            check(outputs, expected)
+            assert all(output.logprobs == expected[place].logprobs for place, output in outputs)
         stats = engine.stats()
     assert stats.preemptions > 0
     assert stats.prefix_hit_rate > 0.05

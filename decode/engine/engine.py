@@ -11,6 +11,7 @@ import jax
 from tqdm import tqdm
 
 from ...model.loading import Model
+from .. import buckets
 from ..prompts import Prompt, make_request
 from ..request import FinishReason, Request, StreamChunk
 from ..sampling.draw import SampleLogprobs
@@ -70,6 +71,10 @@ class Engine:
       max_waiting: most requests that wait; None for any number.
       whole_batches: whether the decode program always has all `max_batch_size` rows, and samples as any request so far
         asks for, so that few programs are compiled; else it has the power of two that holds those that run.
+      batch_invariant: whether a request gives the tokens that it gives alone, to the bit, in 16 bits too: all is
+        computed by programs of one shape, in which a row's sums do not depend on the other rows. It costs speed: each
+        prefill has one chunk, of full width, each dispatch one decode step of all rows, and a request that gave up its
+        pages makes its output anew.
 
     Raises:
       ValueError: a size that is not positive, that the mesh does not divide, or that no memory is left for.
@@ -86,16 +91,21 @@ class Engine:
         kv_dtype: jax.typing.DTypeLike | None = None,
         max_waiting: int | None = None,
         whole_batches: bool = False,
+        batch_invariant: bool = False,
     ):
         sizes = engine_sizes(model, max_batch_size, cache_tokens, max_length, prefill_tokens, kv_dtype)
         self.model, self.sizes, self.max_waiting = model, sizes, max_waiting
-        self._runner = Runner(model, sizes.slots, sizes.pages, PAGE_SIZE, sizes.max_length, kv_dtype, whole_batches)
+        whole_batches |= batch_invariant
+        width = buckets.prefill_floor(min(prefill_tokens, buckets.PREFILL_CHUNK)) if batch_invariant else None
+        self._runner = Runner(
+            model, sizes.slots, sizes.pages, PAGE_SIZE, sizes.max_length, kv_dtype, whole_batches, width
+        )
         self._scheduler = Scheduler(
-            sizes.shards(), sizes.slots, prefill_tokens, prefix_caching, regime_of(model.config)
+            sizes.shards(), sizes.slots, prefill_tokens, prefix_caching, regime_of(model.config), batch_invariant
         )
         ropes = {layer.rope for layer in model.config.layers}
         self._borders = sorted({rope.original_max_position for rope in ropes if rope.kind == "longrope"})
-        self._replays = any(rope.kind == "dynamic" for rope in ropes)
+        self._replays = batch_invariant or any(rope.kind == "dynamic" for rope in ropes)
         self._whole_batches, self._least_plan = whole_batches, SamplingPlan()
         self._active: dict[int, _Active] = {}
         self._in_flight: list[_Dispatch] = []

@@ -60,6 +60,7 @@ class Runner:
       max_length: most positions of a row.
       kv_dtype: of cached keys and values, as `init_cache` takes it.
       whole_batches: as in `Engine`.
+      width: of every prefill; None for the bucket of the longest chunk.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Runner:
         max_length: int,
         kv_dtype: jax.typing.DTypeLike | None = None,
         whole_batches: bool = False,
+        width: int | None = None,
     ):
         self.model, self.slots, self._max_length = model, slots, max_length
+        self._width = width
         # On data shards rows stay with the devices that have their pages.
         self._whole_batches = whole_batches or (model.mesh is not None and model.mesh.shape["data"] > 1)
         self.shards = 1 if model.mesh is None else model.mesh.shape["data"]
@@ -117,7 +120,7 @@ class Runner:
           One token a row of the program, of which those of texts that go on are nobody's, and each chunk's row.
         """
         places, rows = self._places([chunk.row.slot for chunk in chunks])
-        width = buckets.prefill_bucket(max(chunk.count for chunk in chunks))
+        width = self._width or buckets.prefill_bucket(max(chunk.count for chunk in chunks))
         tokens = np.zeros((rows, width), np.int32)
         new, starts, contexts = np.zeros((3, rows), np.int32)
         slots = np.full(rows, self.slots, np.int32)  # out of bounds, where nothing enters

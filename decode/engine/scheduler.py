@@ -104,6 +104,9 @@ class Scheduler:
       slots: rows that can run together; each shard has an equal run of them.
       prefill_tokens: budget of a step, padding included.
       prefix_caching: whether rows begin with pages that others have filled.
+      regime: of a row that is read with some length; see `Regime`.
+      one_shape: whether every step decodes once and every prefill has one chunk, and pages are shared that a prefill
+        has filled, so that all is computed by programs of one shape.
     """
 
     def __init__(
@@ -113,11 +116,13 @@ class Scheduler:
         prefill_tokens: int,
         prefix_caching: bool = True,
         regime: Callable[[int], Regime] = lambda context: (b"", sys.maxsize),
+        one_shape: bool = False,
     ):
         self.shards = shards
         self.prefill_tokens = prefill_tokens
         self.prefix_caching = prefix_caching
         self.regime = regime
+        self.one_shape = one_shape
         self.page_size = shards[0].page_size
         self.waiting: list[Row] = []  # both in order
         self.running: list[Row] = []
@@ -190,12 +195,10 @@ class Scheduler:
 
     def _decode_steps(self) -> int:
         """One where somebody waits, or where a row comes to a border before the host has its tokens."""
-        near = any(
-            row.computed < border < row.computed + buckets.DECODE_STEPS
-            for row in self.running
-            for border in row.borders
-        )
-        return 1 if near or self.waiting or any(row.reading for row in self.running) else buckets.DECODE_STEPS
+        most = buckets.DECODE_STEPS
+        near = any(0 < border - row.computed < most for row in self.running for border in row.borders)
+        alone = not (self.waiting or any(row.reading for row in self.running))
+        return most if alone and not near and not self.one_shape else 1
 
     def _prefills(self, budget: int) -> list[list[Chunk]]:
         batches, written = [], set()
@@ -220,7 +223,7 @@ class Scheduler:
         width = max(buckets.prefill_bucket(n) for n in [count, *(chunk.count for chunk in batch)])
         each = collections.Counter(map(self.shard_of, rows))
         padded = len(self.shards) * buckets.batch_bucket(max(each.values())) * width
-        return padded > self.prefill_tokens
+        return self.one_shape or padded > self.prefill_tokens
 
     def _admit(self) -> Row | None:
         """Begin the first row that waits, if there is a slot and there are pages for its text."""
@@ -267,7 +270,8 @@ class Scheduler:
     def _register(self, row: Row) -> Sequence[Key]:
         """Let others find the pages that are full, and whose tokens are known; returns the keys of the new ones."""
         page_keys(row.tokens, self.page_size, row.keys, row.root)
-        before, count = row.pages.registered, min(row.computed, len(row.tokens), row.shareable) // self.page_size
+        known = row.context if self.one_shape else len(row.tokens)
+        before, count = row.pages.registered, min(row.computed, known, row.shareable) // self.page_size
         if self.prefix_caching:
             self._pages(row).register(row.pages, row.keys, count)
         return row.keys[before:count]
