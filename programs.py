@@ -55,10 +55,11 @@ def abstract_cache(
     """What `init_cache` returns for a mesh, as `jax.ShapeDtypeStruct`s."""
     cache = jax.eval_shape(lambda: init_cache(config, batch_size, max_length, mesh=mesh, kv_dtype=kv_dtype))
     specs = kv_specs(config, page_dtype(kv_dtype, config, mesh), mesh.shape["tensor"])
-    return KVCache(
-        pages=jax.tree.map(lambda leaf, spec: _abstract(leaf.shape, leaf.dtype, spec.axes, mesh), cache.pages, specs),
-        rows=jax.tree.map(lambda leaf: _abstract(leaf.shape, leaf.dtype, ("batch",), mesh), cache.rows),
+    rows = jax.tree.map(
+        lambda leaf: _abstract(leaf.shape, leaf.dtype, ("batch", "entries")[: leaf.ndim], mesh), cache.rows
     )
+    pages = jax.tree.map(lambda leaf, spec: _abstract(leaf.shape, leaf.dtype, spec.axes, mesh), cache.pages, specs)
+    return KVCache(pages, rows)
 
 
 def lower_prefill(

@@ -23,7 +23,7 @@ from ..decode.sampling.layout import make_plan
 from ..decode.sampling.params import SamplingParams
 from ..decode.step import decode_step
 from ..model.config import ModelConfig
-from ..model.kv_specs import page_kinds
+from ..model.kv_specs import kinds_by_layer, page_kinds
 from ..model.loading import Model
 from .timing import Turn, elapsed
 
@@ -188,8 +188,8 @@ def _cache_of(runner: Runner, rows: Sequence[Row]) -> KVCache:
     """The rows as `decode_step` takes them; it consumes the runner's pages."""
     tables = tuple(np.array(lists, np.int32) for lists in zip(*(row.pages.lists for row in rows), strict=True))
     full = np.array([row.max_length - 1 for row in rows], np.int32)
-    state = runner.state
-    return KVCache(runner.pages, Rows(state.lengths + 0, full, state.contexts + 0, tables))
+    state, kinds = runner.state, kinds_by_layer(runner.model.config)
+    return KVCache(runner.pages, Rows(state.lengths + 0, full, state.contexts + 0, tables, kinds))
 
 
 def compiled_step(model: Model, cache: KVCache, options: Mapping[str, Any]) -> Callable[..., Any]:
