@@ -24,6 +24,15 @@ from ridgeline.pallas_kernels.dispatch import current_device  # noqa: E402
 from tiny import tiny_model  # noqa: E402
 
 
+@pytest.fixture(autouse=True, scope="module")
+def memory_maps():
+    """Each compiled program keeps maps of memory, and a process that needs more than Linux allows, 65,530, crashes."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def model() -> rl.Model:
     return tiny_model()

@@ -12,7 +12,7 @@ from ridgeline.model import products
 from ridgeline.model.layers import linear
 from ridgeline.model.params import ParamSpec
 
-FAMILIES = ["llama3", "llama_bias", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"]
+FAMILIES = ["llama3", "llama_bias", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"]
 PROMPTS = [list(range(1, 24)), [5], [7, 11, 300, 2], list(range(200, 212))]
 
 
