@@ -34,6 +34,7 @@ from ..cli.common import add_format_options, terminal, usage_errors
 from ..decode import buckets
 from ..decode.engine.engine import Engine
 from ..decode.engine.sizes import PAGE_SIZE
+from ..decode.engine.stats import PERCENTILES
 from ..model.loading import Model
 from . import subject as subjects
 from .conversations import Conversations, generate_conversations
@@ -41,7 +42,7 @@ from .harness import Table
 from .limits import Figure
 from .replay_plot import plot
 from .request_trace import CONVERSATION, TraceRequest, clamp, generate_trace, scale
-from .served import PERCENTILES, allowed_hit_rate, percentiles, summarize
+from .served import allowed_hit_rate, percentiles, summarize
 from .servers import GREEDY, Job, counted_compilations, make_jobs, on_engine, replay
 from .timing import elapsed
 from .trace_files import read_trace, write_trace

@@ -4,9 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-PERCENTILES = (50, 90, 99)
+from ..decode.engine import stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +35,9 @@ class Served:
 
 
 def percentiles(values: Sequence[int | float]) -> dict[str, float] | None:
-    """`PERCENTILES`, interpolated linearly between values; None of nothing."""
-    if not values:
-        return None
-    return {f"p{percent}": float(np.percentile(values, percent)) for percent in PERCENTILES}
+    """As of an engine's statistics, by names that JSON takes; None of nothing."""
+    found = stats.percentiles(values)
+    return found and {f"p{percent}": value for percent, value in found.items()}
 
 
 def summarize(served: Sequence[Served], ttft_limit: float, tpot_limit: float) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 from rich.live import Live
 from rich.text import Text
 
-from ..decode import buckets
 from ..decode.engine.engine import Engine
+from ..decode.generate import engine_for
 from ..decode.prompts import Prompt, make_request
 from ..decode.request import Request, RequestOutput
 from ..decode.sampling.params import SamplingParams
@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     as_texts = sys.stdout.isatty() and not args.json
     results: list[RequestOutput] = []
     with usage_errors():
-        engine = _engine(model, requests, args.kv_dtype)
+        engine = engine_for(model, requests, MAX_BATCH, args.kv_dtype)
+        for request in requests:
+            engine.add(request)
     with engine:
         for line, output in zip(lines, in_order(finished(engine, len(requests))), strict=True):
             results.append(output)
@@ -123,20 +125,6 @@ def make_requests(model: Model, lines: Sequence[Line], params: SamplingParams) -
         except (TypeError, ValueError) as error:
             raise UsageError(f"{line.where}: {error}") from None
     return requests
-
-
-def _engine(model: Model, requests: Sequence[Request], kv_dtype: str | None) -> Engine:
-    """An engine to which all requests have been submitted."""
-    engine = Engine(
-        model,
-        max_batch_size=buckets.batch_bucket(min(len(requests), MAX_BATCH)),
-        max_length=buckets.cache_bucket(max(len(request.prompt) + request.max_tokens for request in requests)),
-        kv_dtype=kv_dtype,
-        whole_batches=True,
-    )
-    for request in requests:
-        engine.add(request)
-    return engine
 
 
 def finished(engine: Engine, count: int) -> Iterator[tuple[int, RequestOutput]]:

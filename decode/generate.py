@@ -62,7 +62,7 @@ def stream(
 
     The arguments are checked when it is called, before the first chunk is asked for.
     """
-    engine = _engine(model, requests := make_requests(model, prompts, sampling), max_batch_size, kv_dtype)
+    engine = engine_for(model, requests := make_requests(model, prompts, sampling), max_batch_size, kv_dtype)
     for request in requests:
         engine.add(request)
     return _closing(engine)
@@ -83,7 +83,7 @@ def warm_up(
 ) -> None:
     """Compile the programs that `generate` with these arguments will run, so that none is compiled while it runs."""
     requests = make_requests(model, prompts, sampling)
-    with _engine(model, requests, max_batch_size, kv_dtype) as engine:
+    with engine_for(model, requests, max_batch_size, kv_dtype) as engine:
         for request in requests[:max_batch_size]:
             engine.add(request)
         decoded = set()
@@ -94,7 +94,7 @@ def warm_up(
                 break
 
 
-def _engine(
+def engine_for(
     model: Model, requests: Sequence[Request], max_batch_size: int, kv_dtype: jax.typing.DTypeLike | None
 ) -> Engine:
     """An engine for these requests, of sizes that few calls differ in: they are those of compiled programs."""

@@ -50,7 +50,8 @@ def compiled(config, program):
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_and_bytes_are_those_that_xla_counts(family, program):
-    """XLA counts element-wise work too, hence 3 %; plain jnp attention also scores what it then masks."""
+    """XLA counts element-wise work too, hence 2 %, and 3 where a CPU's decode merges the sums of blocks; plain jnp
+    attention also scores what it then masks."""
     config = family_config(family)
     deployment = Deployment(config)
     counts = count_decode(deployment, B, C) if program == "decode" else count_prefill(deployment, B, C)
@@ -59,7 +60,7 @@ def test_flops_and_bytes_are_those_that_xla_counts(family, program):
     assert counts.kv_read.flops <= masked
     found = compiled(config, program)
     xla = found.cost_analysis()
-    assert xla["flops"] == pytest.approx(counts.weights.flops + masked, rel=0.03)
+    assert xla["flops"] == pytest.approx(counts.weights.flops + masked, rel=0.03 if program == "decode" else 0.02)
     assert counts.weights.flops < xla["flops"]
 
     # XLA adds up every operation's operands and results, whether they leave the caches or not: an upper bound. Decode

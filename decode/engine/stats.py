@@ -46,7 +46,7 @@ class EngineStats:
     device_wait: float
 
 
-def percentiles(values: Sequence[float]) -> dict[int, float] | None:
+def percentiles(values: Sequence[int | float]) -> dict[int, float] | None:
     """`PERCENTILES` of some values, interpolated linearly; None of nothing."""
     if not values:
         return None
