@@ -19,7 +19,7 @@ from .decode.prefill import prefill
 from .decode.step import decode_step
 from .model.config import ModelConfig
 from .model.kv_specs import kv_specs
-from .model.params import Params, param_shardings, param_specs
+from .model.params import abstract_params
 from .sharding import hlo
 from .sharding.rules import named_sharding
 from .sharding.targets import compile_for_target, target_mesh
@@ -34,15 +34,6 @@ __all__ = [
     "lower_prefill",
     "target_mesh",
 ]
-
-
-def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
-    """A model's parameters as `jax.ShapeDtypeStruct`s that lie on a mesh."""
-    return jax.tree.map(
-        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
-        param_specs(config, mesh.shape["tensor"]),
-        param_shardings(config, mesh),
-    )
 
 
 def abstract_cache(

@@ -5,19 +5,18 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
 
-from ..decode.generate import warm_up
 from ..decode.prompts import default_sampling
 from ..decode.sampling.params import SamplingParams
 from ..model.config import DTYPES
 from ..model.kv_specs import KV_DTYPES
-from ..model.loading import Model, load_model
+from ..model.loading import Model, open_model
 from ..model.schemes import SCHEMES
 from ..sharding.mesh import make_mesh
 
@@ -112,6 +111,12 @@ def _bias(text: str) -> tuple[int, float]:
 
 def load(args: argparse.Namespace) -> tuple[Model, SamplingParams]:
     """The model and the sampling that the options of `add_options` ask for."""
+    _, params, read = open_(args)
+    return read(), params
+
+
+def open_(args: argparse.Namespace) -> tuple[Model, SamplingParams, Callable[[], Model]]:
+    """As `load`, but the model without its weights, and what reads them."""
     cache_compilations()
     with usage_errors():
         names = {field.name for field in dataclasses.fields(SamplingParams)} & vars(args).keys()
@@ -120,8 +125,8 @@ def load(args: argparse.Namespace) -> tuple[Model, SamplingParams]:
             given["logit_bias"] = dict(given["logit_bias"])
         SamplingParams(**given)  # refused before a model is loaded
         mesh = None if args.tensor == args.data == 1 else make_mesh(data=args.data, tensor=args.tensor)
-    model = load_model(args.model, mesh=mesh, dtype=args.dtype, **schemes(args))
-    return model, default_sampling(model, **given)
+    model, read = open_model(args.model, mesh=mesh, dtype=args.dtype, **schemes(args))
+    return model, default_sampling(model, **given), read
 
 
 def read_text(option: str, file: Path) -> str:
@@ -144,12 +149,19 @@ def cache_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", str(base / "ridgeline" / "jax"))
 
 
-def warm_up_programs(model: Model, prompt: Any, params: SamplingParams, kv_dtype: str | None) -> float:
-    """Compile what the request will run, and say for how long."""
-    started = time.perf_counter()
-    with terminal(stderr=True).status("compiling"):  # shown on terminals only
-        warm_up(model, prompt, params, kv_dtype=kv_dtype)
-    return time.perf_counter() - started
+def while_compiling(compile: Callable[[], None], read: Callable[[], Model]) -> tuple[Model, float]:
+    """Load a model's weights while its programs are compiled, and say for how long that was."""
+
+    def timed() -> float:
+        started = time.perf_counter()
+        compile()
+        return time.perf_counter() - started
+
+    with ThreadPoolExecutor(1) as thread:
+        compiling = thread.submit(timed)
+        model = read()
+        with terminal(stderr=True).status("compiling"):  # shown on terminals only
+            return model, compiling.result()
 
 
 def terminal(stderr: bool = False) -> Console:

@@ -1,14 +1,15 @@
 """`ridgeline generate`: continue a text."""
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
 
-from ..decode.generate import stream
+from ..decode.generate import stream, warm_up
 from ..decode.prompts import make_requests
 from . import batch
-from .common import OK, UsageError, add_options, load, read_text, terminal, usage_errors, warm_up_programs
+from .common import OK, UsageError, add_options, open_, read_text, terminal, usage_errors, while_compiling
 from .reply import Reply
 
 
@@ -32,10 +33,12 @@ def run(args: argparse.Namespace) -> int:
     if args.file is not None and args.file.suffix == ".jsonl":
         return batch.run(args)
     prompt = _prompt(args)
-    model, params = load(args)
+    model, params, read = open_(args)
     with usage_errors():
         (request,) = make_requests(model, prompt, params)
-    reply = Reply(not args.json, len(request.prompt), warm_up_programs(model, prompt, params, args.kv_dtype))
+    compile = functools.partial(warm_up, model, prompt, params, kv_dtype=args.kv_dtype)
+    model, compile_seconds = while_compiling(compile, read)
+    reply = Reply(not args.json, len(request.prompt), compile_seconds)
     if not args.json and sys.stdout.isatty():
         terminal().print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
     reply.run(stream(model, prompt, params, kv_dtype=args.kv_dtype))

@@ -81,13 +81,18 @@ def warm_up(
     max_batch_size: int = 32,
     kv_dtype: jax.typing.DTypeLike | None = None,
 ) -> None:
-    """Compile the programs that `generate` with these arguments will run, so that none is compiled while it runs."""
+    """Compile the programs that `generate` with these arguments will run, so that none is compiled while it runs.
+
+    The model's parameters may be `jax.ShapeDtypeStruct`s still (`open_model`).
+    """
     requests = make_requests(model, prompts, sampling)
-    with engine_for(model, requests, max_batch_size, kv_dtype) as engine:
+    with engine_for(model, requests, max_batch_size, kv_dtype) as engine, engine.rehearsal():
         for request in requests[:max_batch_size]:
             engine.add(request)
         decoded = set()
         for chunk in engine.run():
+            if chunk.output is not None and chunk.output.error is not None:
+                raise chunk.output.error
             if chunk.finish_reason or len(requests[chunk.index].tokens) > 1:
                 decoded.add(chunk.index)
             if len(decoded) == len(requests[:max_batch_size]):

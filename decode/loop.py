@@ -63,7 +63,7 @@ def for_host(made: Any) -> Any:
     return jax.tree.map(constrain, made)
 
 
-def settle(model: Model, out: jax.Array) -> None:
+def settle(model: Model, out: Any) -> None:
     """Wait, on a mesh of CPU devices: collective programs that are queued there wait for each other for ever."""
     if model.mesh is not None and model.mesh.devices.flat[0].platform == "cpu":
         jax.block_until_ready(out)

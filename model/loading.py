@@ -1,9 +1,11 @@
 """`load_model`: a directory -> configuration, parameters, tokenizer, generation defaults."""
 
 import dataclasses
+import functools
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from .checkpoint.settings import read_config
 from .config import DTYPES, ModelConfig
 from .generation import GenerationDefaults, generation_defaults
 from .hf import TensorMap, config_from_hf, in_other_orders, is_multimodal, tensors_of, text_part
-from .params import Params, kv_replicas, param_shardings
+from .params import Params, abstract_params, kv_replicas, param_shardings
 from .schemes import Quantization, quantization
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -88,6 +90,22 @@ def load_model(
         checkpoint holds quantized; it names the file and the remedy.
       ValueError: an unknown dtype or scheme, or a mesh that the model does not divide over; nothing has been read then.
     """
+    return open_model(path, mesh=mesh, dtype=dtype, quantize=quantize, quantize_output=quantize_output)[1]()
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    quantize: str | None = None,
+    quantize_output: str | None = None,
+) -> tuple[Model, Callable[[], Model]]:
+    """A checkpoint's model before its weights are read, and what reads them.
+
+    Arguments and errors are those of `load_model`. The parameters are `jax.ShapeDtypeStruct`s, so that programs can be
+    compiled while the weights load.
+    """
     chosen = None if dtype is None else _dtype_name(dtype)
     asked = quantization(quantize, quantize_output)
     directory, raw, stated = _open(path)
@@ -108,11 +126,12 @@ def load_model(
                 f"convert the original again with quantize={quantize!r}, quantize_output={quantize_output!r}"
             )
         config = stored.replace(dtype=chosen or stored.dtype)
-        params = restore(directory, stored, config, mesh)
+        read = functools.partial(restore, directory, stored, config, mesh)
     else:
         checkpoint, config, tensors = _open_weights(directory, raw, stated, chosen, mesh)
-        params = load_params(checkpoint, config, tensors, mesh)
-    return Model(config, params, tokenizer, generation, directory, mesh)
+        read = functools.partial(load_params, checkpoint, config, tensors, mesh)
+    model = Model(config, abstract_params(config, mesh), tokenizer, generation, directory, mesh)
+    return model, lambda: dataclasses.replace(model, params=read())
 
 
 def convert_model(

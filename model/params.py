@@ -195,6 +195,17 @@ def spec_shardings(specs: Params, mesh: Mesh | AbstractMesh) -> Params:
     )
 
 
+def abstract_params(config: ModelConfig, mesh: Mesh | AbstractMesh | None = None) -> Params:
+    """A model's parameters as `jax.ShapeDtypeStruct`s, on a mesh or one device."""
+    if mesh is None:
+        return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), param_specs(config))
+    return jax.tree.map(
+        lambda spec, at: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=at),
+        param_specs(config, mesh.shape["tensor"]),
+        param_shardings(config, mesh),
+    )
+
+
 def param_name(path: tuple) -> str:
     """A parameter's dotted name, such as "layers.0.qkv", from its path in the tree."""
     return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from ..sampling.draw import SampleLogprobs
 from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays
 from ..sampling.params import SamplingParams
 from .regime import regime_of
+from .rehearsal import Rehearsal
 from .runner import ANYTHING, Runner, Sampled
 from .scheduler import Row, Scheduler
 from .sizes import PAGE_SIZE, engine_sizes
@@ -214,10 +216,20 @@ class Engine:
         """
         if self.has_work:
             raise RuntimeError(f"{len(self._active)} requests are there; warm up before the first is submitted")
-        shapes = list(self._runner.shapes(self._scheduler.prefill_tokens, sampling or ANYTHING))
-        for run in tqdm(shapes, desc="warm-up", unit="program", disable=not progress):
-            run()
-        self._scheduler.forget()  # it wrote to pages
+        with self.rehearsal() as runner:
+            shapes = list(runner.shapes(self._scheduler.prefill_tokens, sampling or ANYTHING))
+            for run in tqdm(shapes, desc="warm-up", unit="program", disable=not progress):
+                run()
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[Rehearsal]:
+        """Requests that are run in here have their programs compiled, and get tokens that mean nothing."""
+        runner, ends = self._runner, self.model.generation.eos_token_ids
+        with Rehearsal(runner, next(n for n in itertools.count() if n not in ends)) as self._runner:
+            try:
+                yield self._runner
+            finally:
+                self._runner = runner
 
     def stats(self) -> EngineStats:
         """What the engine is doing, and has done."""

@@ -105,12 +105,13 @@ class Runner:
 
     def insert(self, slot: int, request: RequestArrays) -> None:
         """What the row that is about to enter a slot asks of sampling."""
-        self.state = self.state.replace(sampling=insert(self.state.sampling, np.array([slot], np.int32), request))
+        sampling = self._run(insert, self.state.sampling, np.array([slot], np.int32), request)
+        self.state = self.state.replace(sampling=sampling)
 
     def make_tables(self) -> None:
         """Have what "full" plans need of the slots."""
         if self.state.sampling.bias is None:
-            tables = empty_state(self.slots, self._vocab_size, True, self.model.mesh)
+            tables = self._run(empty_state, self.slots, self._vocab_size, True, self.model.mesh)
             self.state = self.state.replace(sampling=tables.replace(settings=self.state.sampling.settings))
 
     def prefill(self, chunks: Sequence[Chunk], plan: SamplingPlan) -> tuple[Sampled | None, list[int]]:
@@ -138,12 +139,13 @@ class Runner:
             kinds=kinds_by_layer(self.model.config),
         )
         tokens, new = self._put(tokens), self._put(new)
-        logits, cache = prefill(self.model.params, self.model.config, tokens, new, KVCache(self.pages, batch))
+        cache = KVCache(self.pages, batch)
+        logits, cache = self._run(prefill, self.model.params, self.model.config, tokens, new, cache)
         self.pages = cache.pages
         made = None
         if any(chunk.last for chunk in chunks):
-            made, self.state = _enter(logits, self.state, slots, cache.lengths, cache.contexts, plan)
-        settle(self.model, logits)
+            lengths, contexts = cache.lengths, cache.contexts
+            made, self.state = self._run(_enter, logits, self.state, slots, lengths, contexts, plan)
         return made, places
 
     def decode(self, rows: Sequence[Row], steps: int, plan: SamplingPlan) -> tuple[Sampled, list[int]]:
@@ -157,7 +159,8 @@ class Runner:
             taken[: len(rows)] = slots
         max_lengths = np.zeros(count, np.int32)
         max_lengths[places] = [row.max_length - 1 for row in rows]  # the last token is not cached
-        made, self.pages, self.state = _decode(
+        made, self.pages, self.state = self._run(
+            _decode,
             self.model.params,
             self.model.config,
             self.pages,
@@ -168,13 +171,10 @@ class Runner:
             plan,
             steps,
         )
-        settle(self.model, made[0])
         return made, places
 
     def shapes(self, prefill_tokens: int, sampling: Sequence[SamplingParams]) -> Iterator[Callable[[], Any]]:
-        """What compiles every program that such requests need, one after the other, when called; it writes to some
-        page.
-        """
+        """Calls that run every program that such requests need, one after the other."""
         plans = list(dict.fromkeys(make_plan([params], self._vocab_size) for params in sampling))
         full = any(plan.kind == "full" for plan in plans)
         if full:
@@ -200,6 +200,12 @@ class Runner:
             for plan in plans if count == 1 or not self._whole_batches else []:
                 for steps in (1, buckets.DECODE_STEPS):
                     yield functools.partial(self.decode, some, steps, plan)
+
+    def _run(self, program: Callable[..., Any], *args: Any) -> Any:
+        """Everything jitted that a runner calls goes through here."""
+        out = program(*args)
+        settle(self.model, out)
+        return out
 
     def _places(self, slots: Sequence[int]) -> tuple[list[int], int]:
         """Rows of a program for rows in these slots, each on its slot's data shard, and how many rows it has."""
@@ -274,6 +280,10 @@ def _enter(
     tokens, logprobs, sampling = sample(logits, rows.sampling, lengths, plan)
     made = for_host(jax.tree.map(lambda x: x[None], (tokens, logprobs)))
     return made, _with_rows(state, slots, SlotState(tokens, lengths, contexts, sampling))
+
+
+DRAWING = _decode, _enter
+"""Programs whose first result the host reads."""
 
 
 def _rows_of(state: SlotState, slots: Int[Array, "b"] | None, plan: SamplingPlan) -> SlotState:

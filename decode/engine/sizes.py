@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ...model.config import ModelConfig
 from ...model.kv_specs import kinds_by_layer, kv_specs, page_kinds
 from ...model.loading import Model
-from ...model.params import param_shardings, param_specs
+from ...model.params import abstract_params
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages, page_dtype
 from ..prefill import prefill
@@ -128,9 +128,7 @@ def _temporaries(
     tables = (jnp.zeros((rows, 1), jnp.int32),) * kinds
     pages = init_pages(config, [data] * kinds, PAGE_SIZE, mesh, kv_dtype)
     cache = KVCache(pages, Rows(zeros, zeros, zeros, tables, kinds_by_layer(config)))
-    params = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), param_specs(config))
-    if mesh is not None:
-        specs, shardings = param_specs(config, mesh.shape["tensor"]), param_shardings(config, mesh)
-        params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), specs, shardings)
-    compiled = prefill.lower(params, config, jnp.zeros((rows, width), jnp.int32), zeros, cache).compile()
+    compiled = prefill.lower(
+        abstract_params(config, mesh), config, jnp.zeros((rows, width), jnp.int32), zeros, cache
+    ).compile()
     return compiled.memory_analysis().temp_size_in_bytes + 3 * slots * config.vocab_size * 4  # logits and scores
