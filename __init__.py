@@ -9,11 +9,13 @@ Prefill and decode are two programs, compiled apart: the first is bound by arith
 """
 
 from . import programs, roofline
+from .decode.beam import BeamSearchOutput, BeamSearchSequence, beam_search
 from .decode.cache import KVCache, init_cache
 from .decode.engine.async_engine import AsyncEngine
 from .decode.engine.engine import Engine, EngineFull
 from .decode.engine.stats import EngineStats
 from .decode.extend import extend
+from .decode.fork import fork
 from .decode.generate import generate, stream
 from .decode.loop import decode_steps
 from .decode.prefill import prefill
@@ -43,6 +45,8 @@ __all__ = [
     "SCHEMES",
     "AsyncEngine",
     "AttentionSpec",
+    "BeamSearchOutput",
+    "BeamSearchSequence",
     "CheckpointError",
     "Engine",
     "EngineFull",
@@ -57,12 +61,14 @@ __all__ = [
     "StreamChunk",
     "Tokenizer",
     "attend_to_tokens",
+    "beam_search",
     "count_parameters",
     "decode_step",
     "decode_steps",
     "dequantize",
     "evaluate",
     "extend",
+    "fork",
     "forward",
     "generate",
     "init_cache",

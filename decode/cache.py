@@ -69,7 +69,13 @@ class KVCache:
     rows: Rows
 
     def replace(self, **changes: Any) -> "KVCache":
-        """A copy with `pages`, `rows`, or fields of the rows changed."""
+        """A copy with `pages`, `rows`, or fields of the rows changed.
+
+        `lengths` may be lowered, which rewinds rows: what came after is written over. (Layers with a window that keep
+        only its pages have what 1,024 tokens less than a row's longest length needs, and no more.) `max_lengths` may be
+        anything up to `capacity`. `block_tables` may name any pages: they are written and read by the table that is
+        given; rows may share pages that none of them writes to. To cut, copy or reorder rows call `fork`.
+        """
         of_rows = {name: changes.pop(name) for name in _ROW_FIELDS if name in changes}
         cache = dataclasses.replace(self, **changes)
         return dataclasses.replace(cache, rows=cache.rows.replace(**of_rows)) if of_rows else cache
