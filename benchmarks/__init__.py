@@ -11,6 +11,7 @@ from . import (
     formats,
     harness,
     kernel_resources,
+    latency,
     loading,
     machine,
     matmul,
@@ -19,6 +20,7 @@ from . import (
     quality,
     replay,
     stages,
+    throughput,
 )
 from .environment import command
 
@@ -28,6 +30,8 @@ BENCHMARKS = {
     "matmul": matmul,
     "formats": formats,
     "products": products,
+    "latency": latency,
+    "throughput": throughput,
     "replay": replay,
     "loading": loading,
     "quality": quality,

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,13 @@ _DISTRIBUTIONS = (
     *("safetensors", "orbax-checkpoint", "torch", "transformers"),
 )
 
+_CARD = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+
 
 def record(benchmark: str, command: str) -> dict[str, Any]:
-    """The benchmark, its command line, the date and time in UTC, the machine, and the versions of what is installed."""
+    """The benchmark, its command line, the date and time in UTC, the machine, the
+    commit, XLA's flags, and the versions of what is installed.
+    """
     versions = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
@@ -36,15 +41,37 @@ def record(benchmark: str, command: str) -> dict[str, Any]:
         "benchmark": benchmark,
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "flags": os.environ.get("XLA_FLAGS", ""),
         "device": jax.devices()[0].device_kind,
         "hardware": {
             "devices": jax.device_count(),
             "cpu": model.group(1) if model else platform.machine(),
             "cores": cores(),
-            "memory_gb": round(int(memory.group(1)) / 1e6, 1) if memory else None,
+            "memory_gib": round(int(memory.group(1)) / 2**20, 1) if memory else None,
+            "card": card(),
         },
         "versions": versions,
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout that runs, marked where files differ from it; None of an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def card() -> dict[str, str]:
+    """What the driver says of the first GPU, clocks included; nothing where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={_CARD}", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(_CARD.split(","), (field.strip() for field in lines[0].split(",")), strict=False))
 
 
 def cores() -> int:

@@ -11,9 +11,12 @@ may have "subject" and "device", which go into the file's name, and "failures", 
 """
 
 import argparse
+import csv
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output", type=Path, metavar="FILE", help=f"where they are stored (default: in {folder})")
     group.add_argument("--plot", type=Path, metavar="FILE", help="draw them to a .png, .pdf or .svg")
     group.add_argument("--json", action="store_true", help="print them as one JSON object instead of tables")
+    help = "or print tables in Markdown, or a flat row a measurement, with every setting, as CSV or as JSON lines"
+    group.add_argument("--format", choices=("md", "csv", "jsonl"), help=help)
 
 
 def run(module: ModuleType, args: argparse.Namespace) -> int:
@@ -63,12 +68,16 @@ def run(module: ModuleType, args: argparse.Namespace) -> int:
         if args.plot is not None:
             check_plot(args.plot)
     name, others, out, report = module.__name__.rpartition(".")[2], Others(), args.output, {}
+    started = time.perf_counter()
     for results in module.measure(args):
         header = report or record(name, args.command)  # not before: a benchmark may set up JAX's devices first
         report = header | results | {"cores_busy_with_others": others.cores()}
         report |= {"rehearsal": True} if REHEARSAL else {}
         out = out or _default_output(report)
         store(report, out)
+        if not sys.stderr.isatty():  # where bars are not to be seen
+            count = sum(len(rows) for rows in _measurements(report).values())
+            print(f"{name}: {count} measured, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     if not report:
         return OK
     figures = list(module.figures(report))
@@ -79,6 +88,9 @@ def run(module: ModuleType, args: argparse.Namespace) -> int:
     failures = report.get("failures", [])
     if args.json:
         print(json.dumps(report))
+        return FAILURE if failures else OK
+    if args.format is not None:
+        print_flat(report, args.format, module.show(report))
         return FAILURE if failures else OK
     console = terminal()
     for part in module.show(report):
@@ -94,6 +106,51 @@ def run(module: ModuleType, args: argparse.Namespace) -> int:
     drawn = f", the plot in {args.plot}" if args.plot else ""
     console.print(f"The results are in {out}{drawn}.", highlight=False, soft_wrap=True)
     return FAILURE if failures else OK
+
+
+def print_flat(report: Mapping[str, Any], format: str, shown: Iterable[Table | str]) -> None:
+    """A report as Markdown, as `shown`, or as rows for a spreadsheet or a data frame."""
+    if format == "md":
+        print("\n\n".join(part.markdown() if isinstance(part, Table) else part for part in shown))
+        return
+    rows = list(flat_rows(report))
+    if format == "jsonl":
+        print("\n".join(json.dumps(row) for row in rows))
+        return
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def flat_rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row a measurement, with all that the whole report says besides; names within names are joined by dots.
+
+    Lists of numbers, such as all timings of a spread, are left out.
+    """
+    lists = _measurements(report)
+    settings = _flat({name: value for name, value in report.items() if name not in lists})
+    if not lists:
+        yield settings
+    for name, rows in lists.items():
+        for row in rows:
+            yield settings | {"measurement": name} | _flat(row)
+
+
+def _measurements(report: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """The lists of a report that have a measurement each."""
+    lists = {name: value for name, value in report.items() if name != "figures" and isinstance(value, list)}
+    return {name: value for name, value in lists.items() if value and all(isinstance(row, Mapping) for row in value)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def _default_output(report: dict[str, Any]) -> Path:

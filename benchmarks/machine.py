@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +16,6 @@ from .limits import Figure, measured_roof
 from .timing import elapsed
 
 LAUNCHES = 200
-_CARD = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,20 +32,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "platform": device.platform,
         "is_hopper": device.is_hopper,
         "multiprocessors": device.multiprocessors,
-        "card": card(),
         "launch_us": {"waited": waited / LAUNCHES * 1e6, "queued": queued / LAUNCHES * 1e6},
         "roof": dataclasses.asdict(roof),
     }
-
-
-def card() -> dict[str, str]:
-    """What the driver says of the first GPU; nothing where there is none."""
-    command = ["nvidia-smi", f"--query-gpu={_CARD}", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(_CARD.split(","), (field.strip() for field in lines[0].split(",")), strict=False))
 
 
 def data_sheet(kind: str) -> Hardware | None:

@@ -4,9 +4,10 @@ The clock is real. A request's time to first token (TTFT) runs from its arrival,
 output token (TPOT) is the mean gap between its later tokens; its end-to-end time runs from arrival to last token.
 Tokens count from when they reach the host, which gets them a block of decode steps at a time.
 
-Goodput counts only the requests that meet limits on both (Zhong et al., "DistServe: Disaggregating Prefill and Decoding
-for Goodput-optimized Large Language Model Serving", OSDI 2024), as a share and a second. The paper calls goodput the
-highest rate at which a wanted share is met: to find it, replay at several values of `--speed`.
+Results have the names and units of `vllm bench serve`. Goodput counts only the requests that meet limits on both (Zhong
+et al., "DistServe: Disaggregating Prefill and Decoding for Goodput-optimized Large Language Model Serving", OSDI 2024),
+as a share and a second. The paper calls goodput the highest rate at which a wanted share is met: to find it, replay at
+several values of `--speed`.
 
 Two servers take turns: "engine", to which each request is submitted when it arrives, and "static", the same engine
 held to batches: those that have arrived run together, and those that arrive meanwhile wait until all of them are done;
@@ -23,6 +24,7 @@ generated as `request_trace.py` tells or, with --conversations, as `conversation
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -34,7 +36,6 @@ from ..cli.common import add_format_options, terminal, usage_errors
 from ..decode import buckets
 from ..decode.engine.engine import Engine
 from ..decode.engine.sizes import PAGE_SIZE
-from ..decode.engine.stats import PERCENTILES
 from ..model.loading import Model
 from . import subject as subjects
 from .conversations import Conversations, generate_conversations
@@ -42,7 +43,7 @@ from .harness import Table
 from .limits import Figure
 from .replay_plot import plot
 from .request_trace import CONVERSATION, TraceRequest, clamp, generate_trace, scale
-from .served import allowed_hit_rate, percentiles, summarize
+from .served import LATENCIES, allowed_hit_rate, percentiles, summarize
 from .servers import GREEDY, Job, counted_compilations, make_jobs, on_engine, replay
 from .timing import elapsed
 from .trace_files import read_trace, write_trace
@@ -87,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = "replay X times as fast, one after the other (default: 1)"
     add("--speed", type=several(real), default=[1.0], metavar="X,...", help=help)
     add("--scale-lengths", type=real, default=1.0, metavar="X", help="lengths of prompts and outputs, times X (1)")
+    help = "most requests with the server; others wait outside (default: any number)"
+    add("--max-concurrency", type=whole, metavar="N", help=help)
+    add("--num-warmups", type=int, default=0, metavar="N", help="requests served before the clock runs (default: 0)")
     help = "write the trace in Mooncake's form, as it is before it is scaled, and stop"
     add("--save-trace", type=Path, metavar="FILE", help=help)
     add("--fit", type=Path, metavar="FILE", help="fit the generator to a trace, print how well it does, and stop")
@@ -124,6 +128,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "output_tokens": percentiles([request.output_tokens for request in trace]),
             "prefix_hit_rate": allowed_hit_rate((job.prompt for job in jobs), PAGE_SIZE),
         },
+        "limits": {"ttft": args.ttft_limit, "tpot": args.tpot_limit},
         "runs": [],
     }
     for speed, (server, cache_tokens) in itertools.product(args.speed, _servers(args)):
@@ -176,16 +181,22 @@ def _run(
     ) as engine:
         warm_up_seconds, _ = elapsed(lambda: engine.warm_up(progress=True, sampling=[GREEDY]))
         batch = args.max_batch if server == "static" else None
+        for job in jobs[: args.num_warmups]:  # of other tokens, so that nothing of the trace is found
+            engine.submit(job.prompt[::-1], dataclasses.replace(GREEDY, max_tokens=job.output_tokens))
+            list(engine.run())
+        before = engine.stats()
+        serve = functools.partial(on_engine, engine, max_batch=batch, max_concurrency=args.max_concurrency)
         with counted_compilations() as compilations:
-            served = replay(functools.partial(on_engine, engine, max_batch=batch), jobs)
+            served = replay(serve, jobs)
         stats = engine.stats()
+    found = stats.cached_prompt_tokens - before.cached_prompt_tokens
     return {
         "cache_tokens": engine.sizes.cache_tokens,
         "warm_up_seconds": round(warm_up_seconds, 3),
         "compiled_while_serving": compilations(),
         "result": summarize(served, args.ttft_limit, args.tpot_limit),
-        "prefix_hit_rate": stats.prefix_hit_rate,
-        "preemptions": stats.preemptions,
+        "prefix_hit_rate": found / (stats.prompt_tokens - before.prompt_tokens),
+        "preemptions": stats.preemptions - before.preemptions,
         "ttft": [each.ttft for each in served],
         "tpot": [each.tpot for each in served if each.tpot is not None],
     }
@@ -215,7 +226,7 @@ def show(report: Mapping[str, Any]) -> Iterator[Table | str]:
     for speed in dict.fromkeys(run["speed"] for run in report["runs"]):
         yield _table(speed, [run for run in report["runs"] if run["speed"] == speed])
     rate = f", {trace['requests_per_s']:.2f} a second at speed 1" if trace["requests_per_s"] else ""
-    limits = " and ".join(f"{key.upper()} {1e3 * s:.0f} ms" for key, s in report["runs"][0]["result"]["limits"].items())
+    limits = " and ".join(f"{key.upper()} {1e3 * s:.0f} ms" for key, s in report["limits"].items())
     yield (
         f"{trace['requests']} requests{rate}; {trace['clamped']} cut to the {trace['max_position']} positions of "
         f"{report['subject']}. Good: within {limits}. An engine stands with the positions of its pool. Prefix hits: "
@@ -232,27 +243,32 @@ def _name(run: Mapping[str, Any]) -> str:
 
 def _table(speed: float, runs: Sequence[Mapping[str, Any]]) -> Table:
     results = [run["result"] for run in runs]
-    rows = []
-    for name, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("end to end", "end_to_end")):
-        for percent in (f"p{percent}" for percent in PERCENTILES):
-            cells = ("-" if result[key] is None else f"{1e3 * result[key][percent]:.1f}" for result in results)
-            rows.append((f"{name} {percent}, ms", *cells))
+
+    def row(name: str, key: str) -> tuple[str, ...]:
+        return name, *("-" if result[key] is None else f"{result[key]:.2f}" for result in results)
+
+    rows = [
+        row("Benchmark duration (s)", "duration"),
+        row("Request throughput (req/s)", "request_throughput"),
+        row("Request goodput (req/s)", "request_goodput"),
+        ("Good requests", *(f"{result['good_share']:.1%}" for result in results)),
+        row("Output token throughput (tok/s)", "output_throughput"),
+        row("Total token throughput (tok/s)", "total_token_throughput"),
+        ("Most concurrent requests", *(str(result["max_concurrent_requests"]) for result in results)),
+    ]
+    for key, name in LATENCIES.items():
+        for figure in ("Mean", "Median", "P90", "P99"):
+            rows.append(row(f"{figure} {name} (ms)", f"{figure.lower()}_{key}_ms"))
     rows += [
-        ("requests/s", *(f"{result['requests_per_s']:.2f}" for result in results)),
-        ("output tokens/s", *(f"{result['output_tokens_per_s']:.1f}" for result in results)),
-        ("goodput, requests/s", *(f"{result['goodput']['requests_per_s']:.2f}" for result in results)),
-        ("good requests", *(f"{result['goodput']['share']:.1%}" for result in results)),
-        ("prefix hits", *(f"{run['prefix_hit_rate']:.1%}" for run in runs)),
-        ("preemptions", *(str(run["preemptions"]) for run in runs)),
+        ("Prefix hits", *(f"{run['prefix_hit_rate']:.1%}" for run in runs)),
+        ("Preemptions", *(str(run["preemptions"]) for run in runs)),
     ]
     return Table(f"speed {speed:g}", ("", *map(_name, runs)), rows)
 
 
 def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
     """The slowest of a hundred requests beside the limits of goodput."""
-    for run in report["runs"]:
-        result = run["result"]
-        for key, limit in result["limits"].items():
-            if result[key] is not None:
-                what = f"{_name(run)}, speed {run['speed']:g}: {key.upper()}, p99"
-                yield Figure(what, result[key]["p99"] * 1e3, limit * 1e3, "ms")
+    for run, (key, limit) in itertools.product(report["runs"], report["limits"].items()):
+        slowest = run["result"][f"p99_{key}_ms"]
+        if slowest is not None:
+            yield Figure(f"{_name(run)}, speed {run['speed']:g}: P99 {key.upper()}", slowest, limit * 1e3, "ms")

@@ -22,7 +22,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     figure = new_figure(figsize=(4.5 * panels, 3.6))
     first, second, *others = figure.subplots(1, panels)
     largest = [run for run in runs if run["server"] == "static" or run["cache_tokens"] == max(pools)]
-    _latencies((first, second), [run for run in largest if run["speed"] == next(iter(speeds))])
+    _latencies((first, second), report["limits"], [run for run in largest if run["speed"] == next(iter(speeds))])
     if len(speeds) > 1:
         _goodput(others.pop(0), largest)
     if len(pools) > 1:
@@ -30,8 +30,8 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _latencies(panels: Sequence[Any], runs: Runs) -> None:
-    for axes, (key, limit) in zip(panels, runs[0]["result"]["limits"].items(), strict=True):
+def _latencies(panels: Sequence[Any], limits: Mapping[str, float], runs: Runs) -> None:
+    for axes, (key, limit) in zip(panels, limits.items(), strict=True):
         for run in runs:
             if run[key]:
                 axes.ecdf([1e3 * value for value in run[key]], label=run["server"], color=_COLORS[run["server"]])
@@ -43,9 +43,7 @@ def _latencies(panels: Sequence[Any], runs: Runs) -> None:
 
 def _goodput(axes: Any, runs: Runs) -> None:
     for server, color in _COLORS.items():
-        line = sorted(
-            (run["speed"], run["result"]["goodput"]["requests_per_s"]) for run in runs if run["server"] == server
-        )
+        line = sorted((run["speed"], run["result"]["request_goodput"]) for run in runs if run["server"] == server)
         if line:
             axes.plot(*zip(*line, strict=True), marker="o", color=color, label=server)
     axes.set(xlabel="speed, times the trace's", ylabel="goodput, requests/s", xlim=(0, None), ylim=(0, None))

@@ -60,8 +60,9 @@ def on_engine(
     max_batch: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
+    max_concurrency: int | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
-    """`Serve` on an engine that has not had a request yet.
+    """`Serve` on an engine that has no requests.
 
     Args:
       engine: on which jobs run.
@@ -69,23 +70,28 @@ def on_engine(
       max_batch: None submits each job when it arrives. A number makes static batches: what has arrived, at most so
         many, is submitted together, and nothing else before all of it is done.
       clock, sleep: of real time.
+      max_concurrency: most requests that are with the engine; others are held back, and their time runs.
     """
-    start, submitted, times = clock(), 0, [[] for _ in jobs]
+    start, submitted, done, times = clock(), 0, 0, [[] for _ in jobs]
+    job_of: dict[int, int] = {}  # by the engine's number
+    at_once = len(jobs) if max_concurrency is None else max_concurrency
     while submitted < len(jobs) or engine.has_work:
         if max_batch is None or not engine.has_work:
             now, most = clock() - start, len(jobs) if max_batch is None else submitted + max_batch
-            while submitted < min(most, len(jobs)) and jobs[submitted].arrival <= now:
+            while submitted < min(most, len(jobs), done + at_once) and jobs[submitted].arrival <= now:
                 job = jobs[submitted]
-                engine.submit(job.prompt, dataclasses.replace(GREEDY, max_tokens=job.output_tokens))
-                submitted += 1
+                number = engine.submit(job.prompt, dataclasses.replace(GREEDY, max_tokens=job.output_tokens))
+                job_of[number], submitted = submitted, submitted + 1
         if not engine.has_work:
             sleep(jobs[submitted].arrival - now)
         for chunk in engine.step() if engine.has_work else ():
-            times[chunk.index] += [clock() - start] * len(chunk.tokens)
+            job = job_of[chunk.index]
+            times[job] += [clock() - start] * len(chunk.tokens)
             if chunk.output is not None:
                 if chunk.output.error is not None:
                     raise chunk.output.error
-                yield chunk.index, times[chunk.index]
+                done += 1
+                yield job, times[job]
 
 
 def replay(serve: Serve, jobs: Sequence[Job]) -> list[Served]:
@@ -102,7 +108,7 @@ def replay(serve: Serve, jobs: Sequence[Job]) -> list[Served]:
                 f"request {index} arrives at {job.arrival:.3f} s and asks for {job.output_tokens} tokens; the server "
                 f"gave {len(times)}, the first at {times[0] if times else math.nan:.3f} s: the server is wrong"
             )
-        served[index] = Served(job.arrival, times)
+        served[index] = Served(job.arrival, times, len(job.prompt))
     if len(served) != len(jobs):
         raise RuntimeError(f"the server finished {len(served)} of {len(jobs)} requests; every one must be served")
     return [served[index] for index in range(len(jobs))]

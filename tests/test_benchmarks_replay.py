@@ -56,19 +56,21 @@ def full_attention(**changes):
 def test_measures_of_a_hand_computed_replay():
     served = [
         Served(1.0, [1.5, 1.75, 2.0]),  # TTFT 0.5, TPOT 0.25, end to end 1
-        Served(2.0, [4.0]),  # TTFT 2
+        Served(2.0, [4.0], prompt_tokens=10),  # TTFT 2
         Served(3.0, [3.25, 4.25]),  # TTFT 0.25, TPOT 1
         Served(4.0, [4.5, 4.75, 5.0]),  # as the first
     ]
-    found = summarize(served, ttft_limit=0.5, tpot_limit=0.25)
-    assert found["requests"] == 4
-    assert found["seconds"] == 4.0
-    assert found["ttft"] == pytest.approx({"p50": 0.5, "p90": 1.55, "p99": 1.955})
-    assert found["tpot"] == pytest.approx({"p50": 0.25, "p90": 0.85, "p99": 0.985})
-    assert found["end_to_end"] == pytest.approx({"p50": 1.125, "p90": 1.775, "p99": 1.9775})
-    assert found["requests_per_s"] == 1.0
-    assert found["output_tokens_per_s"] == 9 / 4
-    assert found["goodput"] == {"share": 0.5, "requests_per_s": 0.5}  # limits may be reached: first and last
+    found = summarize(served, ttft_limit=0.5, tpot_limit=0.25)  # which may be reached: first and last
+    expected = {
+        "duration": 4.0, "completed": 4, "total_input_tokens": 10, "total_output_tokens": 9,
+        "request_throughput": 1.0, "output_throughput": 9 / 4, "total_token_throughput": 19 / 4,
+        "max_concurrent_requests": 2, "request_goodput": 0.5, "good_share": 0.5,
+        "mean_ttft_ms": 812.5, "median_ttft_ms": 500, "p90_ttft_ms": 1550, "p99_ttft_ms": 1955,
+        "median_tpot_ms": 250, "p90_tpot_ms": 850, "p99_tpot_ms": 985,
+        "mean_itl_ms": 400, "median_itl_ms": 250, "std_itl_ms": 300,
+        "median_e2el_ms": 1125, "p90_e2el_ms": 1775, "p99_e2el_ms": 1977.5,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 def a_run(result, **changes):
@@ -80,16 +82,17 @@ def a_run(result, **changes):
 def test_percentiles_of_one_request_and_of_none():
     assert percentiles([0.3]) == {"p50": 0.3, "p90": 0.3, "p99": 0.3}
     single = summarize([Served(0.0, [2.0])], ttft_limit=2.0, tpot_limit=0.1)
-    assert single["tpot"] is None
-    assert single["ttft"] == single["end_to_end"] == {"p50": 2.0, "p90": 2.0, "p99": 2.0}
-    assert single["goodput"] == {"share": 1.0, "requests_per_s": 0.5}
+    assert single["mean_tpot_ms"] is single["p99_itl_ms"] is None
+    assert single["median_ttft_ms"] == single["p99_ttft_ms"] == single["p90_e2el_ms"] == 2000
+    assert (single["good_share"], single["request_goodput"]) == (1.0, 0.5)
     trace = {"requests": 1, "requests_per_s": None, "clamped": 0, "max_position": 8, "prefix_hit_rate": 0.5}
-    report = {"runs": [a_run(single)], "trace": trace, "subject": "story"}
+    report = {"runs": [a_run(single)], "trace": trace, "subject": "story", "limits": {"ttft": 2.0, "tpot": 0.1}}
     table, note = replay.show(report)
     assert table.columns == ("", "engine, 512")
-    assert [row[1] for row in table.rows[::3]][:3] == ["2000.0", "-", "2000.0"]
+    cells = dict(table.rows)
+    assert (cells["Mean TTFT (ms)"], cells["P99 TPOT (ms)"], cells["Median E2EL (ms)"]) == ("2000.00", "-", "2000.00")
     assert "a pool without end would have 50.0%" in note
-    assert [figure.what for figure in replay.figures(report)] == ["engine, 512, speed 1: TTFT, p99"]
+    assert [figure.what for figure in replay.figures(report)] == ["engine, 512, speed 1: P99 TTFT"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,7 @@ class PretendedEngine(rl.Engine):
     def submit(self, prompt, sampling):
         self.left[len(self.submitted)] = sampling.max_tokens
         self.submitted.append(self.clock.now - 100.0)
+        return len(self.submitted) - 1
 
     def step(self):
         self.clock.now += 1.0
@@ -191,18 +195,19 @@ class PretendedEngine(rl.Engine):
 
 
 @pytest.mark.parametrize(
-    ("max_batch", "submitted", "times"),
+    ("max_batch", "at_once", "submitted", "times"),
     [
         # The first finds nobody else; at 5 two of three that wait fit, and the third waits for both.
-        (2, [2.0, 5.0, 5.0, 7.0, 20.0], [[3.0, 4.0, 5.0], [6.0], [6.0, 7.0], [8.0], [21.0]]),
-        (None, [2.0, 3.0, 3.0, 4.0, 20.0], [[3.0, 4.0, 5.0], [4.0], [5.0, 6.0], [6.0], [21.0]]),
+        (2, None, [2.0, 5.0, 5.0, 7.0, 20.0], [[3.0, 4.0, 5.0], [6.0], [6.0, 7.0], [8.0], [21.0]]),
+        (None, None, [2.0, 3.0, 3.0, 4.0, 20.0], [[3.0, 4.0, 5.0], [4.0], [5.0, 6.0], [6.0], [21.0]]),
+        (None, 1, [2.0, 5.0, 6.0, 8.0, 20.0], [[3.0, 4.0, 5.0], [6.0], [7.0, 8.0], [9.0], [21.0]]),
     ],
 )
-def test_static_batches_wait_and_an_engine_takes_what_arrives(max_batch, submitted, times):
+def test_static_batches_wait_and_an_engine_takes_what_arrives(max_batch, at_once, submitted, times):
     clock = Clock()
     engine = PretendedEngine(clock)
     jobs = [Job(at, (1, 2), tokens) for at, tokens in [(2.0, 3), (2.5, 1), (3.0, 2), (3.5, 1), (20.0, 1)]]
-    served = served_by(lambda jobs: on_engine(engine, jobs, max_batch, clock, clock.sleep), jobs)
+    served = served_by(lambda jobs: on_engine(engine, jobs, max_batch, clock, clock.sleep, at_once), jobs)
     assert engine.submitted == submitted
     assert [list(each.times) for each in served] == times
     assert [each.ttft for each in served] == [t[0] - job.arrival for t, job in zip(times, jobs, strict=True)]
@@ -257,16 +262,16 @@ def test_a_replay_with_the_bundled_model(run, write, capsys):
     for each in stored["runs"]:
         result = each["result"]
         assert each["compiled_while_serving"] == 0
-        assert result["requests"] == 3
-        assert result["goodput"]["share"] == 1.0
+        assert result["completed"] == 3
+        assert result["good_share"] == 1.0
         tokens = 1 + 2 + 3
-        assert result["output_tokens_per_s"] == pytest.approx(tokens / result["seconds"])
-        assert 0 < result["ttft"]["p50"] <= result["end_to_end"]["p50"] <= result["seconds"]
+        assert result["output_throughput"] == pytest.approx(tokens / result["duration"])
+        assert 0 < result["median_ttft_ms"] <= result["median_e2el_ms"] <= 1e3 * result["duration"]
     assert "hardware" in stored
     assert str(file.parent) not in json.dumps(stored)
     tables = capsys.readouterr().out
     assert tables.count("static engine, 2,048") == 2
-    assert "goodput, requests/s" in tables
+    assert "Request goodput (req/s)" in tables
 
 
 def test_conversations_are_saved_and_replayed_over_pools(run, tmp_path, capsys):
@@ -319,9 +324,10 @@ def test_a_plot_has_a_panel_for_whatever_was_varied(monkeypatch, tmp_path):
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, **_: drawn.append(self))
-    result = {"limits": {"ttft": 0.15, "tpot": 0.05}, "goodput": {"requests_per_s": 2.0}}
+    result = {"request_goodput": 2.0}
     one = a_run(result, server="static", cache_tokens=1024)
-    report = {"trace": {"prefix_hit_rate": 0.5}, "runs": [one]}
+    limits = {"ttft": 0.15, "tpot": 0.05}
+    report = {"trace": {"prefix_hit_rate": 0.5}, "limits": limits, "runs": [one]}
     replay.plot(report, tmp_path / "plot.png")
     ttft, tpot = drawn[0].axes
     assert [line.get_xdata()[-1] for line in ttft.lines] == [200.0, 150.0]  # the longest, the limit
