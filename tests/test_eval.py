@@ -11,8 +11,8 @@ import pytest
 
 import ridgeline as rl
 from ridgeline.cli import main
-from ridgeline.decode import score
-from ridgeline.decode.score import evaluate
+from ridgeline.decode import buckets
+from ridgeline.decode.evaluate import Comparison, evaluate
 from tiny import byte_tokenizer, tiny_config, tiny_model
 
 IDS = np.random.default_rng(0).integers(0, 509, 150).tolist()
@@ -38,7 +38,7 @@ def mixed(first: rl.Model, second: rl.Model) -> rl.Model:
 
 @pytest.mark.parametrize("stride", [7, 40])
 def test_windows_score_each_token_once_as_forward_does(model, monkeypatch, stride):
-    monkeypatch.setattr(score, "_CHUNK", 16)  # neither the window nor the stride is a multiple
+    monkeypatch.setattr(buckets, "PREFILL_CHUNK", 16)  # neither the window nor the stride is a multiple
     context, losses = 40, []
     for ids in (IDS[:3], IDS):
         for target in range(1, len(ids)):
@@ -97,7 +97,7 @@ def test_comparison_is_that_of_the_distributions(model):
     assert found.agreement == pytest.approx(agreement)
     assert found.divergence == pytest.approx((np.exp(theirs) * (theirs - ours)).sum(-1).mean(), rel=1e-4)
     itself = evaluate(model, [ids], context=40, against=model)
-    assert itself.comparison == score.Comparison(itself.loss, 1.0, 0.0)
+    assert itself.comparison == Comparison(itself.loss, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ...model.config import ModelConfig
 from ...model.kv_specs import kinds_by_layer
 from ...model.loading import Model
 from ...model.params import Params
-from ...sharding.rules import constrain, named_sharding
+from ...sharding.rules import constrain, put_rows
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages
 from ..loop import decode_steps, for_host, settle
@@ -222,12 +222,7 @@ class Runner:
         return tuple(tables)
 
     def _put(self, rows: np.ndarray) -> Array | np.ndarray:
-        """An array of a program's rows, each on its data shard."""
-        if self.model.mesh is None:
-            return rows
-        return jax.device_put(
-            rows, named_sharding("rows", rows.shape, ("batch", *[None] * (rows.ndim - 1)), self.model.mesh)
-        )
+        return put_rows(rows, self.model.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "vocab_size", "mesh"))
