@@ -5,6 +5,7 @@ import dataclasses
 import random
 
 import jax
+import numpy as np
 import pytest
 
 import ridgeline as rl
@@ -153,6 +154,39 @@ def test_prompts_begin_with_the_pages_of_earlier_ones(model):
             engine.submit(prompt, GREEDY)
             list(engine.run())
         assert engine.stats().prefix_hit_rate == 0
+
+
+def test_log_probabilities_of_prompts_are_those_of_score(model):
+    """Of prompts whose beginnings other requests have cached, in chunks, and of rows that are preempted."""
+    rng = random.Random(5)
+    asked = [{"prompt_logprobs": 2}, {}, {"prompt_logprobs": 0, "logprobs": 1}]
+    requests = [
+        (prompt, dataclasses.replace(params, **asked[n % 3]))
+        for n, (prompt, params) in enumerate(requests_for(rng, 509))
+    ]
+    scores = rl.score(model, [prompt for prompt, _ in requests if len(prompt) > 1], top=2)
+    scores = {score.tokens.tobytes(): score for score in scores}
+    with rl.Engine(model, **SMALL | {"cache_tokens": 64 * 5}) as engine:
+        outputs = [output for _ in range(20) for output in play(engine, rng, requests)]
+        stats = engine.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_rate > 0.05
+    for place, output in outputs:
+        prompt, params = requests[place]
+        if params.prompt_logprobs is None:
+            assert output.prompt_logprobs is None
+            continue
+        first, *others = output.prompt_logprobs
+        assert first is None
+        if others:
+            score = scores[np.array(prompt[1:], np.int32).tobytes()]
+            assert [next(iter(of_token)) for of_token in others] == prompt[1:]
+            own = [of_token[token] for of_token, token in zip(others, prompt[1:], strict=True)]
+            np.testing.assert_allclose(own, score.logprobs, atol=2e-5)
+            for of_token, best in zip(others, score.top_logprobs, strict=True):
+                assert len(of_token) <= 1 + params.prompt_logprobs
+                values = sorted(of_token.values(), reverse=True)[: params.prompt_logprobs]
+                np.testing.assert_allclose(values, best[: params.prompt_logprobs], atol=2e-5)
 
 
 def test_priority_and_order_of_arrival(model):

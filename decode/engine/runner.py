@@ -18,7 +18,7 @@ from ...sharding.rules import constrain, put_rows
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages
 from ..loop import decode_steps, for_host, settle
-from ..prefill import prefill
+from ..prefill import prefill, scored_prefill
 from ..sampling.draw import SampleLogprobs, sample
 from ..sampling.layout import RequestArrays, SamplingPlan, make_plan, request_arrays
 from ..sampling.params import SamplingParams
@@ -113,20 +113,25 @@ class Runner:
             tables = empty_state(self.slots, self._vocab_size, True, self.model.mesh)
             self.state = self.state.replace(sampling=tables.replace(settings=self.state.sampling.settings))
 
-    def prefill(self, chunks: Sequence[Chunk], plan: SamplingPlan) -> tuple[Sampled | None, list[int]]:
+    def prefill(
+        self, chunks: Sequence[Chunk], plan: SamplingPlan, top: int | None = None
+    ) -> tuple[Sampled | None, list[int], SampleLogprobs | None]:
         """Run chunks of prompts; rows whose text ends draw a token and enter their slots.
 
         Returns:
-          One token a row of the program, of which those of texts that go on are nobody's, and each chunk's row.
+          One token a row of the program, of which those of texts that go on are nobody's, and each chunk's row; and
+          where there is a `top`, log-probabilities of the token that follows each, with so many of the likeliest.
         """
         places, rows = self._places([chunk.row.slot for chunk in chunks])
         width = self._width or buckets.prefill_bucket(max(chunk.count for chunk in chunks))
-        tokens = np.zeros((rows, width), np.int32)
+        tokens, targets = np.zeros((2, rows, width), np.int32)
         new, starts, contexts = np.zeros((3, rows), np.int32)
         slots = np.full(rows, self.slots, np.int32)  # out of bounds, where nothing enters
         for place, chunk in zip(places, chunks, strict=True):
             end = chunk.start + chunk.count
             tokens[place, : chunk.count] = chunk.row.tokens[chunk.start : end]
+            following = chunk.row.tokens[chunk.start + 1 : end + 1]
+            targets[place, : len(following)] = following
             new[place], starts[place], contexts[place] = chunk.count, chunk.start, chunk.row.context
             if chunk.last:
                 slots[place] = chunk.row.slot
@@ -138,13 +143,17 @@ class Runner:
             kinds=kinds_by_layer(self.model.config),
         )
         tokens, new = self._put(tokens), self._put(new)
-        logits, cache = prefill(self.model.params, self.model.config, tokens, new, KVCache(self.pages, batch))
+        arguments = self.model.params, self.model.config, tokens, new, KVCache(self.pages, batch)
+        if top is None:
+            (logits, cache), scored = prefill(*arguments), None
+        else:
+            logits, cache, scored = scored_prefill(*arguments, self._put(targets), top)
         self.pages = cache.pages
         made = None
         if any(chunk.last for chunk in chunks):
             made, self.state = _enter(logits, self.state, slots, cache.lengths, cache.contexts, plan)
         settle(self.model, logits)
-        return made, places
+        return made, places, scored
 
     def decode(self, rows: Sequence[Row], steps: int, plan: SamplingPlan) -> tuple[Sampled, list[int]]:
         """Make the next tokens of rows that have entered; the new ones, and the row of the program that each was."""
