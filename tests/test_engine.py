@@ -5,6 +5,7 @@ import dataclasses
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -156,16 +157,13 @@ def test_prompts_begin_with_the_pages_of_earlier_ones(model):
         assert engine.stats().prefix_hit_rate == 0
 
 
-def test_log_probabilities_of_prompts_are_those_of_score(model):
+def test_log_probabilities_of_prompts_are_those_of_forward(model):
     """Of prompts whose beginnings other requests have cached, in chunks, and of rows that are preempted."""
     rng = random.Random(5)
-    asked = [{"prompt_logprobs": 2}, {}, {"prompt_logprobs": 0, "logprobs": 1}]
+    asked = [{"prompt_logprobs": 2}, {}, {"prompt_logprobs": 0}]
     requests = [
-        (prompt, dataclasses.replace(params, **asked[n % 3]))
-        for n, (prompt, params) in enumerate(requests_for(rng, 509))
+        (prompt, dataclasses.replace(GREEDY, **asked[n % 3])) for n, (prompt, _) in enumerate(requests_for(rng, 509))
     ]
-    scores = rl.score(model, [prompt for prompt, _ in requests if len(prompt) > 1], top=2)
-    scores = {score.tokens.tobytes(): score for score in scores}
     with rl.Engine(model, **SMALL | {"cache_tokens": 64 * 5}) as engine:
         outputs = [output for _ in range(20) for output in play(engine, rng, requests)]
         stats = engine.stats()
@@ -178,15 +176,14 @@ def test_log_probabilities_of_prompts_are_those_of_score(model):
             continue
         first, *others = output.prompt_logprobs
         assert first is None
-        if others:
-            score = scores[np.array(prompt[1:], np.int32).tobytes()]
-            assert [next(iter(of_token)) for of_token in others] == prompt[1:]
-            own = [of_token[token] for of_token, token in zip(others, prompt[1:], strict=True)]
-            np.testing.assert_allclose(own, score.logprobs, atol=2e-5)
-            for of_token, best in zip(others, score.top_logprobs, strict=True):
-                assert len(of_token) <= 1 + params.prompt_logprobs
-                values = sorted(of_token.values(), reverse=True)[: params.prompt_logprobs]
-                np.testing.assert_allclose(values, best[: params.prompt_logprobs], atol=2e-5)
+        assert [next(iter(of_token)) for of_token in others] == prompt[1:]
+        padded = jnp.asarray([prompt + [0] * (192 - len(prompt))])
+        expected = np.asarray(jax.nn.log_softmax(rl.forward(model.params, model.config, padded)[0]))
+        for of_token, logprobs in zip(others, expected, strict=False):
+            assert len(of_token) <= 1 + params.prompt_logprobs
+            np.testing.assert_allclose(list(of_token.values()), logprobs[list(of_token)], atol=2e-5)
+            best = np.sort(logprobs)[::-1][: params.prompt_logprobs]
+            np.testing.assert_allclose(sorted(of_token.values(), reverse=True)[: len(best)], best, atol=2e-5)
 
 
 def test_priority_and_order_of_arrival(model):

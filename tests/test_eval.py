@@ -59,6 +59,11 @@ def test_windows_score_each_token_once_as_forward_does(model, monkeypatch, strid
     assert (found.bytes, found.bits_per_byte, found.context, found.stride) == (None, None, context, stride)
     assert seen == sorted(set(seen))
     assert seen[-1] == (151, 151)
+    short, long = found.texts
+    assert [text.tokens for text in found.texts] == [2, 149]
+    assert long.score.tokens.tolist() == IDS[1:]
+    np.testing.assert_allclose(np.concatenate([-short.score.logprobs, -long.score.logprobs]), losses, atol=2e-5)
+    assert long.loss == pytest.approx(np.mean(losses[2:]), abs=1e-5)
 
 
 def test_a_text_has_the_loss_of_forward_and_the_arithmetic_of_its_bytes(bundled, story):
