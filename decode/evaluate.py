@@ -14,7 +14,8 @@ from jaxtyping import Int
 
 from ..model.loading import Model
 from .score import Score, encode, make_score
-from .teacher_forced import Figures, TeacherForced, Text
+from .stretches import Text
+from .teacher_forced import Figures, TeacherForced
 
 _DEFAULT_CONTEXT = 1024
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,8 +18,8 @@ from ..model.transformer import unembed
 from ..sharding.rules import constrain
 from .sampling.draw import SampleLogprobs, token_logprobs
 
-_TOKENS = 256
-"""Tokens whose logits are held at once."""
+LOGITS = 256
+"""Tokens whose logits are held at once, where rows are no more."""
 
 
 def target_logprobs(
@@ -72,9 +73,31 @@ def _compared(logits, reference, targets):
 def _in_slices(function: Callable[..., Any], arrays: Any) -> Any:
     """A function of arrays [B, T, ...], a few of the T at a time; T is a power of two."""
     B, T = arrays[1].shape
-    width = min(T, 1 << max(0, (_TOKENS // B).bit_length() - 1))
+    width = min(T, 1 << max(0, (LOGITS // B).bit_length() - 1))
     if width == T:
         return function(*arrays)
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, T // width, width, *x.shape[2:]), 1, 0), arrays)
     made = lax.map(lambda part: function(*part), parts)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), made)
+
+
+def check_finite(
+    name: str, tokens: Sequence[int] | Int[np.ndarray, "_"], start: int, logprobs: Float[np.ndarray, "N"]
+) -> None:
+    """Refuse what JSON cannot hold, and sums cannot use.
+
+    Args:
+      name: of the text.
+      tokens: the whole of it.
+      start: place of the first token that `logprobs` are of.
+      logprobs: on the host.
+
+    Raises:
+      FloatingPointError: one is not finite, naming the text and the token.
+    """
+    if not np.isfinite(logprobs).all():
+        at = int(np.argmin(np.isfinite(logprobs)))
+        raise FloatingPointError(
+            f"{name}: the log-probability of token {start + at} (id {tokens[start + at]}) is {logprobs[at]}, as the "
+            "model has logits there that are not finite; load it in float32, and look at its weights"
+        )

@@ -2,12 +2,12 @@
 
 import bisect
 import dataclasses
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ..model.tokenizer import StreamDecoder, Tokenizer
+from .logprobs import check_finite
 from .sampling.draw import SampleLogprobs
 from .sampling.params import SamplingParams
 
@@ -173,16 +173,12 @@ class Request:
         if self.prompt_logprobs is None:
             return
         count, following = self.params.prompt_logprobs, self.prompt[start + 1 :][: len(logprobs.chosen)]
+        check_finite("the prompt", self.prompt, start + 1, logprobs.chosen[: len(following)])
         for at, token in enumerate(following):
-            place, own = start + 1 + at, float(logprobs.chosen[at])
-            if not math.isfinite(own):
-                raise FloatingPointError(
-                    f"the log-probability of the prompt's token {place} (id {token}) is {own}, as the model has logits "
-                    "there that are not finite; load it in float32, and look at its weights"
-                )
-            if self.prompt_logprobs[place] is None:  # or it is read again, now with some output
+            if self.prompt_logprobs[start + 1 + at] is None:  # or it is read again, now with some output
                 ids, values = logprobs.top_ids[at, :count].tolist(), logprobs.top[at, :count].tolist()
-                self.prompt_logprobs[place] = {token: own} | dict(zip(ids, values, strict=True))
+                own = {token: float(logprobs.chosen[at])}
+                self.prompt_logprobs[start + 1 + at] = own | dict(zip(ids, values, strict=True))
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request before it ends itself."""

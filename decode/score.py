@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float32, Int32
 from ..model.loading import Model
 from ..model.transformer import Residual
 from .sampling.layout import top_width
-from .teacher_forced import Figures, TeacherForced, Text
+from .stretches import Text
+from .teacher_forced import Figures, TeacherForced
 
 Tokens = str | Sequence[int]
 """A text, or token ids."""
@@ -144,7 +145,7 @@ def encode(model: Model, name: str, text: Tokens, special: bool = True) -> list[
 
 def _is_tokens(text: Any) -> bool:
     """Whether this is one text, or its token ids, and not a list of them."""
-    return isinstance(text, str) or (len(text) > 0 and isinstance(text[0], int | np.integer))
+    return isinstance(text, str) or (len(text) > 0 and not isinstance(text[0], str) and np.ndim(text[0]) == 0)
 
 
 def _pairs(model: Model, index: int, prompt: Tokens, continuations: Sequence[Tokens]) -> list[Text]:

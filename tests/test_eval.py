@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ridgeline as rl
+from ridgeline.cli import eval as command
 from ridgeline.cli import main
 from ridgeline.decode import buckets
 from ridgeline.decode.evaluate import Comparison, evaluate
@@ -175,6 +176,16 @@ def test_command_prints_what_the_library_finds(capsys, monkeypatch, file, story)
         "windows of 32 tokens that start 24 apart: after the first window, each from at least 9 tokens",
     ):
         assert part in words
+
+
+def test_command_names_a_text_that_is_not_finite(capsys, monkeypatch, file):
+    model = rl.load_model("bundled-draft")
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), model.params))
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: broken)
+    assert main(["eval", "--text", str(file), "--limit", "3", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "ridgeline: text 0: the log-probability of token 1 (id " in err
 
 
 @pytest.mark.parametrize(

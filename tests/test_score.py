@@ -180,7 +180,7 @@ def test_what_is_not_finite_is_an_error_that_names_the_text(model):
     )
     with pytest.raises(FloatingPointError, match=r"prompt 1: the log-probability of token \d+ \(id \d+\) is nan"):
         rl.score(broken, [[1, 2, 3], [1, 7, 5]])
-    with pytest.raises(FloatingPointError, match=r"text 1: .* the reference has logits there that are not finite"):
+    with pytest.raises(FloatingPointError, match=r"text 1, by the reference: the log-probability"):
         rl.evaluate(model, [[1, 2, 3], [1, 7, 5]], against=broken)
 
 
