@@ -102,9 +102,7 @@ def score(
         continuations = list(continuations)
         if len(continuations) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts and {len(continuations)} continuations; give one a prompt")
-        several = [
-            not isinstance(c, str) and (not len(c) or not isinstance(c[0], int | np.integer)) for c in continuations
-        ]
+        several = [not _is_one(own) for own in continuations]
         texts = [
             _pairs(model, n, prompt, own if many else [own])
             for n, (prompt, own, many) in enumerate(zip(prompts, continuations, several, strict=True))
@@ -143,7 +141,7 @@ def encode(model: Model, name: str, text: Tokens, special: bool = True) -> list[
     return ids
 
 
-def _is_tokens(text: Any) -> bool:
+def _is_one(text: Any) -> bool:
     """Whether this is one text, or its token ids, and not a list of them."""
     return isinstance(text, str) or (len(text) > 0 and not isinstance(text[0], str) and np.ndim(text[0]) == 0)
 
