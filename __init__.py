@@ -14,6 +14,7 @@ from .decode.cache import KVCache, init_cache
 from .decode.engine.async_engine import AsyncEngine
 from .decode.engine.engine import Engine, EngineFull
 from .decode.engine.stats import EngineStats
+from .decode.evaluate import evaluate
 from .decode.extend import extend
 from .decode.fork import fork
 from .decode.generate import generate, stream
@@ -23,7 +24,7 @@ from .decode.request import RequestOutput, StreamChunk
 from .decode.sampling.draw import sample
 from .decode.sampling.params import SamplingParams
 from .decode.sampling.state import make_sampling_state
-from .decode.score import evaluate
+from .decode.score import Score, score
 from .decode.step import decode_step
 from .model.checkpoint import CheckpointError
 from .model.config import LayerConfig, ModelConfig, RopeConfig
@@ -58,6 +59,7 @@ __all__ = [
     "RequestOutput",
     "RopeConfig",
     "SamplingParams",
+    "Score",
     "StreamChunk",
     "Tokenizer",
     "attend_to_tokens",
@@ -84,6 +86,7 @@ __all__ = [
     "quantize",
     "roofline",
     "sample",
+    "score",
     "stream",
     "transformer",
     "unembed",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..cli.common import UsageError
 from ..decode.cache import init_cache
-from ..decode.score import evaluate
+from ..decode.evaluate import evaluate
 from ..model.loading import load_model
 from ..model.params import Params
 from ..model.schemes import SCHEMES

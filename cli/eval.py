@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from tqdm import tqdm
 
-from ..decode.score import Comparison, Evaluation, evaluate
+from ..decode.evaluate import Comparison, Evaluation, evaluate
 from ..model.config import DTYPES
 from ..model.loading import load_model
 from ..sharding.mesh import make_mesh

@@ -18,7 +18,7 @@ from ..model.config import ModelConfig
 from ..model.kv_specs import PREFILL_CHUNK, KVSpec, kinds_by_layer, kv_dtype_of, kv_specs, page_kinds, pages_per_row
 from ..model.quantization import rounded
 from ..pallas_kernels.pages import Pages
-from ..sharding.rules import named_sharding
+from ..sharding.rules import mesh_of, named_sharding, shard_map
 
 
 @struct.dataclass
@@ -312,3 +312,27 @@ def write_pages(
         return leaf.at[page, :, positions % page_size].set(part, mode="drop")
 
     return jax.tree.map(written, pages, new)
+
+
+def copy_pages(
+    pages: tuple[Any, ...], config: ModelConfig, sources: Int[Array, "B"], copies: Int[Array, "B"]
+) -> tuple[Any, ...]:
+    """A pool in which `copies[b]` holds what `sources[b]` does, in every layer, in place where the pool is donated.
+
+    Args:
+      pages: of all layers, each of which has as many.
+      config: the model.
+      sources, copies: page numbers, on a mesh of row b's data shard; a copy that is out of bounds is not made.
+    """
+    leaf = jax.tree.leaves(pages)[0]
+    mesh, dtype = mesh_of(leaf), "fp8" if leaf.dtype == jnp.uint8 else leaf.dtype
+
+    def local(pages, sources, copies):
+        def copied(leaf: Array) -> Array:
+            first = 0 if mesh is None else lax.axis_index("data") * leaf.shape[0]
+            return leaf.at[copies - first].set(leaf[sources - first], mode="drop")
+
+        return jax.tree.map(copied, pages)
+
+    axes = jax.tree.map(lambda spec: spec.axes, kv_specs(config, dtype))
+    return shard_map(local, mesh, (axes, ("batch",), ("batch",)), axes)(pages, sources, copies)

@@ -21,9 +21,9 @@ def extend(
     cache: KVCache,
     *,
     form: Form = "prefill",
-    logits: Literal["last", "all"] = "last",
+    logits: Literal["last", "all"] | None = "last",
     residual: Residual | None = None,
-) -> tuple[Float[Array, "B *T V"], KVCache]:
+) -> tuple[Float[Array, "B *T N"], KVCache]:
     """Append the first `new` of T tokens to each row of a cache.
 
     Not jitted: it is to be called in a program that donates the cache, as `prefill` and `decode_step` are.
@@ -35,12 +35,13 @@ def extend(
       new: how many of each row count; 0 leaves a row as it is.
       cache: as `init_cache` or an earlier call returned it.
       form: how attention reads the pages: "prefill" in blocks of queries, "decode" once for up to 16 tokens a row.
-      logits: after the "last" token of each row, or after "all".
+      logits: after the "last" token of each row, or after "all"; None returns the hidden states in their place.
       residual: as in `transformer`.
 
     Returns:
-      Logits, float32, [B, V] or [B, T, V], and the cache. A row whose tokens do not fit (cached + new > max_lengths) or
-      whose `new` is outside [0, T] stays as it was. Where there is no new token, logits are NaN.
+      Logits, float32, [B, V] or [B, T, V], or what `unembed` takes, [B, T, D]; and the cache. A row whose tokens do not
+      fit (cached + new > max_lengths) or whose `new` is outside [0, T] stays as it was. Where there is no new token,
+      logits are NaN, and hidden states are nobody's.
 
     Raises:
       ValueError: batch sizes differ, or a cache whose windowed layers keep few pages gets more than 1,024 tokens a row.
@@ -61,11 +62,18 @@ def extend(
     attend = CachedAttend(cache.rows, new, positions, config, form)
     contexts = jnp.maximum(cache.contexts, lengths)
     x, pages = transformer(params, config, tokens, positions, attend, cache.pages, contexts, residual=residual)
-    if logits == "all":
-        there = jnp.arange(T) < new[:, None]
-    else:
-        there = new > 0
-        x = x[:, 0] if T == 1 else jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
-    scores = jnp.where(there[..., None], unembed(params, config, x), jnp.nan)
-    axes = ("batch", *[None] * (scores.ndim - 2), "vocab")
-    return constrain(scores, *axes), cache.replace(pages=pages, lengths=constrain(lengths, "batch"))
+    cache = cache.replace(pages=pages, lengths=constrain(lengths, "batch"))
+    if logits is None:
+        return x, cache
+    if logits == "last":
+        return last_logits(params, config, x, new), cache
+    scores = jnp.where((jnp.arange(T) < new[:, None])[..., None], unembed(params, config, x), jnp.nan)
+    return constrain(scores, "batch", None, "vocab"), cache
+
+
+def last_logits(
+    params: Params, config: ModelConfig, x: Float[Array, "B T D"], new: Int[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Logits after the last of each row's `new` tokens, of final hidden states; NaN where there is none."""
+    x = x[:, 0] if x.shape[1] == 1 else jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
+    return constrain(jnp.where((new > 0)[:, None], unembed(params, config, x), jnp.nan), "batch", "vocab")

@@ -3,13 +3,17 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import Residual
 from .cache import KVCache
-from .extend import extend
+from .extend import extend, last_logits
+from .logprobs import target_logprobs
+from .loop import for_host
+from .sampling.draw import SampleLogprobs
 
 
 @functools.partial(jax.jit, static_argnames=("config", "residual"), donate_argnames="cache")
@@ -43,3 +47,21 @@ def prefill(
       ValueError: batch sizes differ.
     """
     return extend(params, config, tokens, lengths, cache, residual=residual)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "top", "residual"), donate_argnames="cache")
+def scored_prefill(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    cache: KVCache,
+    targets: Int[Array, "B T"],
+    top: int,
+    residual: Residual | None = None,
+) -> tuple[Float[Array, "B V"], KVCache, SampleLogprobs]:
+    """`prefill`, and the log-probabilities of the token that follows each, `targets`, with the `top` likeliest."""
+    x, cache = extend(params, config, tokens, lengths, cache, logits=None, residual=residual)
+    there = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    logprobs, _ = target_logprobs([params], [config], [x], targets, there, top)
+    return last_logits(params, config, x, lengths), cache, for_host(logprobs)

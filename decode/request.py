@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ..model.tokenizer import StreamDecoder, Tokenizer
+from .logprobs import check_finite
 from .sampling.draw import SampleLogprobs
 from .sampling.params import SamplingParams
 
@@ -42,6 +43,9 @@ class RequestOutput:
         before either), or "error".
       stop_reason: the stop token id or stop string that ended it, or None.
       logprobs: one entry a new token where asked for, else None.
+      prompt_logprobs: where asked for, an entry a token of the prompt: None for the first, which nothing comes before,
+        then natural log-probabilities by token id: the token's own, and those of as many of the likeliest as
+        `SamplingParams.prompt_logprobs` asks for. Else None.
       seed: gives the same tokens again.
       ttft: seconds from submission to the first token.
       tpot: seconds a token after the first; None for fewer than two.
@@ -60,6 +64,7 @@ class RequestOutput:
     tpot: float | None
     queue_time: float = 0.0
     error: Exception | None = None
+    prompt_logprobs: list[Mapping[int, float] | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +113,9 @@ class Request:
         self.seed = seed
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[Mapping[int, float] | None] | None = (
+            None if params.prompt_logprobs is None else [None] * len(self.prompt)
+        )
         self.text: str | None = None if tokenizer is None else ""  # what follows the prompt's text, its space included
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
@@ -156,6 +164,22 @@ class Request:
             for at, token in enumerate(self.tokens[first:], step):
                 self.logprobs.append(_token_logprobs(logprobs, at, column, token, self.params.logprobs))
 
+    def score_prompt(self, start: int, logprobs: SampleLogprobs) -> None:
+        """Take the log-probabilities of what follows the prompt's tokens from number `start` on, if they are asked for.
+
+        Raises:
+          FloatingPointError: one that is not finite, naming the token.
+        """
+        if self.prompt_logprobs is None:
+            return
+        count, following = self.params.prompt_logprobs, self.prompt[start + 1 :][: len(logprobs.chosen)]
+        check_finite("the prompt", self.prompt, start + 1, logprobs.chosen[: len(following)])
+        for at, token in enumerate(following):
+            if self.prompt_logprobs[start + 1 + at] is None:  # or it is read again, now with some output
+                ids, values = logprobs.top_ids[at, :count].tolist(), logprobs.top[at, :count].tolist()
+                own = {token: float(logprobs.chosen[at])}
+                self.prompt_logprobs[start + 1 + at] = own | dict(zip(ids, values, strict=True))
+
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request before it ends itself."""
         self.finish_reason, self.error = reason, error
@@ -202,6 +226,7 @@ class Request:
             tpot=(self._last_token - first) / (count - 1) if count > 1 else None,
             queue_time=(self._begun or self._last_token) - self._started,
             error=self.error,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     def _add_text(self, tokens: list[int], last: bool, stops: bool = False) -> None:

@@ -1,61 +1,176 @@
-"""Texts through the cache as they are written, with the logits after every token: nothing is drawn."""
+"""Texts through the cache as they are written, with the log-probability of every token that is scored."""
 
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from ..model.config import ModelConfig
 from ..model.loading import Model
 from ..model.params import Params
-from .cache import KVCache, init_cache
+from ..model.transformer import Residual
+from ..sharding.rules import put_rows
+from . import buckets
+from .cache import KVCache, Rows, copy_pages, init_pages
+from .engine.regime import regime_of
+from .engine.sizes import PAGE_SIZE, default_cache_tokens
 from .extend import extend
-from .loop import settle
+from .logprobs import LOGITS, check_finite, target_logprobs
+from .loop import for_host, settle
+from .sampling.draw import SampleLogprobs
+from .stretches import Sharded, Text, batches, pages_of, rows_of, waves
 
-Texts = Sequence[Sequence[int] | Int[np.ndarray, "_"]]
-"""Token ids of each row."""
+Figures = tuple[SampleLogprobs, dict[str, Any]]
+"""What `target_logprobs` returns; of one text, [N] arrays on the host, N the tokens that are scored."""
 
 
 class TeacherForced:
-    """Rows that begin and end together, on a cache that batch after batch reuses.
+    """Scores texts by one model, or beside another.
 
     Args:
-      model: as `load_model` returns it.
-      rows: how many run together; rounded up to what the mesh divides.
-      max_length: longest text, in tokens.
-      kv_dtype: of cached keys and values, as `init_cache` takes it.
+      models: the model, and perhaps a reference with its vocabulary and mesh; see `target_logprobs`.
+      texts: what to score.
+      top: how many of the likeliest tokens to list, at least.
+      kv_dtypes: of each model's cached keys and values, as `init_cache` takes it.
+      max_batch_size: most rows of a program, and how many of the longest the cache has room for.
+      residual: as in `transformer`, of all models.
+
+    Raises:
+      ValueError: an unknown `kv_dtype`, or no memory for a cache.
     """
 
-    def __init__(self, model: Model, rows: int, max_length: int, kv_dtype: jax.typing.DTypeLike | None = None):
-        data = 1 if model.mesh is None else model.mesh.shape["data"]
-        self.model, self.rows = model, -(-rows // data) * data
-        self._cache = init_cache(model.config, self.rows, max_length, mesh=model.mesh, kv_dtype=kv_dtype)
+    def __init__(
+        self,
+        models: Sequence[Model],
+        texts: Sequence[Text],
+        kv_dtypes: Sequence[jax.typing.DTypeLike | None],
+        *,
+        max_batch_size: int,
+        top: int = 0,
+        residual: Residual | None = None,
+    ):
+        self._models, self._texts, self._top, self._residual = models, texts, top, residual
+        self._mesh = models[0].mesh
+        self._shards = 1 if self._mesh is None else self._mesh.shape["data"]
+        self._rows = buckets.batch_bucket(-(-min(max_batch_size, len(texts)) // self._shards))
+        longest = buckets.cache_bucket(max(text.length for text in texts))
+        self._table_width = pages_of(longest)
+        room = min(
+            default_cache_tokens(model, max(self._rows * self._shards, LOGITS), longest, buckets.PREFILL_CHUNK, dtype)
+            for model, dtype in zip(models, kv_dtypes, strict=True)
+        )
+        # One page more for each row: of the page that its context ends in there may be two. A text always has room.
+        most, pages = self._rows * self._table_width, room // len(models) // self._shards // PAGE_SIZE
+        least = max(pages_of(len(text.context)) + text.own_pages for text in texts)
+        self._pages_per_shard = max(min(most, pages) + self._rows, least)
+        self._pages = tuple(
+            init_pages(model.config, [self._pages_per_shard * self._shards] * len(kinds), PAGE_SIZE, self._mesh, dtype)
+            for model, dtype in zip(models, kv_dtypes, strict=True)
+            for kinds in [{layer.window for layer in model.config.layers}]
+        )
 
-    def all_logits(self, texts: Texts, width: int) -> Iterator[tuple[int, Float[Array, "B T V"]]]:
-        """Run at most `rows` texts, `width` tokens at a time: the first token's place, and the logits after each."""
-        ends = [len(text) for text in texts]
-        of_rows = {"lengths": [], "max_lengths": ends, "contexts": ends}
-        self._cache = self._cache.replace(**{name: self._of_rows(values) for name, values in of_rows.items()})
-        for start in range(0, max(ends), width):
-            tokens, new = np.zeros((self.rows, width), np.int32), np.zeros(self.rows, np.int32)
-            for row, text in enumerate(texts):
-                part = text[start : start + width]
-                tokens[row, : len(part)], new[row] = part, len(part)
-            logits, self._cache = _extend(self.model.params, self.model.config, tokens, new, self._cache)
-            settle(self.model, logits)
-            yield start, logits
+    def run(self, progress: Callable[[int, int], None] | None = None) -> list[Figures]:
+        """The figures of each text; `progress` is called with the tokens scored so far and those to score in all.
 
-    def _of_rows(self, values: Sequence[int]) -> Int[Array, "B"]:
-        """One value a row, 0 past those given, placed as the cache's rows are."""
-        padded = np.zeros(self.rows, np.int32)
-        padded[: len(values)] = values
-        return jax.device_put(padded, None if self.model.mesh is None else self._cache.lengths.sharding)
+        Raises:
+          FloatingPointError: a log-probability that is not finite, naming the text and the token.
+        """
+        parts: list[list[Figures]] = [[] for _ in self._texts]
+        done, total = 0, sum(len(text.targets) for text in self._texts)
+
+        def take(made: Any, pieces: Sequence[tuple[int, int, int]]) -> None:
+            nonlocal done
+            made = jax.device_get(made)
+            for place, text, count in pieces:
+                parts[text].append(jax.tree.map(lambda x, p=place, n=count: x[p, :n], made))
+                _check_finite(self._texts[text], parts[text])
+                done += count
+            if progress is not None:
+                progress(done, total)
+
+        behind = None  # read one dispatch late, so that the devices have work meanwhile
+        regimes = [regime_of(model.config) for model in self._models]
+        for wave in waves(self._texts, regimes, self._shards, self._pages_per_shard):
+            for width, batch in itertools.chain(batches(wave.contexts, self._rows), batches(wave.scored, self._rows)):
+                made, pieces = self._append(width, batch)
+                if pieces and behind is not None:
+                    take(*behind)
+                behind = (made, pieces) if pieces else behind
+        if behind is not None:
+            take(*behind)
+        return [jax.tree.map(lambda *x: np.concatenate(x), *of_text) for of_text in parts]
+
+    def _append(self, width: int, batch: Sharded) -> tuple[Any, list[tuple[int, int, int]]]:
+        """Hand the next tokens of some stretches to the devices: figures, and whose they are (row, text, count)."""
+        per_shard = rows_of(width, self._rows)
+        rows = per_shard * self._shards
+        tokens, targets = np.zeros((2, rows, width), np.int32)
+        new, starts, contexts = np.zeros((3, rows), np.int32)
+        first = np.repeat(np.arange(self._shards, dtype=np.int32) * self._pages_per_shard, per_shard)
+        tables = np.repeat(first[:, None], self._table_width, axis=1)  # where there is no row, a page of its shard
+        sources, copies = first.copy(), np.full(rows, self._shards * self._pages_per_shard, np.int32)  # out of bounds
+        scored, pieces = np.zeros((rows, width), bool), []
+        for shard, stretches in enumerate(batch):
+            for place, stretch in enumerate(stretches, shard * per_shard):
+                count = min(stretch.left, width)
+                tokens[place, :count] = stretch.tokens[stretch.done : stretch.done + count]
+                new[place], starts[place], contexts[place] = count, stretch.start + stretch.done, stretch.length
+                tables[place, : len(stretch.pages)] = stretch.pages
+                if stretch.copied is not None and not stretch.done:
+                    sources[place], copies[place] = stretch.copied
+                if stretch.text is not None:
+                    targets[place, :count] = self._texts[stretch.text].targets[stretch.done : stretch.done + count]
+                    scored[place, :count] = True
+                    pieces.append((place, stretch.text, count))
+                stretch.done += count
+        arrays = (tokens, new, targets, scored, sources, copies, starts, starts + new, contexts, tables)
+        *arrays, starts, ends, contexts, tables = (put_rows(array, self._mesh) for array in arrays)
+        made, self._pages = _append(
+            tuple(model.params for model in self._models),
+            tuple(model.config for model in self._models),
+            self._pages,
+            Rows(starts, ends, contexts, tables),
+            *arrays,
+            top=self._top,
+            residual=self._residual,
+        )
+        settle(self._models[0], made[0].chosen)
+        return made, pieces
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _extend(
-    params: Params, config: ModelConfig, tokens: Int[Array, "B T"], new: Int[Array, "B"], cache: KVCache
-) -> tuple[Float[Array, "B T V"], KVCache]:
-    return extend(params, config, tokens, new, cache, logits="all")
+def _check_finite(text: Text, parts: Sequence[Figures]) -> None:
+    """Check the newest part of a text's figures."""
+    logprobs, compared = parts[-1]
+    start = text.first + sum(len(part[0].chosen) for part in parts[:-1])
+    check_finite(text.name, text.tokens, start, logprobs.chosen)
+    if compared:
+        check_finite(f"{text.name}, by the reference", text.tokens, start, compared["reference"])
+
+
+@functools.partial(jax.jit, static_argnames=("configs", "top", "residual"), donate_argnames="pages")
+def _append(
+    params: tuple[Params, ...],
+    configs: tuple[ModelConfig, ...],
+    pages: tuple[Any, ...],
+    rows: Rows,
+    tokens: Int[Array, "B T"],
+    new: Int[Array, "B"],
+    targets: Int[Array, "B T"],
+    scored: Bool[Array, "B T"],
+    sources: Int[Array, "B"],
+    copies: Int[Array, "B"],
+    top: int,
+    residual: Residual | None,
+) -> tuple[Figures, tuple[Any, ...]]:
+    """Copy pages, append tokens to the rows of every model, and score those that are `scored`."""
+    hidden, appended = [], []
+    for of_model, config, pool in zip(params, configs, pages, strict=True):
+        cache = KVCache(copy_pages(pool, config, sources, copies), rows)
+        x, cache = extend(of_model, config, tokens, new, cache, logits=None, residual=residual)
+        hidden.append(x)
+        appended.append(cache.pages)
+    return for_host(target_logprobs(params, configs, hidden, targets, scored, top)), tuple(appended)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -80,6 +81,13 @@ def named_sharding(
 ) -> NamedSharding:
     """`partition_spec` on its mesh."""
     return NamedSharding(mesh, partition_spec(name, shape, axes, mesh))
+
+
+def put_rows(rows: np.ndarray, mesh: Mesh | None) -> jax.Array | np.ndarray:
+    """An array of a program's rows, [B, ...], each on its data shard; without a mesh it is left on the host."""
+    if mesh is None:
+        return rows
+    return jax.device_put(rows, named_sharding("rows", rows.shape, ("batch", *[None] * (rows.ndim - 1)), mesh))
 
 
 def constrain(x: jax.Array, *axes: str | None, mesh: Mesh | None = None) -> jax.Array:

@@ -5,6 +5,8 @@ import dataclasses
 import random
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import ridgeline as rl
@@ -153,6 +155,35 @@ def test_prompts_begin_with_the_pages_of_earlier_ones(model):
             engine.submit(prompt, GREEDY)
             list(engine.run())
         assert engine.stats().prefix_hit_rate == 0
+
+
+def test_log_probabilities_of_prompts_are_those_of_forward(model):
+    """Of prompts whose beginnings other requests have cached, in chunks, and of rows that are preempted."""
+    rng = random.Random(5)
+    asked = [{"prompt_logprobs": 2}, {}, {"prompt_logprobs": 0}]
+    requests = [
+        (prompt, dataclasses.replace(GREEDY, **asked[n % 3])) for n, (prompt, _) in enumerate(requests_for(rng, 509))
+    ]
+    with rl.Engine(model, **SMALL | {"cache_tokens": 64 * 5}) as engine:
+        outputs = [output for _ in range(20) for output in play(engine, rng, requests)]
+        stats = engine.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_rate > 0.05
+    for place, output in outputs:
+        prompt, params = requests[place]
+        if params.prompt_logprobs is None:
+            assert output.prompt_logprobs is None
+            continue
+        first, *others = output.prompt_logprobs
+        assert first is None
+        assert [next(iter(of_token)) for of_token in others] == prompt[1:]
+        padded = jnp.asarray([prompt + [0] * (192 - len(prompt))])
+        expected = np.asarray(jax.nn.log_softmax(rl.forward(model.params, model.config, padded)[0]))
+        for of_token, logprobs in zip(others, expected, strict=False):
+            assert len(of_token) <= 1 + params.prompt_logprobs
+            np.testing.assert_allclose(list(of_token.values()), logprobs[list(of_token)], atol=2e-5)
+            best = np.sort(logprobs)[::-1][: params.prompt_logprobs]
+            np.testing.assert_allclose(sorted(of_token.values(), reverse=True)[: len(best)], best, atol=2e-5)
 
 
 def test_priority_and_order_of_arrival(model):

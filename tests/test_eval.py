@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import ridgeline as rl
+from ridgeline.cli import eval as command
 from ridgeline.cli import main
-from ridgeline.decode import score
-from ridgeline.decode.score import evaluate
+from ridgeline.decode import buckets
+from ridgeline.decode.evaluate import Comparison, evaluate
 from tiny import byte_tokenizer, tiny_config, tiny_model
 
 IDS = np.random.default_rng(0).integers(0, 509, 150).tolist()
@@ -38,7 +39,7 @@ def mixed(first: rl.Model, second: rl.Model) -> rl.Model:
 
 @pytest.mark.parametrize("stride", [7, 40])
 def test_windows_score_each_token_once_as_forward_does(model, monkeypatch, stride):
-    monkeypatch.setattr(score, "_CHUNK", 16)  # neither the window nor the stride is a multiple
+    monkeypatch.setattr(buckets, "PREFILL_CHUNK", 16)  # neither the window nor the stride is a multiple
     context, losses = 40, []
     for ids in (IDS[:3], IDS):
         for target in range(1, len(ids)):
@@ -59,6 +60,11 @@ def test_windows_score_each_token_once_as_forward_does(model, monkeypatch, strid
     assert (found.bytes, found.bits_per_byte, found.context, found.stride) == (None, None, context, stride)
     assert seen == sorted(set(seen))
     assert seen[-1] == (151, 151)
+    short, long = found.texts
+    assert [text.tokens for text in found.texts] == [2, 149]
+    assert long.score.tokens.tolist() == IDS[1:]
+    np.testing.assert_allclose(np.concatenate([-short.score.logprobs, -long.score.logprobs]), losses, atol=2e-5)
+    assert long.loss == pytest.approx(np.mean(losses[2:]), abs=1e-5)
 
 
 def test_a_text_has_the_loss_of_forward_and_the_arithmetic_of_its_bytes(bundled, story):
@@ -97,7 +103,7 @@ def test_comparison_is_that_of_the_distributions(model):
     assert found.agreement == pytest.approx(agreement)
     assert found.divergence == pytest.approx((np.exp(theirs) * (theirs - ours)).sum(-1).mean(), rel=1e-4)
     itself = evaluate(model, [ids], context=40, against=model)
-    assert itself.comparison == score.Comparison(itself.loss, 1.0, 0.0)
+    assert itself.comparison == Comparison(itself.loss, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +176,16 @@ def test_command_prints_what_the_library_finds(capsys, monkeypatch, file, story)
         "windows of 32 tokens that start 24 apart: after the first window, each from at least 9 tokens",
     ):
         assert part in words
+
+
+def test_command_names_a_text_that_is_not_finite(capsys, monkeypatch, file):
+    model = rl.load_model("bundled-draft")
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), model.params))
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: broken)
+    assert main(["eval", "--text", str(file), "--limit", "3", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "ridgeline: text 0: the log-probability of token 1 (id " in err
 
 
 @pytest.mark.parametrize(

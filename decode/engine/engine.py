@@ -4,11 +4,13 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from ...model.loading import Model
@@ -16,12 +18,12 @@ from .. import buckets
 from ..prompts import Prompt, make_request
 from ..request import FinishReason, Request, StreamChunk
 from ..sampling.draw import SampleLogprobs
-from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays
+from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays, top_width
 from ..sampling.params import SamplingParams
 from .regime import regime_of
 from .rehearsal import Rehearsal
 from .runner import ANYTHING, Runner, Sampled
-from .scheduler import Row, Scheduler
+from .scheduler import Chunk, Row, Scheduler
 from .sizes import PAGE_SIZE, engine_sizes
 from .stats import EngineStats, percentiles
 
@@ -52,6 +54,15 @@ class _Dispatch:
     sampled: Sampled
     rows: Sequence[Row]
     columns: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _ScoredPrompts:
+    """Log-probabilities that were asked of the device: those of each chunk's tokens stand in one row."""
+
+    logprobs: SampleLogprobs
+    chunks: Sequence[Chunk]
+    places: Sequence[int]
 
 
 class Engine:
@@ -110,7 +121,7 @@ class Engine:
         self._replays = batch_invariant or any(rope.kind == "dynamic" for rope in ropes)
         self._whole_batches, self._least_plan = whole_batches, SamplingPlan()
         self._active: dict[int, _Active] = {}
-        self._in_flight: list[_Dispatch] = []
+        self._in_flight: list[_Dispatch | _ScoredPrompts] = []
         self._chunks: list[StreamChunk] = []  # made and not yet returned
         self._submitted = self._generated = self._steps = 0
         self._host_time = self._device_wait = 0.0
@@ -158,7 +169,10 @@ class Engine:
             )
         index, self._submitted = self._submitted, self._submitted + 1
         request.start_clock()
-        row = Row(index, list(request.prompt), len(request.prompt), total, priority, self._borders, self._replays)
+        scored = request.prompt_logprobs is not None
+        row = Row(
+            index, list(request.prompt), len(request.prompt), total, priority, self._borders, self._replays, scored
+        )
         plan = make_plan([request.params], self.model.config.vocab_size)
         if self._whole_batches:
             self._least_plan = coarsest([self._least_plan, plan])
@@ -205,7 +219,7 @@ class Engine:
 
     def warm_up(self, progress: bool = False, sampling: Sequence[SamplingParams] | None = None) -> None:
         """Compile every program that any mix of requests can need (with more than 32 log-probabilities a token, one
-        more when they are first asked for).
+        more when they are first asked for, and those that score prompts when these are).
 
         Args:
           progress: whether to show a bar.
@@ -260,7 +274,7 @@ class Engine:
         self._in_flight = []
         self._runner.free()
 
-    def _dispatch(self) -> list[_Dispatch]:
+    def _dispatch(self) -> list[_Dispatch | _ScoredPrompts]:
         """Hand the next step to the device."""
         step, dispatches = self._scheduler.schedule(), []
         for row in [*step.decode, *(chunk.row for batch in step.prefills for chunk in batch)]:
@@ -278,7 +292,9 @@ class Engine:
                 plan = self._plan(entering)
                 for row in entering:
                     self._insert(row)
-                sampled, columns = self._runner.prefill(batch, plan)
+                sampled, columns, logprobs = self._runner.prefill(batch, plan, self._prompt_logprobs(batch))
+            if logprobs is not None:
+                dispatches.append(_ScoredPrompts(logprobs, batch, columns))
             if entering:
                 columns = [column for column, chunk in zip(columns, batch, strict=True) if chunk.last]
                 dispatches.append(_Dispatch(sampled, entering, columns))
@@ -298,9 +314,18 @@ class Engine:
         arrays = request_arrays([request.params], [request.prompt], [request.seed], eos, [output])
         self._runner.insert(row.slot, arrays)
 
-    def _read(self, dispatches: Sequence[_Dispatch]) -> None:
-        """Wait for tokens, and give each request its own."""
+    def _prompt_logprobs(self, chunks: Sequence[Chunk]) -> int | None:
+        """How many of the likeliest tokens to list beside those of prompts, or None for no log-probabilities at all."""
+        counts = [self._active[chunk.row.index].request.params.prompt_logprobs for chunk in chunks]
+        counts = [count for count in counts if count is not None]
+        return top_width(max(counts), self.model.config.vocab_size) if counts else None
+
+    def _read(self, dispatches: Sequence[_Dispatch | _ScoredPrompts]) -> None:
+        """Wait for tokens and log-probabilities, and give each request its own."""
         for dispatch in dispatches:
+            if isinstance(dispatch, _ScoredPrompts):
+                self._read_prompts(dispatch)
+                continue
             with self._concerning(dispatch.rows):
                 started = time.perf_counter()
                 tokens, logprobs = jax.device_get(dispatch.sampled)
@@ -308,6 +333,17 @@ class Engine:
                 for row, column in zip(dispatch.rows, dispatch.columns, strict=True):
                     if not row.done:
                         self._take(row, tokens[:, column].tolist(), logprobs, column)
+
+    def _read_prompts(self, scored: _ScoredPrompts) -> None:
+        with self._concerning([chunk.row for chunk in scored.chunks]):
+            started = time.perf_counter()
+            logprobs = jax.device_get(scored.logprobs)
+            self._device_wait += time.perf_counter() - started
+        for chunk, place in zip(scored.chunks, scored.places, strict=True):
+            if not chunk.row.done:
+                with self._concerning([chunk.row]):
+                    request, part = self._active[chunk.row.index].request, np.s_[place, : chunk.count]
+                    request.score_prompt(chunk.start, jax.tree.map(operator.itemgetter(part), logprobs))
 
     def _take(self, row: Row, tokens: list[int], logprobs: SampleLogprobs | None, column: int) -> None:
         request = self._active[row.index].request

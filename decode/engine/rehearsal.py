@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .runner import DRAWING, Runner
+from .runner import READ, Runner
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -46,10 +46,10 @@ class Rehearsal(Runner):
     def _run(self, program: Callable[..., Any], *args: Any) -> Any:
         """Have a jitted function compiled for such arguments; what stands for its results."""
         out = self._compile(program, args)
-        if program in DRAWING:
-            tokens, *rest = out
-            out = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, self._token, x.dtype)), tokens), *rest
-        return out
+        if program not in READ:
+            return out
+        made = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, self._token, x.dtype)), out[READ[program]])
+        return (*out[: READ[program]], made, *out[READ[program] + 1 :])
 
     def _compile(self, program: Callable[..., Any], args: Sequence[Any]) -> Any:
         key = program, jax.tree.structure(args), tuple(map(_key, jax.tree.leaves(args)))

@@ -14,11 +14,11 @@ from ...model.config import ModelConfig
 from ...model.kv_specs import kinds_by_layer
 from ...model.loading import Model
 from ...model.params import Params
-from ...sharding.rules import constrain, named_sharding
+from ...sharding.rules import constrain, put_rows
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages
 from ..loop import decode_steps, for_host, settle
-from ..prefill import prefill
+from ..prefill import prefill, scored_prefill
 from ..sampling.draw import SampleLogprobs, sample
 from ..sampling.layout import RequestArrays, SamplingPlan, make_plan, request_arrays
 from ..sampling.params import SamplingParams
@@ -114,20 +114,25 @@ class Runner:
             tables = self._run(empty_state, self.slots, self._vocab_size, True, self.model.mesh)
             self.state = self.state.replace(sampling=tables.replace(settings=self.state.sampling.settings))
 
-    def prefill(self, chunks: Sequence[Chunk], plan: SamplingPlan) -> tuple[Sampled | None, list[int]]:
+    def prefill(
+        self, chunks: Sequence[Chunk], plan: SamplingPlan, top: int | None = None
+    ) -> tuple[Sampled | None, list[int], SampleLogprobs | None]:
         """Run chunks of prompts; rows whose text ends draw a token and enter their slots.
 
         Returns:
-          One token a row of the program, of which those of texts that go on are nobody's, and each chunk's row.
+          One token a row of the program, of which those of texts that go on are nobody's, and each chunk's row; and
+          where there is a `top`, log-probabilities of the token that follows each, with so many of the likeliest.
         """
         places, rows = self._places([chunk.row.slot for chunk in chunks])
         width = self._width or buckets.prefill_bucket(max(chunk.count for chunk in chunks))
-        tokens = np.zeros((rows, width), np.int32)
+        tokens, targets = np.zeros((2, rows, width), np.int32)
         new, starts, contexts = np.zeros((3, rows), np.int32)
         slots = np.full(rows, self.slots, np.int32)  # out of bounds, where nothing enters
         for place, chunk in zip(places, chunks, strict=True):
             end = chunk.start + chunk.count
             tokens[place, : chunk.count] = chunk.row.tokens[chunk.start : end]
+            following = chunk.row.tokens[chunk.start + 1 : end + 1]
+            targets[place, : len(following)] = following
             new[place], starts[place], contexts[place] = chunk.count, chunk.start, chunk.row.context
             if chunk.last:
                 slots[place] = chunk.row.slot
@@ -139,14 +144,17 @@ class Runner:
             kinds=kinds_by_layer(self.model.config),
         )
         tokens, new = self._put(tokens), self._put(new)
-        cache = KVCache(self.pages, batch)
-        logits, cache = self._run(prefill, self.model.params, self.model.config, tokens, new, cache)
+        arguments = self.model.params, self.model.config, tokens, new, KVCache(self.pages, batch)
+        if top is None:
+            (logits, cache), scored = self._run(prefill, *arguments), None
+        else:
+            logits, cache, scored = self._run(scored_prefill, *arguments, self._put(targets), top)
         self.pages = cache.pages
         made = None
         if any(chunk.last for chunk in chunks):
             lengths, contexts = cache.lengths, cache.contexts
             made, self.state = self._run(_enter, logits, self.state, slots, lengths, contexts, plan)
-        return made, places
+        return made, places, scored
 
     def decode(self, rows: Sequence[Row], steps: int, plan: SamplingPlan) -> tuple[Sampled, list[int]]:
         """Make the next tokens of rows that have entered; the new ones, and the row of the program that each was."""
@@ -228,12 +236,7 @@ class Runner:
         return tuple(tables)
 
     def _put(self, rows: np.ndarray) -> Array | np.ndarray:
-        """An array of a program's rows, each on its data shard."""
-        if self.model.mesh is None:
-            return rows
-        return jax.device_put(
-            rows, named_sharding("rows", rows.shape, ("batch", *[None] * (rows.ndim - 1)), self.model.mesh)
-        )
+        return put_rows(rows, self.model.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "vocab_size", "mesh"))
@@ -282,8 +285,8 @@ def _enter(
     return made, _with_rows(state, slots, SlotState(tokens, lengths, contexts, sampling))
 
 
-DRAWING = _decode, _enter
-"""Programs whose first result the host reads."""
+READ = {_decode: 0, _enter: 0, scored_prefill: 2}
+"""Which result of a program the host reads."""
 
 
 def _rows_of(state: SlotState, slots: Int[Array, "b"] | None, plan: SamplingPlan) -> SlotState:

@@ -31,6 +31,7 @@ class Row:
       borders: lengths at which the keys of all positions change, ascending (LongRoPE): the row is read again there.
       replays: whether a row that begins again reads its prompt alone, and makes its output anew: where keys depend on
         the length at which they were made.
+      read_whole: whether it begins with no pages of others, as something is wanted of every token of its text.
       computed: positions whose keys and values are written, or will be by what was dispatched.
       in_flight: dispatches whose tokens the host has not seen.
       slot: its place among the rows that run; None while it waits.
@@ -50,6 +51,7 @@ class Row:
     priority: int = 0
     borders: Sequence[int] = ()
     replays: bool = False
+    read_whole: bool = False
     computed: int = 0
     in_flight: int = 0
     slot: int | None = None
@@ -235,7 +237,8 @@ class Scheduler:
         if root != row.root:
             row.root, row.keys = root, []
         page_keys(row.tokens, self.page_size, row.keys, root)
-        known = row.keys[: min(row.context - 1, row.shareable) // self.page_size] if self.prefix_caching else []
+        shares = self.prefix_caching and not row.read_whole
+        known = row.keys[: min(row.context - 1, row.shareable) // self.page_size] if shares else []
         matched = [pages.match(known) for pages in self.shards]
         shards = [n for n, pages in enumerate(self.shards) if pages.room_for(known, matched[n], row.context + 1)]
         shards = [n for n in shards if self._free_slots[n]]

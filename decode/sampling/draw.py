@@ -113,20 +113,25 @@ def gumbel_noise(seeds: Array, positions: Int[Array, "B T"], vocab_size: int) ->
     return -jnp.log(-jnp.log1p(-uniform))
 
 
+def token_logprobs(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], count: int) -> SampleLogprobs:
+    """Log-probabilities of given tokens, and the `count` likeliest ones."""
+    # Ranked by logits: subtracting the normalizer can round two of them to one value.
+    ids, chosen = token_ids(logits), tokens[..., None]
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    score = jnp.take_along_axis(logits, chosen, axis=-1)
+    better = (logits > score) | ((logits == score) & (ids < chosen))
+    top_ids = top(logits, count)[1]
+    return SampleLogprobs(
+        chosen=jnp.take_along_axis(logprobs, chosen, axis=-1)[..., 0],
+        rank=1 + jnp.sum(better, axis=-1, dtype=jnp.int32),
+        top_ids=top_ids,
+        top=jnp.take_along_axis(logprobs, top_ids, axis=-1),
+    )
+
+
 def _logprobs(logits, tokens, state, plan):
     def ranked():
-        # Ranked by logits: subtracting the normalizer can round two of them to one value.
-        ids, chosen = token_ids(logits), tokens[..., None]
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        score = jnp.take_along_axis(logits, chosen, axis=-1)
-        better = (logits > score) | ((logits == score) & (ids < chosen))
-        top_ids = top(logits, plan.logprobs)[1]
-        return SampleLogprobs(
-            chosen=jnp.take_along_axis(logprobs, chosen, axis=-1)[..., 0],
-            rank=1 + jnp.sum(better, axis=-1, dtype=jnp.int32),
-            top_ids=top_ids,
-            top=jnp.take_along_axis(logprobs, top_ids, axis=-1),
-        )
+        return token_logprobs(logits, tokens, plan.logprobs)
 
     def none():
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(ranked))

@@ -68,11 +68,16 @@ def make_plan(params: Collection[SamplingParams], vocab_size: int) -> SamplingPl
     """The coarsest plan that any of the requests needs."""
     logprobs = [p.logprobs for p in params if p.logprobs is not None]
     if logprobs or any(p.logit_bias or p.min_tokens or _is_suppressed(p) or _is_penalized(p) for p in params):
-        width = _LOGPROBS
-        while width < max(logprobs, default=0):
-            width *= 4  # few widths, so that few programs are compiled
-        return SamplingPlan("full", min(width, vocab_size))
+        return SamplingPlan("full", top_width(max(logprobs, default=0), vocab_size))
     return SamplingPlan("greedy" if all(p.greedy for p in params) else "random")
+
+
+def top_width(count: int, vocab_size: int) -> int:
+    """Width of a compiled list of the `count` likeliest tokens: 32, 128, 512 and so on."""
+    width = _LOGPROBS
+    while width < count:
+        width *= 4
+    return min(width, vocab_size)
 
 
 def coarsest(plans: Iterable[SamplingPlan]) -> SamplingPlan:

@@ -22,6 +22,7 @@ _INTS_OR_NONE: dict[str, tuple[Callable[[int], bool], str]] = {
     "max_tokens": (lambda n: n >= 1, "it must be at least 1, or None for as many as fit"),
     "seed": (lambda n: 0 <= n < 2**64, "it must be in [0, 2**64), or None for a new one each time"),
     "logprobs": (lambda n: n >= 0, "it must be at least 0, or None for no log probabilities"),
+    "prompt_logprobs": (lambda n: n >= 0, "it must be at least 0, or None for no log probabilities"),
 }
 _TOKEN_IDS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens")
 _BOOLS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
@@ -50,6 +51,8 @@ class SamplingParams:
       begin_suppress_tokens: tokens that are not drawn first.
       seed: with it, the request draws the same tokens alone and in any batch; None draws a new one each time.
       logprobs: how many top log probabilities to return beside the chosen token's; None for none at all.
+      prompt_logprobs: the same for each token of the prompt but the first; such a prompt is read whole, even if another
+        began alike.
       stop: strings that end the output once they stand in it.
       stop_token_ids: tokens that end the output, beside the model's own end-of-sequence tokens.
       ignore_eos: go on after an end-of-sequence token.
@@ -76,6 +79,7 @@ class SamplingParams:
     begin_suppress_tokens: Sequence[int] | None = None
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
@@ -128,8 +132,11 @@ class SamplingParams:
                     f"{name} has token ids {unknown}; the vocabulary has {vocab_size} tokens, "
                     f"so ids must be in [0, {vocab_size})"
                 )
-        if self.logprobs is not None and self.logprobs > vocab_size:
-            raise ValueError(f"logprobs is {self.logprobs}; the vocabulary has {vocab_size} tokens, ask for no more")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) > vocab_size:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; the vocabulary has {vocab_size} tokens, ask for no more"
+                )
 
 
 def _float(name: str, value: Any, allowed: Callable[[float], bool], remedy: str) -> float:
