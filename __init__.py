@@ -20,6 +20,7 @@ from .decode.prefill import prefill
 from .decode.request import RequestOutput, StreamChunk
 from .decode.sampling.draw import sample
 from .decode.sampling.params import SamplingParams
+from .decode.sampling.scores import TokenContext
 from .decode.sampling.state import make_sampling_state
 from .decode.score import evaluate
 from .decode.step import decode_step
@@ -31,7 +32,8 @@ from .model.presets import PRESETS, preset
 from .model.quantization import dequantize, quantize
 from .model.schemes import SCHEMES
 from .model.tokenizer import Tokenizer
-from .model.transformer import AttentionSpec, attend_to_tokens, forward, transformer, unembed
+from .model.transformer import AttentionSpec, attend_to_tokens, final_norm, forward, transformer, unembed
+from .pallas_kernels.attention import attention_weights
 from .sharding.distributed import initialize_distributed
 from .sharding.mesh import make_mesh
 from .sharding.plugin import allow_compiling_without_driver
@@ -55,14 +57,17 @@ __all__ = [
     "RopeConfig",
     "SamplingParams",
     "StreamChunk",
+    "TokenContext",
     "Tokenizer",
     "attend_to_tokens",
+    "attention_weights",
     "count_parameters",
     "decode_step",
     "decode_steps",
     "dequantize",
     "evaluate",
     "extend",
+    "final_norm",
     "forward",
     "generate",
     "init_cache",

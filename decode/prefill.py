@@ -7,12 +7,12 @@ from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
 from ..model.params import Params
-from ..model.transformer import Residual
+from ..model.transformer import Component, Residual
 from .cache import KVCache
 from .extend import extend
 
 
-@functools.partial(jax.jit, static_argnames=("config", "residual"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "residual", "component"), donate_argnames="cache")
 def prefill(
     params: Params,
     config: ModelConfig,
@@ -20,6 +20,7 @@ def prefill(
     lengths: Int[Array, "B"],
     cache: KVCache,
     residual: Residual | None = None,
+    component: Component | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Append T tokens a row to the cache and return the logits after the last of each row.
 
@@ -33,7 +34,7 @@ def prefill(
       tokens: token ids, padded on the right.
       lengths: how many of the T tokens of each row count; 0 leaves a row as it is.
       cache: as `init_cache` or an earlier call returned it.
-      residual: as in `transformer` (static).
+      residual, component: as in `transformer` (static).
 
     Returns:
       Logits, float32, and the cache. A row whose tokens do not fit (cached + lengths > max_lengths), whose length is
@@ -42,4 +43,4 @@ def prefill(
     Raises:
       ValueError: batch sizes differ.
     """
-    return extend(params, config, tokens, lengths, cache, residual=residual)
+    return extend(params, config, tokens, lengths, cache, residual=residual, component=component)

@@ -11,12 +11,14 @@ import jax
 from tqdm import tqdm
 
 from ...model.loading import Model
+from ...model.transformer import Component, Residual
 from .. import buckets
 from ..prompts import Prompt, make_request
 from ..request import FinishReason, Request, StreamChunk
 from ..sampling.draw import SampleLogprobs
 from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays
 from ..sampling.params import SamplingParams
+from ..sampling.scores import Adjust
 from .regime import regime_of
 from .runner import ANYTHING, Runner, Sampled
 from .scheduler import Row, Scheduler
@@ -75,6 +77,10 @@ class Engine:
         computed by programs of one shape, in which a row's sums do not depend on the other rows. It costs speed: each
         prefill has one chunk, of full width, each dispatch one decode step of all rows, and a request that gave up its
         pages makes its output anew.
+      residual, component: intervene in the forward pass of every request, prefill and decode, as in `transformer`.
+        Cached keys and values depend on them as on the weights; requests share pages with those of this engine alone,
+        for which they are the same.
+      adjust: a pure function of the logits of every request, as in `sample`.
 
     Raises:
       ValueError: a size that is not positive, that the mesh does not divide, or that no memory is left for.
@@ -92,13 +98,27 @@ class Engine:
         max_waiting: int | None = None,
         whole_batches: bool = False,
         batch_invariant: bool = False,
+        *,
+        residual: Residual | None = None,
+        component: Component | None = None,
+        adjust: Adjust | None = None,
     ):
         sizes = engine_sizes(model, max_batch_size, cache_tokens, max_length, prefill_tokens, kv_dtype)
         self.model, self.sizes, self.max_waiting = model, sizes, max_waiting
         whole_batches |= batch_invariant
         width = buckets.prefill_floor(min(prefill_tokens, buckets.PREFILL_CHUNK)) if batch_invariant else None
         self._runner = Runner(
-            model, sizes.slots, sizes.pages, PAGE_SIZE, sizes.max_length, kv_dtype, whole_batches, width
+            model,
+            sizes.slots,
+            sizes.pages,
+            PAGE_SIZE,
+            sizes.max_length,
+            kv_dtype,
+            whole_batches,
+            width,
+            residual,
+            component,
+            adjust,
         )
         self._scheduler = Scheduler(
             sizes.shards(), sizes.slots, prefill_tokens, prefix_caching, regime_of(model.config), batch_invariant

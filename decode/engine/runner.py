@@ -14,6 +14,7 @@ from ...model.config import ModelConfig
 from ...model.kv_specs import kinds_by_layer
 from ...model.loading import Model
 from ...model.params import Params
+from ...model.transformer import Component, Residual
 from ...sharding.rules import constrain, named_sharding
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages
@@ -22,6 +23,7 @@ from ..prefill import prefill
 from ..sampling.draw import SampleLogprobs, sample
 from ..sampling.layout import RequestArrays, SamplingPlan, make_plan, request_arrays
 from ..sampling.params import SamplingParams
+from ..sampling.scores import Adjust
 from ..sampling.state import SamplingState, empty_state, insert
 from .pages import ABSENT
 from .scheduler import Chunk, Row
@@ -40,13 +42,13 @@ class SlotState:
     Attributes:
       tokens: [B] int32, the last sampled token of each.
       lengths, contexts: as in `Rows`.
-      sampling: what each asks for, and what penalties need of its output.
+      sampling: what each asks for, and what penalties need of its output; None of rows that are just read.
     """
 
     tokens: Any
     lengths: Any
     contexts: Any
-    sampling: SamplingState
+    sampling: SamplingState | None
 
 
 class Runner:
@@ -61,6 +63,7 @@ class Runner:
       kv_dtype: of cached keys and values, as `init_cache` takes it.
       whole_batches: as in `Engine`.
       width: of every prefill; None for the bucket of the longest chunk.
+      residual, component, adjust: as in `Engine`.
     """
 
     def __init__(
@@ -73,9 +76,13 @@ class Runner:
         kv_dtype: jax.typing.DTypeLike | None = None,
         whole_batches: bool = False,
         width: int | None = None,
+        residual: Residual | None = None,
+        component: Component | None = None,
+        adjust: Adjust | None = None,
     ):
         self.model, self.slots, self._max_length = model, slots, max_length
-        self._width = width
+        self._width, self._adjust = width, adjust
+        self._forward_seams = {"residual": residual, "component": component}
         # On data shards rows stay with the devices that have their pages.
         self._whole_batches = whole_batches or (model.mesh is not None and model.mesh.shape["data"] > 1)
         self.shards = 1 if model.mesh is None else model.mesh.shape["data"]
@@ -122,12 +129,13 @@ class Runner:
         places, rows = self._places([chunk.row.slot for chunk in chunks])
         width = self._width or buckets.prefill_bucket(max(chunk.count for chunk in chunks))
         tokens = np.zeros((rows, width), np.int32)
-        new, starts, contexts = np.zeros((3, rows), np.int32)
+        new, starts, contexts, last = np.zeros((4, rows), np.int32)
         slots = np.full(rows, self.slots, np.int32)  # out of bounds, where nothing enters
         for place, chunk in zip(places, chunks, strict=True):
             end = chunk.start + chunk.count
             tokens[place, : chunk.count] = chunk.row.tokens[chunk.start : end]
             new[place], starts[place], contexts[place] = chunk.count, chunk.start, chunk.row.context
+            last[place] = chunk.row.tokens[end - 1]
             if chunk.last:
                 slots[place] = chunk.row.slot
         batch = Rows(
@@ -138,11 +146,13 @@ class Runner:
             kinds=kinds_by_layer(self.model.config),
         )
         tokens, new = self._put(tokens), self._put(new)
-        logits, cache = prefill(self.model.params, self.model.config, tokens, new, KVCache(self.pages, batch))
+        cache = KVCache(self.pages, batch)
+        logits, cache = prefill(self.model.params, self.model.config, tokens, new, cache, **self._forward_seams)
         self.pages = cache.pages
         made = None
         if any(chunk.last for chunk in chunks):
-            made, self.state = _enter(logits, self.state, slots, cache.lengths, cache.contexts, plan)
+            rows = SlotState(last, cache.lengths, cache.contexts, None)
+            made, self.state = _enter(logits, self.state, slots, rows, plan, adjust=self._adjust)
         settle(self.model, logits)
         return made, places
 
@@ -167,6 +177,8 @@ class Runner:
             self._tables_of(places, count, slots),
             plan,
             steps,
+            adjust=self._adjust,
+            **self._forward_seams,
         )
         settle(self.model, made[0])
         return made, places
@@ -238,7 +250,11 @@ def _empty(slots: int, vocab_size: int, mesh: Any) -> SlotState:
     return SlotState(zeros(), zeros(), zeros(), empty_state(slots, vocab_size, False, mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("pages", "state"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "plan", "steps", "residual", "component", "adjust"),
+    donate_argnames=("pages", "state"),
+)
 def _decode(
     params: Params,
     config: ModelConfig,
@@ -249,31 +265,35 @@ def _decode(
     tables: tuple[Int[Array, "b E"], ...],
     plan: SamplingPlan,
     steps: int,
+    **seams: Any,
 ) -> tuple[Sampled, Any, SlotState]:
     """`decode_steps` of the rows in some slots; None is all of them, in order. Slots out of bounds are nobody's."""
     rows = _rows_of(state, slots, plan)
     cache = KVCache(pages, Rows(rows.lengths, max_lengths, rows.contexts, tables, kinds_by_layer(config)))
     made, logprobs, tokens, cache, sampling = decode_steps(
-        params, config, rows.tokens, cache, rows.sampling, plan, steps
+        params, config, rows.tokens, cache, rows.sampling, plan, steps, **seams
     )
     rows = rows.replace(tokens=tokens, lengths=cache.lengths, sampling=sampling)
     return (made, logprobs), cache.pages, _with_rows(state, slots, rows)
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("plan", "adjust"), donate_argnames="state")
 def _enter(
     logits: Float[Array, "b V"],
     state: SlotState,
     slots: Int[Array, "b"],
-    lengths: Int[Array, "b"],
-    contexts: Int[Array, "b"],
+    read: SlotState,
     plan: SamplingPlan,
+    adjust: Adjust | None,
 ) -> tuple[Sampled, SlotState]:
-    """Draw the tokens that follow texts, and put the rows into their slots; those out of bounds enter none."""
-    rows = _rows_of(state, slots, plan)
-    tokens, logprobs, sampling = sample(logits, rows.sampling, lengths, plan)
+    """Draw the tokens that follow texts, and put the rows into their slots; those out of bounds enter none.
+
+    `read` has the last tokens of the texts, and their lengths.
+    """
+    sampling = _rows_of(state, slots, plan).sampling
+    tokens, logprobs, sampling = sample(logits, sampling, read.lengths, plan, adjust=adjust, previous=read.tokens)
     made = for_host(jax.tree.map(lambda x: x[None], (tokens, logprobs)))
-    return made, _with_rows(state, slots, SlotState(tokens, lengths, contexts, sampling))
+    return made, _with_rows(state, slots, read.replace(tokens=tokens, sampling=sampling))
 
 
 def _rows_of(state: SlotState, slots: Int[Array, "b"] | None, plan: SamplingPlan) -> SlotState:

@@ -48,6 +48,7 @@ class Settings:
     presence_penalty: Float[Array, "B"]  # 0 where off, as the next
     frequency_penalty: Float[Array, "B"]
     logprobs: Bool[Array, "B"]  # whether it wants any
+    prompt_lengths: Int32[Array, "B"]
 
 
 @no_type_check
@@ -121,6 +122,7 @@ def request_arrays(
         presence_penalty=floats("presence_penalty"),
         frequency_penalty=floats("frequency_penalty"),
         logprobs=np.array([p.logprobs is not None for p in params], bool),
+        prompt_lengths=ints(map(len, prompts)),
     )
     values = _padded([(p.logit_bias or {}).values() for p in params], width, 0, np.float32)
     until = _padded([ints(mask.values()) for mask in masks], width, 0, np.int32)
