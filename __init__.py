@@ -10,6 +10,7 @@ Prefill and decode are two programs, compiled apart: the first is bound by arith
 
 from . import programs, roofline
 from .decode.cache import KVCache, init_cache
+from .decode.constraints import Constraint
 from .decode.engine.async_engine import AsyncEngine
 from .decode.engine.engine import Engine, EngineFull
 from .decode.engine.stats import EngineStats
@@ -46,6 +47,7 @@ __all__ = [
     "AsyncEngine",
     "AttentionSpec",
     "CheckpointError",
+    "Constraint",
     "Engine",
     "EngineFull",
     "EngineStats",

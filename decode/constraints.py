@@ -10,7 +10,7 @@ from ..model.tokenizer import Tokenizer
 
 
 class Constraint(Protocol):
-    """What may follow one output. `SamplingParams.constraint` makes one for each request, and again where it is resumed.
+    """What may follow one output. `SamplingParams.constraint` makes one a request, and another where it is resumed.
 
     With llguidance (https://github.com/guidance-ai/llguidance), whose masks are packed alike, for a regular expression:
 
@@ -127,9 +127,8 @@ class Constraints:
             mask = np.asarray(constraint.mask())
             mask = packed(mask) if mask.dtype == bool else mask
             if mask.dtype != np.uint32 or mask.ndim != 1:
-                raise TypeError(
-                    f"a constraint's mask is {mask.dtype} {list(mask.shape)}; it must be bool [V] or uint32 [ceil(V / 32)]"
-                )
+                given = f"{mask.dtype} {list(mask.shape)}"
+                raise TypeError(f"a constraint's mask is {given}; it must be bool [V] or uint32 [ceil(V / 32)]")
             if mask.size > combined.size:
                 raise ValueError(
                     f"a constraint's mask is for {32 * mask.size} tokens; the vocabulary has {self._vocab_size}"

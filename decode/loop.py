@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from ..model.config import ModelConfig
 from ..model.loading import Model
@@ -36,6 +36,7 @@ def decode_steps(
     residual: Residual | None = None,
     component: Component | None = None,
     adjust: Adjust | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[Int[Array, "N B"], SampleLogprobs | None, Int[Array, "B"], KVCache, SamplingState]:
     """Decode and sample `steps` tokens a row without coming back to the host.
 
@@ -52,6 +53,7 @@ def decode_steps(
       steps: how many tokens to make (static).
       residual, component: as in `transformer` (static).
       adjust: as in `sample` (static).
+      allowed: as in `sample`, for all steps: who knows of each token only what may follow it takes one.
 
     Returns:
       The sampled tokens and their log-probabilities (None where no row asks), step by step; then what the next call
@@ -61,7 +63,7 @@ def decode_steps(
     def step(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         tokens, cache, state = carry
         logits, cache = decode_step(params, config, tokens, cache, residual, component)
-        tokens, logprobs, state = sample(logits, state, cache.lengths, plan, adjust=adjust, previous=tokens)
+        tokens, logprobs, state = sample(logits, state, cache.lengths, plan, None, adjust, tokens, allowed)
         return (tokens, cache, state), (tokens, logprobs)
 
     (tokens, cache, state), made = lax.scan(step, (tokens, cache, state), length=steps)

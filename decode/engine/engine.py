@@ -20,7 +20,7 @@ from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays
 from ..sampling.params import SamplingParams
 from ..sampling.scores import Adjust
 from .regime import regime_of
-from .runner import ANYTHING, Runner, Sampled
+from .runner import ANYTHING, Masks, Runner, Sampled
 from .scheduler import Row, Scheduler
 from .sizes import PAGE_SIZE, engine_sizes
 from .stats import EngineStats, percentiles
@@ -177,6 +177,7 @@ class Engine:
         index, self._submitted = self._submitted, self._submitted + 1
         request.start_clock()
         row = Row(index, list(request.prompt), len(request.prompt), total, priority, self._borders, self._replays)
+        row.stepwise = request.constraints is not None
         plan = make_plan([request.params], self.model.config.vocab_size)
         if self._whole_batches:
             self._least_plan = coarsest([self._least_plan, plan])
@@ -207,9 +208,10 @@ class Engine:
         """
         started, waited = time.perf_counter(), self._device_wait
         try:
-            dispatched, before = self._dispatch(), self._in_flight
-            self._in_flight = []
-            self._read(before)
+            if any(row.stepwise for dispatch in self._in_flight for row in dispatch.rows):
+                self._read_in_flight()  # what may come next depends on it
+            dispatched = self._dispatch()
+            self._read_in_flight()
             self._in_flight = dispatched
         except _StepFailed:
             self._recover()
@@ -227,7 +229,7 @@ class Engine:
 
         Args:
           progress: whether to show a bar.
-          sampling: what requests will ask for, where that is known; None for anything.
+          sampling: what requests will ask for, where that is known; None for anything but constraints and bad words.
 
         Raises:
           RuntimeError: there are requests.
@@ -276,7 +278,8 @@ class Engine:
                 self._runner.set_pages(row)
         if step.decode:
             with self._concerning(step.decode):
-                sampled, columns = self._runner.decode(step.decode, step.steps, self._plan(step.decode))
+                plan, masks = self._plan(step.decode), self._masks(step.decode)
+                sampled, columns = self._runner.decode(step.decode, step.steps, plan, masks)
             dispatches.append(_Dispatch(sampled, step.decode, columns))
         for batch in step.prefills:
             with self._concerning([chunk.row for chunk in batch]):
@@ -286,7 +289,7 @@ class Engine:
                 plan = self._plan(entering)
                 for row in entering:
                     self._insert(row)
-                sampled, columns = self._runner.prefill(batch, plan)
+                sampled, columns = self._runner.prefill(batch, plan, self._masks(entering))
             if entering:
                 columns = [column for column, chunk in zip(columns, batch, strict=True) if chunk.last]
                 dispatches.append(_Dispatch(sampled, entering, columns))
@@ -303,11 +306,19 @@ class Engine:
         """Tell the device what a row that is about to enter its slot asks of sampling."""
         request, eos = self._active[row.index].request, self.model.generation.eos_token_ids
         output = request.tokens[: row.context - row.prompt_tokens]
+        if row.stepwise:
+            request.constraints.restart(output)
         arrays = request_arrays([request.params], [request.prompt], [request.seed], eos, [output])
         self._runner.insert(row.slot, arrays)
 
-    def _read(self, dispatches: Sequence[_Dispatch]) -> None:
+    def _masks(self, rows: Sequence[Row]) -> Masks | None:
+        """What may come next in rows that are to be asked before each token, if there are any."""
+        stepwise = [row for row in rows if row.stepwise]
+        return {row.slot: self._active[row.index].request.constraints.mask for row in stepwise} or None
+
+    def _read_in_flight(self) -> None:
         """Wait for tokens, and give each request its own."""
+        dispatches, self._in_flight = self._in_flight, []
         for dispatch in dispatches:
             with self._concerning(dispatch.rows):
                 started = time.perf_counter()
@@ -322,6 +333,7 @@ class Engine:
         known, again = len(request.tokens), row.known_again(len(tokens))
         request.extend(tokens[again:], logprobs, column, again)
         new = request.tokens[known:]
+        request.constrain(tokens)
         self._generated += len(new)
         self._scheduler.advance(row, new, again)
         if request.finished:

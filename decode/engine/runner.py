@@ -1,14 +1,15 @@
 """The device side of the engine: the pool of pages, what each slot holds, and the programs that advance them."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from ...model.config import ModelConfig
 from ...model.kv_specs import kinds_by_layer
@@ -31,8 +32,11 @@ from .scheduler import Chunk, Row
 Sampled = tuple[Int[Array, "N B"], SampleLogprobs | None]
 """New tokens, step by step, and their log-probabilities where the plan has any; on the device."""
 
+Masks = Mapping[int, UInt32[np.ndarray, "W"]]
+"""By slot, the tokens that may be drawn, as `sample` takes them. Programs without any mask are others: None."""
+
 ANYTHING = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0), SamplingParams(logprobs=1)
-"""Requests that together need every program of sampling."""
+"""Requests that together need every program of sampling but those with masks."""
 
 
 @struct.dataclass
@@ -120,7 +124,9 @@ class Runner:
             tables = empty_state(self.slots, self._vocab_size, True, self.model.mesh)
             self.state = self.state.replace(sampling=tables.replace(settings=self.state.sampling.settings))
 
-    def prefill(self, chunks: Sequence[Chunk], plan: SamplingPlan) -> tuple[Sampled | None, list[int]]:
+    def prefill(
+        self, chunks: Sequence[Chunk], plan: SamplingPlan, masks: Masks | None = None
+    ) -> tuple[Sampled | None, list[int]]:
         """Run chunks of prompts; rows whose text ends draw a token and enter their slots.
 
         Returns:
@@ -152,11 +158,14 @@ class Runner:
         made = None
         if any(chunk.last for chunk in chunks):
             rows = SlotState(last, cache.lengths, cache.contexts, None)
-            made, self.state = _enter(logits, self.state, slots, rows, plan, adjust=self._adjust)
+            allowed = self._allowed(masks, places, len(slots), [chunk.row.slot for chunk in chunks])
+            made, self.state = _enter(logits, self.state, slots, rows, plan, self._adjust, allowed)
         settle(self.model, logits)
         return made, places
 
-    def decode(self, rows: Sequence[Row], steps: int, plan: SamplingPlan) -> tuple[Sampled, list[int]]:
+    def decode(
+        self, rows: Sequence[Row], steps: int, plan: SamplingPlan, masks: Masks | None = None
+    ) -> tuple[Sampled, list[int]]:
         """Make the next tokens of rows that have entered; the new ones, and the row of the program that each was."""
         slots = [row.slot for row in rows]
         if self._whole_batches:
@@ -178,6 +187,7 @@ class Runner:
             plan,
             steps,
             adjust=self._adjust,
+            allowed=self._allowed(masks, places, count, slots),
             **self._forward_seams,
         )
         settle(self.model, made[0])
@@ -189,6 +199,7 @@ class Runner:
         """
         plans = list(dict.fromkeys(make_plan([params], self._vocab_size) for params in sampling))
         full = any(plan.kind == "full" for plan in plans)
+        masks = [None, {}] if any(params.constraint or params.bad_words for params in sampling) else [None]
         if full:
             self.make_tables()
         per_shard, longest = self.slots // self.shards, self._max_length
@@ -207,11 +218,11 @@ class Runner:
             for n, (width, tokens) in enumerate(widths):
                 if count == 1 or self.shards * count * width <= prefill_tokens:
                     chunks = [Chunk(row, 0, tokens, last=True) for row in some]
-                    for plan in plans if n == 0 else plans[:1]:
-                        yield functools.partial(self.prefill, chunks, plan)
+                    for case in itertools.product(plans, masks) if n == 0 else [(plans[0], None)]:
+                        yield functools.partial(self.prefill, chunks, *case)
             for plan in plans if count == 1 or not self._whole_batches else []:
-                for steps in (1, buckets.DECODE_STEPS):
-                    yield functools.partial(self.decode, some, steps, plan)
+                for case in [(buckets.DECODE_STEPS, plan), *((1, plan, mask) for mask in masks)]:
+                    yield functools.partial(self.decode, some, *case)
 
     def _places(self, slots: Sequence[int]) -> tuple[list[int], int]:
         """Rows of a program for rows in these slots, each on its slot's data shard, and how many rows it has."""
@@ -232,6 +243,18 @@ class Runner:
             part[places] = table[slots]
             tables.append(self._put(part))
         return tuple(tables)
+
+    def _allowed(
+        self, masks: Masks | None, places: Sequence[int], count: int, slots: Sequence[int]
+    ) -> Array | np.ndarray | None:
+        """The masks of a program's rows, of all bits where a slot has none."""
+        if masks is None:
+            return None
+        allowed = np.full((count, -(-self._vocab_size // 32)), 2**32 - 1, np.uint32)
+        for place, slot in zip(places, slots, strict=True):
+            if slot in masks:
+                allowed[place] = masks[slot]
+        return self._put(allowed)
 
     def _put(self, rows: np.ndarray) -> Array | np.ndarray:
         """An array of a program's rows, each on its data shard."""
@@ -285,13 +308,14 @@ def _enter(
     read: SlotState,
     plan: SamplingPlan,
     adjust: Adjust | None,
+    allowed: UInt32[Array, "b W"] | None,
 ) -> tuple[Sampled, SlotState]:
     """Draw the tokens that follow texts, and put the rows into their slots; those out of bounds enter none.
 
     `read` has the last tokens of the texts, and their lengths.
     """
     sampling = _rows_of(state, slots, plan).sampling
-    tokens, logprobs, sampling = sample(logits, sampling, read.lengths, plan, adjust=adjust, previous=read.tokens)
+    tokens, logprobs, sampling = sample(logits, sampling, read.lengths, plan, None, adjust, read.tokens, allowed)
     made = for_host(jax.tree.map(lambda x: x[None], (tokens, logprobs)))
     return made, _with_rows(state, slots, read.replace(tokens=tokens, sampling=sampling))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from .layout import SamplingPlan
 from .scores import Adjust, token_ids, token_scores, top
@@ -37,6 +37,7 @@ def sample(
     drafted: Int[Array, "B *T"] | None = None,
     adjust: Adjust | None = None,
     previous: Int[Array, "B *T"] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[Int32[Array, "B *T"], SampleLogprobs | None, SamplingState]:
     """Choose the next token of each row, or of each of T positions of each row.
 
@@ -53,6 +54,8 @@ def sample(
         first mistake the tokens are, bit for bit, those of T calls. None counts nothing.
       adjust: applied to the logits before everything else; see `Adjust` (static).
       previous: the token before each position, which `adjust` is told.
+      allowed: the tokens that may be drawn, after `adjust`, in packed bits: token t is bit t % 32 of word t // 32, and
+        W = ceil(V / 32). None for all.
 
     Returns:
       The tokens, their log probabilities if the plan has any, and the state, which after [B, V] has counted the tokens;
@@ -69,7 +72,7 @@ def sample(
             logits, positions = logits[:, None], positions[:, None]
             previous = None if previous is None else previous[:, None]
         broken = jnp.any(~(logits < jnp.inf), axis=-1)
-        scores = token_scores(logits, state, positions, plan, drafted, adjust, previous)
+        scores = token_scores(logits, state, positions, plan, drafted, adjust, previous, allowed)
         tokens = draw(scores, state, positions, plan)
         tokens = jnp.where(broken, 0, tokens)
         logprobs = _logprobs(logits, tokens, state, plan) if plan.kind == "full" else None

@@ -51,6 +51,7 @@ def token_scores(
     drafted: Int[Array, "B T"] | None = None,
     adjust: Adjust | None = None,
     previous: Int[Array, "B T"] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> Float[Array, "B T V"]:
     """What tokens are chosen by: the largest of the scores where a row is greedy, of scores and noise where it draws.
 
@@ -60,6 +61,8 @@ def token_scores(
         state = state.replace(output_counts=_counts_by_position(state.output_counts, drafted, logits.shape[1]))
     if adjust is not None:
         logits = _adjusted(logits, state.settings, positions, adjust, previous)
+    if allowed is not None:
+        logits = jnp.where(_unpacked(allowed, logits.shape[-1])[:, None], logits, -jnp.inf)
     if plan.kind == "full":
         logits = _penalized(logits, state, positions)
     if plan.kind == "greedy":
@@ -74,6 +77,11 @@ def _adjusted(logits, settings, positions, adjust, previous):
     positions, previous = positions.reshape(B * T), previous.reshape(B * T)
     context = TokenContext(positions, previous, positions - by_row[0], by_row[1])
     return adjust(logits.reshape(B * T, V), context).reshape(B, T, V)
+
+
+def _unpacked(words, V):
+    bits = words[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    return bits.reshape(len(words), -1)[:, :V].astype(bool)
 
 
 def _counts_by_position(counts, drafted, T):
