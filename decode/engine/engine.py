@@ -176,8 +176,16 @@ class Engine:
             )
         index, self._submitted = self._submitted, self._submitted + 1
         request.start_clock()
-        row = Row(index, list(request.prompt), len(request.prompt), total, priority, self._borders, self._replays)
-        row.stepwise = request.constraints is not None
+        row = Row(
+            index,
+            list(request.prompt),
+            len(request.prompt),
+            total,
+            priority,
+            self._borders,
+            self._replays,
+            stepwise=request.constraints is not None,
+        )
         plan = make_plan([request.params], self.model.config.vocab_size)
         if self._whole_batches:
             self._least_plan = coarsest([self._least_plan, plan])
