@@ -168,6 +168,7 @@ class Request:
             for token in tokens:
                 self.constraints.accept(token)
             if not self.constraints.mask.any():
+                self._add_text([], last=True)
                 self.finish("stop")
         except Exception as error:
             self.finish("error", error)

@@ -45,7 +45,7 @@ Attend = Callable[
 class LayerwiseAttend:
     """Base of `Attend`s that are pytrees, and that do for equal layers the same: such layers are traced once.
 
-    Of several equal layers, the first one's index stands in the `AttentionSpec`.
+    Of several equal layers, the first one's index stands in the `AttentionSpec`, unless there is a `component`.
     """
 
 

@@ -199,7 +199,8 @@ class Runner:
         """
         plans = list(dict.fromkeys(make_plan([params], self._vocab_size) for params in sampling))
         full = any(plan.kind == "full" for plan in plans)
-        masks = [None, {}] if any(params.constraint or params.bad_words for params in sampling) else [None]
+        words = any(len(word) > 1 for word in self.model.generation.bad_words)
+        masks = [None, {}] if words or any(params.constraint or params.bad_words for params in sampling) else [None]
         if full:
             self.make_tables()
         per_shard, longest = self.slots // self.shards, self._max_length
