@@ -11,6 +11,7 @@ Prefill and decode are two programs, compiled apart: the first is bound by arith
 from . import programs, roofline
 from .decode.beam import BeamSearchOutput, BeamSearchSequence, beam_search
 from .decode.cache import KVCache, init_cache
+from .decode.constraints import Constraint
 from .decode.engine.async_engine import AsyncEngine
 from .decode.engine.engine import Engine, EngineFull
 from .decode.engine.stats import EngineStats
@@ -23,6 +24,7 @@ from .decode.prefill import prefill
 from .decode.request import RequestOutput, StreamChunk
 from .decode.sampling.draw import sample
 from .decode.sampling.params import SamplingParams
+from .decode.sampling.scores import TokenContext
 from .decode.sampling.state import make_sampling_state
 from .decode.score import Score, score
 from .decode.step import decode_step
@@ -34,7 +36,8 @@ from .model.presets import PRESETS, preset
 from .model.quantization import dequantize, quantize
 from .model.schemes import SCHEMES
 from .model.tokenizer import Tokenizer
-from .model.transformer import AttentionSpec, attend_to_tokens, forward, transformer, unembed
+from .model.transformer import AttentionSpec, attend_to_tokens, final_norm, forward, transformer, unembed
+from .pallas_kernels.attention import attention_weights
 from .sharding.distributed import initialize_distributed
 from .sharding.mesh import make_mesh
 from .sharding.plugin import allow_compiling_without_driver
@@ -49,6 +52,7 @@ __all__ = [
     "BeamSearchOutput",
     "BeamSearchSequence",
     "CheckpointError",
+    "Constraint",
     "Engine",
     "EngineFull",
     "EngineStats",
@@ -61,8 +65,10 @@ __all__ = [
     "SamplingParams",
     "Score",
     "StreamChunk",
+    "TokenContext",
     "Tokenizer",
     "attend_to_tokens",
+    "attention_weights",
     "beam_search",
     "count_parameters",
     "decode_step",
@@ -70,6 +76,7 @@ __all__ = [
     "dequantize",
     "evaluate",
     "extend",
+    "final_norm",
     "fork",
     "forward",
     "generate",

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
 from ..model.params import Params
-from ..model.transformer import Residual, transformer, unembed
+from ..model.transformer import Component, Residual, transformer, unembed
 from ..sharding.rules import constrain
 from .attend import CachedAttend, Form
 from .cache import KVCache
@@ -23,6 +23,7 @@ def extend(
     form: Form = "prefill",
     logits: Literal["last", "all"] | None = "last",
     residual: Residual | None = None,
+    component: Component | None = None,
 ) -> tuple[Float[Array, "B *T N"], KVCache]:
     """Append the first `new` of T tokens to each row of a cache.
 
@@ -36,7 +37,7 @@ def extend(
       cache: as `init_cache` or an earlier call returned it.
       form: how attention reads the pages: "prefill" in blocks of queries, "decode" once for up to 16 tokens a row.
       logits: after the "last" token of each row, or after "all"; None returns the hidden states in their place.
-      residual: as in `transformer`.
+      residual, component: as in `transformer`.
 
     Returns:
       Logits, float32, [B, V] or [B, T, V], or what `unembed` takes, [B, T, D]; and the cache. A row whose tokens do not
@@ -61,7 +62,8 @@ def extend(
     positions = starts[:, None] + jnp.arange(T)
     attend = CachedAttend(cache.rows, new, positions, config, form)
     contexts = jnp.maximum(cache.contexts, lengths)
-    x, pages = transformer(params, config, tokens, positions, attend, cache.pages, contexts, residual=residual)
+    seams = {"residual": residual, "component": component}
+    x, pages = transformer(params, config, tokens, positions, attend, cache.pages, contexts, **seams)
     cache = cache.replace(pages=pages, lengths=constrain(lengths, "batch"))
     if logits is None:
         return x, cache

@@ -1,16 +1,19 @@
 """Text in, text out: every prompt through an engine of just the size."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
 from ..model.loading import Model
+from ..model.transformer import Component, Residual
 from . import buckets
 from .engine.engine import Engine
 from .engine.sizes import default_cache_tokens
 from .prompts import Prompts, make_requests
 from .request import Request, RequestOutput, StreamChunk
 from .sampling.params import SamplingParams
+from .sampling.scores import Adjust
 
 
 def generate(
@@ -21,6 +24,9 @@ def generate(
     callback: Callable[[StreamChunk], None] | None = None,
     max_batch_size: int = 32,
     kv_dtype: jax.typing.DTypeLike | None = None,
+    residual: Residual | None = None,
+    component: Component | None = None,
+    adjust: Adjust | None = None,
 ) -> list[RequestOutput]:
     """Complete every prompt.
 
@@ -31,6 +37,10 @@ def generate(
       callback: called with every `StreamChunk` as it comes.
       max_batch_size: rows decoded together; more prompts run in turns.
       kv_dtype: of cached keys and values: None, a float dtype, "int8" or "fp8", as `init_cache` takes it.
+      residual, component: intervene in the forward pass of every prompt, prefill and decode, as in `transformer`: what
+        is made is what recomputing everything at each step would make. Static, as the next: pass the same function
+        again, not an equal new one, or it compiles again.
+      adjust: a pure function of the logits, as in `sample`.
 
     Returns:
       One output a prompt, in order. A request's tokens do not depend on what it is batched with.
@@ -40,7 +50,8 @@ def generate(
         stop strings without a tokenizer, an unknown `kv_dtype`; all before any device work.
     """
     outputs: dict[int, RequestOutput] = {}
-    for chunk in stream(model, prompts, sampling, max_batch_size=max_batch_size, kv_dtype=kv_dtype):
+    seams = {"residual": residual, "component": component, "adjust": adjust}
+    for chunk in stream(model, prompts, sampling, max_batch_size=max_batch_size, kv_dtype=kv_dtype, **seams):
         if callback is not None:
             callback(chunk)
         if chunk.output is not None:
@@ -57,12 +68,17 @@ def stream(
     *,
     max_batch_size: int = 32,
     kv_dtype: jax.typing.DTypeLike | None = None,
+    residual: Residual | None = None,
+    component: Component | None = None,
+    adjust: Adjust | None = None,
 ) -> Iterator[StreamChunk]:
     """Like `generate`, but yields the output as it comes, in blocks of a few tokens a request.
 
     The arguments are checked when it is called, before the first chunk is asked for.
     """
-    engine = engine_for(model, requests := make_requests(model, prompts, sampling), max_batch_size, kv_dtype)
+    requests = make_requests(model, prompts, sampling)
+    seams = {"residual": residual, "component": component, "adjust": adjust}
+    engine = engine_for(model, requests, max_batch_size, kv_dtype, **seams)
     for request in requests:
         engine.add(request)
     return _closing(engine)
@@ -80,13 +96,17 @@ def warm_up(
     *,
     max_batch_size: int = 32,
     kv_dtype: jax.typing.DTypeLike | None = None,
+    residual: Residual | None = None,
+    component: Component | None = None,
+    adjust: Adjust | None = None,
 ) -> None:
     """Compile the programs that `generate` with these arguments will run, so that none is compiled while it runs.
 
     The model's parameters may be `jax.ShapeDtypeStruct`s still (`open_model`).
     """
     requests = make_requests(model, prompts, sampling)
-    with engine_for(model, requests, max_batch_size, kv_dtype) as engine, engine.rehearsal():
+    seams = {"residual": residual, "component": component, "adjust": adjust}
+    with engine_for(model, requests, max_batch_size, kv_dtype, **seams) as engine, engine.rehearsal():
         for request in requests[:max_batch_size]:
             engine.add(request)
         decoded = set()
@@ -100,7 +120,11 @@ def warm_up(
 
 
 def engine_for(
-    model: Model, requests: Sequence[Request], max_batch_size: int, kv_dtype: jax.typing.DTypeLike | None
+    model: Model,
+    requests: Sequence[Request],
+    max_batch_size: int,
+    kv_dtype: jax.typing.DTypeLike | None,
+    **seams: Any,
 ) -> Engine:
     """An engine for these requests, of sizes that few calls differ in: they are those of compiled programs."""
     if max_batch_size <= 0:
@@ -119,4 +143,5 @@ def engine_for(
         prefill_tokens=prefill_tokens,
         kv_dtype=kv_dtype,
         whole_batches=True,
+        **seams,
     )

@@ -5,20 +5,26 @@ from typing import Any
 
 import jax
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from ..model.config import ModelConfig
 from ..model.loading import Model
 from ..model.params import Params
+from ..model.transformer import Component, Residual
 from ..sharding.rules import constrain
 from .cache import KVCache
 from .sampling.draw import SampleLogprobs, sample
 from .sampling.layout import SamplingPlan
+from .sampling.scores import Adjust
 from .sampling.state import SamplingState
 from .step import decode_step
 
 
-@functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("cache", "state"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "plan", "steps", "residual", "component", "adjust"),
+    donate_argnames=("cache", "state"),
+)
 def decode_steps(
     params: Params,
     config: ModelConfig,
@@ -27,6 +33,10 @@ def decode_steps(
     state: SamplingState,
     plan: SamplingPlan,
     steps: int,
+    residual: Residual | None = None,
+    component: Component | None = None,
+    adjust: Adjust | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[Int[Array, "N B"], SampleLogprobs | None, Int[Array, "B"], KVCache, SamplingState]:
     """Decode and sample `steps` tokens a row without coming back to the host.
 
@@ -41,6 +51,9 @@ def decode_steps(
       state: per-row sampling state.
       plan: which sampling steps any row needs (static).
       steps: how many tokens to make (static).
+      residual, component: as in `transformer` (static).
+      adjust: as in `sample` (static).
+      allowed: as in `sample`, for all steps: who knows of each token only what may follow it takes one.
 
     Returns:
       The sampled tokens and their log-probabilities (None where no row asks), step by step; then what the next call
@@ -49,8 +62,8 @@ def decode_steps(
 
     def step(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         tokens, cache, state = carry
-        logits, cache = decode_step(params, config, tokens, cache)
-        tokens, logprobs, state = sample(logits, state, cache.lengths, plan)
+        logits, cache = decode_step(params, config, tokens, cache, residual, component)
+        tokens, logprobs, state = sample(logits, state, cache.lengths, plan, None, adjust, tokens, allowed)
         return (tokens, cache, state), (tokens, logprobs)
 
     (tokens, cache, state), made = lax.scan(step, (tokens, cache, state), length=steps)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
 from ..model.params import Params
-from ..model.transformer import Residual
+from ..model.transformer import Component, Residual
 from .cache import KVCache
 from .extend import extend, last_logits
 from .logprobs import target_logprobs
@@ -16,7 +16,7 @@ from .loop import for_host
 from .sampling.draw import SampleLogprobs
 
 
-@functools.partial(jax.jit, static_argnames=("config", "residual"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "residual", "component"), donate_argnames="cache")
 def prefill(
     params: Params,
     config: ModelConfig,
@@ -24,6 +24,7 @@ def prefill(
     lengths: Int[Array, "B"],
     cache: KVCache,
     residual: Residual | None = None,
+    component: Component | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Append T tokens a row to the cache and return the logits after the last of each row.
 
@@ -37,7 +38,7 @@ def prefill(
       tokens: token ids, padded on the right.
       lengths: how many of the T tokens of each row count; 0 leaves a row as it is.
       cache: as `init_cache` or an earlier call returned it.
-      residual: as in `transformer` (static).
+      residual, component: as in `transformer` (static).
 
     Returns:
       Logits, float32, and the cache. A row whose tokens do not fit (cached + lengths > max_lengths), whose length is
@@ -46,10 +47,10 @@ def prefill(
     Raises:
       ValueError: batch sizes differ.
     """
-    return extend(params, config, tokens, lengths, cache, residual=residual)
+    return extend(params, config, tokens, lengths, cache, residual=residual, component=component)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "top", "residual"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "top", "residual", "component"), donate_argnames="cache")
 def scored_prefill(
     params: Params,
     config: ModelConfig,
@@ -59,9 +60,11 @@ def scored_prefill(
     targets: Int[Array, "B T"],
     top: int,
     residual: Residual | None = None,
+    component: Component | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache, SampleLogprobs]:
     """`prefill`, and the log-probabilities of the token that follows each, `targets`, with the `top` likeliest."""
-    x, cache = extend(params, config, tokens, lengths, cache, logits=None, residual=residual)
+    seams = {"residual": residual, "component": component}
+    x, cache = extend(params, config, tokens, lengths, cache, logits=None, **seams)
     there = jnp.arange(tokens.shape[1]) < lengths[:, None]
     logprobs, _ = target_logprobs([params], [config], [x], targets, there, top)
     return last_logits(params, config, x, lengths), cache, for_host(logprobs)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ..model.loading import Model
+from .constraints import BadWords, Constraints, bad_word_tokens
 from .request import Request
 from .sampling.params import SamplingParams
 
@@ -85,20 +86,47 @@ def make_request(
         )
     if params.stop and model.tokenizer is None:
         raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
+    if params.bad_words and model.tokenizer is None:
+        raise ValueError("bad_words need a tokenizer, and the model has none; use suppress_tokens or a constraint")
     params.validate(config.vocab_size)
     if params.max_tokens is not None and params.max_tokens > room:
         _say_once(
             f"prompt {index} has {len(tokens)} tokens of the {longest} that {who} takes: it ends "
             f"after {room} new ones, not after max_tokens {params.max_tokens}"
         )
+    params = with_checkpoint_rules(params, model)
+    allowed, not_first = params.allowed_token_ids, {*params.suppress_tokens, *params.begin_suppress_tokens}
+    if allowed is not None and not_first.issuperset(allowed):
+        raise ValueError(f"all allowed_token_ids of prompt {index} are suppressed or bad words; allow others too")
     return Request(
         prompt=tokens,
-        params=with_checkpoint_rules(params, model),
+        params=params,
         max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         seed=seed if params.seed is None else params.seed,
         eos_token_ids=model.generation.eos_token_ids,
         tokenizer=model.tokenizer,
+        constraints=_constraints(index, params, tokens, model),
     )
+
+
+def _bad_words(params: SamplingParams, model: Model) -> list[list[int]]:
+    return bad_word_tokens(params.bad_words, model.tokenizer) if params.bad_words else []
+
+
+def _constraints(index: int, params: SamplingParams, prompt: Sequence[int], model: Model) -> Constraints | None:
+    """What must be asked before each token: bad words of several tokens, and the request's own constraint."""
+    V, factories = model.config.vocab_size, [] if params.constraint is None else [params.constraint]
+    # A word of the checkpoint's may begin in the prompt (transformers), one of the request's only in the output (vLLM).
+    for words, text in ((model.generation.bad_words, prompt), (_bad_words(params, model), ())):
+        words = [list(word) for word in words if len(word) > 1 and max(word) < V]
+        if words:
+            factories.append(functools.partial(BadWords, words, text, V))
+    if not factories:
+        return None
+    constraints = Constraints(factories, V)
+    if not constraints.mask.any():
+        raise ValueError(f"the constraint of prompt {index} allows no token to begin with; allow one")
+    return constraints
 
 
 def _tokens(model: Model, index: int, prompt: Prompt) -> list[int]:
@@ -121,11 +149,12 @@ def _say_once(message: str) -> None:
 def with_checkpoint_rules(params: SamplingParams, model: Model) -> SamplingParams:
     """The params of a request with what the checkpoint's own files ask of every one.
 
-    Tokens that are never made, or not made first, are suppressed; the checkpoint's stop strings are added, unless the
-    request ignores the ends of texts.
+    Tokens that are never made, or not made first, are suppressed, as are bad words of one token; the checkpoint's stop
+    strings are added, unless the request ignores the ends of texts.
     """
     rules, V = model.generation, model.config.vocab_size
-    never = [*rules.suppress_tokens, *(word[0] for word in rules.bad_words if len(word) == 1)]
+    words = [*rules.bad_words, *_bad_words(params, model)]
+    never = [*rules.suppress_tokens, *(word[0] for word in words if len(word) == 1)]
     never, not_first = ([token for token in tokens if token < V] for tokens in (never, rules.begin_suppress_tokens))
     stop = params.stop
     if model.tokenizer is not None and not params.ignore_eos:

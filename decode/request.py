@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ..model.tokenizer import StreamDecoder, Tokenizer
+from .constraints import Constraints
 from .logprobs import check_finite
 from .sampling.draw import SampleLogprobs
 from .sampling.params import SamplingParams
@@ -39,8 +40,8 @@ class RequestOutput:
       prompt_tokens: the prompt's token ids.
       tokens: the new token ids, a stop token included.
       text: their text, cut at a stop string; None where the model has no tokenizer.
-      finish_reason: "stop" (a stop token or string), "length" (max_tokens, or the longest sequence), "abort" (cut short
-        before either), or "error".
+      finish_reason: "stop" (a stop token or string, or a constraint that allows nothing more), "length" (max_tokens, or
+        the longest sequence), "abort" (cut short before either), or "error".
       stop_reason: the stop token id or stop string that ended it, or None.
       logprobs: one entry a new token where asked for, else None.
       prompt_logprobs: where asked for, an entry a token of the prompt: None for the first, which nothing comes before,
@@ -96,6 +97,7 @@ class Request:
       seed: of its random numbers.
       eos_token_ids: the model's end-of-sequence tokens.
       tokenizer: None leaves the text out.
+      constraints: what may follow its tokens; None for anything.
     """
 
     def __init__(
@@ -106,8 +108,10 @@ class Request:
         seed: int,
         eos_token_ids: Sequence[int],
         tokenizer: Tokenizer | None,
+        constraints: Constraints | None = None,
     ):
         self.prompt = list(prompt)
+        self.constraints = constraints
         self.params = params
         self.max_tokens = max_tokens
         self.seed = seed
@@ -179,6 +183,19 @@ class Request:
                 ids, values = logprobs.top_ids[at, :count].tolist(), logprobs.top[at, :count].tolist()
                 own = {token: float(logprobs.chosen[at])}
                 self.prompt_logprobs[start + 1 + at] = own | dict(zip(ids, values, strict=True))
+
+    def constrain(self, tokens: Sequence[int]) -> None:
+        """Tell the constraints, if any, of tokens that were drawn, now or again; may finish the request."""
+        if self.constraints is None or self.finished:
+            return
+        try:
+            for token in tokens:
+                self.constraints.accept(token)
+            if not self.constraints.mask.any():
+                self._add_text([], last=True)
+                self.finish("stop")
+        except Exception as error:
+            self.finish("error", error)
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request before it ends itself."""

@@ -8,18 +8,19 @@ from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
 from ..model.params import Params
-from ..model.transformer import Residual
+from ..model.transformer import Component, Residual
 from .cache import KVCache
 from .extend import extend
 
 
-@functools.partial(jax.jit, static_argnames=("config", "residual"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "residual", "component"), donate_argnames="cache")
 def decode_step(
     params: Params,
     config: ModelConfig,
     tokens: Int[Array, "B"],
     cache: KVCache,
     residual: Residual | None = None,
+    component: Component | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Append one token a row to the cache and return the logits after it.
 
@@ -30,7 +31,7 @@ def decode_step(
       config: the model (static).
       tokens: the next token id of each row.
       cache: as `prefill` or an earlier step returned it.
-      residual: as in `transformer` (static).
+      residual, component: as in `transformer` (static).
 
     Returns:
       Logits, float32, and the cache. A row that is full (lengths == max_lengths) gets NaN logits, and its cache and
@@ -40,4 +41,4 @@ def decode_step(
       ValueError: batch sizes differ.
     """
     new = jnp.ones_like(tokens)
-    return extend(params, config, tokens[:, None], new, cache, form="decode", residual=residual)
+    return extend(params, config, tokens[:, None], new, cache, form="decode", residual=residual, component=component)

@@ -90,10 +90,7 @@ def generation_defaults(directory: Path, tokenizer: Tokenizer | None = None) -> 
     ends = [*file.ids("eos_token_id"), *fallback.ids("eos_token_id")]
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ends.append(tokenizer.eos_token_id)
-    bad_words = file.id_lists("bad_words_ids")
     not_read = [name for name, value in file.stated.items() if _changes_something(name, value)]
-    if any(len(word) > 1 for word in bad_words):
-        not_read.append("bad_words_ids of more than one token")
     if not_read:
         warnings.warn(f"{file.path}: {listing(not_read)} not read here; texts are made without", stacklevel=3)
     temperature = file.number("temperature", 0.0)
@@ -103,7 +100,7 @@ def generation_defaults(directory: Path, tokenizer: Tokenizer | None = None) -> 
         pad_token_id=next(iter(file.ids("pad_token_id") or fallback.ids("pad_token_id")), None),
         suppress_tokens=file.ids("suppress_tokens"),
         begin_suppress_tokens=file.ids("begin_suppress_tokens"),
-        bad_words=bad_words,
+        bad_words=file.id_lists("bad_words_ids"),
         stop_strings=file.texts("stop_strings"),
         temperature=0.0 if file.stated.get("do_sample") is False else temperature,
         top_p=file.number("top_p", 0.0, 1.0, above=True),

@@ -83,6 +83,7 @@ def gated_mlp(
     specs: dict[str, ParamSpec],
     activation: str,
     product: Product = weight_product,
+    neurons: Callable[[Float[Array, "B T F"]], Float[Array, "B T F"]] = lambda x: x,
 ) -> Float[Array, "B T D"]:
     """down(activation(gate(x)) * up(x)): SwiGLU and its kin (Shazeer 2020).
 
@@ -92,8 +93,9 @@ def gated_mlp(
       specs: theirs, as `float_specs` has them.
       activation: a key of `ACTIVATION_FUNCTIONS`.
       product: as `linear` takes it.
+      neurons: sees activation(gate) * up, and may put another in its place.
     """
     gate_up = linear(x, weights["gate_up"], specs["gate_up"], weights.get("gate_up_bias"), product=product)
     gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
     hidden = ACTIVATION_FUNCTIONS[activation](gate.astype(jnp.float32)).astype(x.dtype) * up
-    return linear(hidden, weights["down"], specs["down"], weights.get("down_bias"), product=product)
+    return linear(neurons(hidden), weights["down"], specs["down"], weights.get("down_bias"), product=product)

@@ -45,12 +45,30 @@ Attend = Callable[
 class LayerwiseAttend:
     """Base of `Attend`s that are pytrees, and that do for equal layers the same: such layers are traced once.
 
-    Of several equal layers, the first one's index stands in the `AttentionSpec`.
+    Of several equal layers, the first one's index stands in the `AttentionSpec`, unless there is a `component`.
     """
 
 
 Residual = Callable[[Float[Array, "B T D"], int], Float[Array, "B T D"]]
-"""residual(x, n) -> x: the residual stream after n layers, the token embeddings where n is 0."""
+"""residual(x, n) -> x: the residual stream after n layers, the token embeddings where n is 0.
+
+For n < L it is `hidden_states[n]` of transformers, embeddings scaled where the family scales them. Their last one,
+`hidden_states[L]`, is after the last norm: `final_norm` of residual's.
+"""
+
+Component = Callable[[str, Float[Array, "B T ..."], int], Float[Array, "B T ..."]]
+"""component(name, x, layer) -> x: what a part of a layer has computed; layers count from 0.
+
+| name | x |
+| --- | --- |
+| "heads" | [B, T, K, G, H], what each head brings, before the output projection |
+| "attention" | [B, T, D], what attention adds to the stream: after the projection, and a norm where one follows |
+| "neurons" | [B, T, F], the MLP's inner activations: activation(gate) * up |
+| "mlp" | [B, T, D], what the MLP adds to the stream |
+
+The stream after the last layer is the embeddings and the sum of all "attention" and "mlp". The names are those of
+attribution by component (Elhage et al. 2021) and of its literature: heads and neurons are the units that are ablated.
+"""
 
 
 def attend_to_tokens(
@@ -74,6 +92,7 @@ def transformer(
     contexts: Int[Array, "B"] | None = None,
     residual: Residual | None = None,
     product: Product = weight_product,
+    component: Component | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
     """Run every layer.
 
@@ -87,6 +106,7 @@ def transformer(
       contexts: the length of each row that length-dependent RoPE kinds read; T by default.
       residual: sees the residual stream before the first layer and after each, and may put another in its place.
       product: what multiplies by weights; see `Product`.
+      component: sees what each part of a layer computes, and may put another in its place; see `Component`.
 
     Returns:
       The final hidden states after the last norm, ready for `unembed`, and the new states.
@@ -103,16 +123,14 @@ def transformer(
         ropes = {layer.rope: rope_tables(layer.rope, positions, contexts) for layer in config.layers}
     new_state = []
     for index, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
-        run, place = _layer, index
-        if isinstance(attend, LayerwiseAttend):
+        run, place = functools.partial(_layer, component=component), index
+        if isinstance(attend, LayerwiseAttend) and component is None:  # which is told its own layer
             run, place = _layer_traced_once, config.layers.index(layer)
         with jax.named_scope(f"layer_{index}"):
             x, kept = run(x, weights, ropes[layer.rope], attend, state[index], config, place, product)
             x = residual(x, index + 1)
         new_state.append(kept)
-    with jax.named_scope("final_norm"):
-        x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_offset)
-    return x, tuple(new_state)
+    return final_norm(params, config, x), tuple(new_state)
 
 
 def embed(params: Params, config: ModelConfig, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
@@ -120,6 +138,12 @@ def embed(params: Params, config: ModelConfig, tokens: Int[Array, "..."]) -> Flo
     x = params["embedding"][tokens]
     # The scale is rounded to the activations' dtype first, as the families that have one were trained.
     return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, x.dtype)
+
+
+def final_norm(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """The norm between the last layer and `unembed`: of the stream at any depth, for a logit lens."""
+    with jax.named_scope("final_norm"):
+        return rms_norm(x, params["final_norm"], config.norm_eps, config.norm_offset)
 
 
 def unembed(
@@ -132,21 +156,29 @@ def unembed(
         return soft_cap(logits, config.logit_soft_cap)
 
 
-def _layer(x, weights, rope, attend, state, config, index, product):
+def _layer(x, weights, rope, attend, state, config, index, product, component=None):
     layer, specs = config.layers[index], float_specs(config)["layers"][index]
     spec = AttentionSpec(config.query_scale, layer.window, config.attn_soft_cap, index)
-    attend = functools.partial(attend, spec=spec, state=state)
+
+    def see(name: str, x: Array) -> Array:
+        return x if component is None else component(name, x, index)
+
+    def attend_and_see(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+        out, kept = attend(q, k, v, spec, state)
+        return see("heads", out), kept
+
     norm = functools.partial(rms_norm, eps=config.norm_eps, offset=config.norm_offset)
     before, after = config.norm_position != "post", config.norm_position != "pre"
 
     with jax.named_scope("attention"):
         h = norm(x, weights["attn_norm"]) if before else x
-        h, state = _ATTENTION[layer.attention](h, weights, specs, config, norm, rope, attend, product)
-        x = x + (norm(h, weights["post_attn_norm"]) if after else h)
+        h, state = _ATTENTION[layer.attention](h, weights, specs, config, norm, rope, attend_and_see, product)
+        x = x + see("attention", norm(h, weights["post_attn_norm"]) if after else h)
     with jax.named_scope("mlp"):
         h = norm(x, weights["mlp_norm"]) if before else x
-        h = _MLP[layer.mlp](h, weights, specs, config.activation, product)
-        x = x + (norm(h, weights["post_mlp_norm"]) if after else h)
+        neurons = functools.partial(see, "neurons")
+        h = _MLP[layer.mlp](h, weights, specs, config.activation, product, neurons)
+        x = x + see("mlp", norm(h, weights["post_mlp_norm"]) if after else h)
     return x, state
 
 
@@ -171,14 +203,21 @@ _MLP = {"dense": gated_mlp}
 """What computes its MLP, by `LayerConfig.mlp`."""
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def forward(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+@functools.partial(jax.jit, static_argnames=("config", "residual", "component"))
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    residual: Residual | None = None,
+    component: Component | None = None,
+) -> Float[Array, "B T V"]:
     """Teacher-forced logits, float32, of every position: no cache, differentiable.
 
     Args:
       params: as `param_specs(config)`.
       config: the model.
       tokens: token ids; shorter rows are padded on the right, which no earlier position sees.
+      residual, component: as in `transformer` (static).
     """
-    x, _ = transformer(params, config, tokens)
+    x, _ = transformer(params, config, tokens, residual=residual, component=component)
     return unembed(params, config, x)

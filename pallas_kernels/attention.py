@@ -29,6 +29,29 @@ def causal_attention(
     return reference.causal_attention(q, k, v, options)
 
 
+def attention_weights(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B N K H"],
+    options: AttentionOptions,
+    *,
+    sinks: Float[Array, "K G"] | None = None,
+) -> Float[Array, "B K G T N"]:
+    """What share of each value a query takes, as attention computes it: with its scale, window, soft cap and sinks.
+
+    To look at, in an `attend` of one's own; attention itself never holds all of them.
+
+    Args:
+      q: queries of the last T of the N positions: all of a sequence where T is N.
+      k: keys from position 0 on.
+      options: what the layer asks of attention: the `AttentionSpec` that an `attend` is given.
+      sinks: as in `prefill_attention`; what they take is missing from the sum of a row, which is 1 without.
+
+    Returns:
+      float32; 0 where a query does not see a key. KV head k's g-th query is the model's head k * G + g.
+    """
+    return reference.attention_weights(q, k, k.shape[1] - q.shape[1], options, sinks)
+
+
 @functools.partial(jax.named_call, name="prefill_attention")
 def prefill_attention(
     q: Float[Array, "B T K G H"],

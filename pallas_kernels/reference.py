@@ -25,16 +25,28 @@ _TINY = jnp.finfo(jnp.float32).tiny
 def causal_attention(
     q: Float[Array, "B T K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], options: AttentionOptions
 ) -> Float[Array, "B T K G H"]:
-    T = q.shape[1]
-
     def block(q_block, first):
-        scores = jnp.einsum("btkgh,bskh->bkgts", q_block.astype(k.dtype), k, preferred_element_type=jnp.float32)
-        queries, keys = first + jnp.arange(q_block.shape[1]), jnp.arange(T)
-        visible = _visible(queries[:, None], keys, options.window)
-        probs = jax.nn.softmax(jnp.where(visible, _logits(scores, options), _NEVER), axis=-1)
+        probs = attention_weights(q_block, k, first, options)
         return jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
     return _over_queries(block, q)
+
+
+def attention_weights(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B N K H"],
+    first: int | Int[Array, ""],
+    options: AttentionOptions,
+    sinks: Float[Array, "K G"] | None = None,
+) -> Float[Array, "B K G T N"]:
+    """Query t stands at position first + t."""
+    scores = jnp.einsum("btkgh,bskh->bkgts", q.astype(k.dtype), k, preferred_element_type=jnp.float32)
+    visible = _visible(first + jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1]), options.window)
+    scores = jnp.where(visible, _logits(scores, options), _NEVER)
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    of_sinks = jnp.broadcast_to(sinks[:, :, None, None], (*scores.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([scores, of_sinks], axis=-1), axis=-1)[..., :-1]
 
 
 def prefill_attention(

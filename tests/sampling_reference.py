@@ -22,6 +22,8 @@ def reference_scores(logits, params, prompt, output, eos=()):
             x[token] = -INF
     for token in (*params.suppress_tokens, *(() if output else params.begin_suppress_tokens)):
         x[token] = -INF
+    for token in set(range(len(x))).difference(params.allowed_token_ids or range(len(x))):
+        x[token] = -INF
     for token, bias in (params.logit_bias or {}).items():
         x[token] += bias
     for token in range(len(x)):
@@ -92,6 +94,7 @@ def random_params(rng, vocab_size):
         logit_bias=maybe(None, lambda: {int(t): rng.uniform(-9, 9) for t in rng.integers(0, vocab_size, 5)}),
         suppress_tokens=maybe(None, lambda: rng.integers(0, vocab_size, 3).tolist()),
         begin_suppress_tokens=maybe(None, lambda: rng.integers(0, vocab_size, 3).tolist()),
+        allowed_token_ids=maybe(None, lambda: rng.permutation(vocab_size)[: vocab_size // 2].tolist()),
         stop_token_ids=maybe(None, lambda: rng.integers(0, vocab_size, 3).tolist()),
         min_tokens=maybe(0, lambda: int(rng.integers(0, 8))),
         seed=int(rng.integers(0, 2**32)),

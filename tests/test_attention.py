@@ -12,7 +12,12 @@ from jax.sharding import AxisType
 
 from attention_cases import BF16, F16, F32, FP8, INT8, Case, assert_close, dense
 from ridgeline.pallas_kernels import dispatch
-from ridgeline.pallas_kernels.attention import causal_attention, decode_attention, prefill_attention
+from ridgeline.pallas_kernels.attention import (
+    attention_weights,
+    causal_attention,
+    decode_attention,
+    prefill_attention,
+)
 
 BASE = Case(H=20, S=16, K=2, G=3, dtype=F32, lengths=(0, 1, 100))
 CASES = [
@@ -46,6 +51,17 @@ def test_causal_attention(T, variant):
     k, v = (jnp.swapaxes(x[arrays["block_tables"][:, 0]], 1, 2) for x in arrays["pages"][:2])
     out = causal_attention(arrays["q"], k, v, case.options)
     assert_close(out, dense(**arrays, starts=np.zeros(2, int)), F32)
+
+
+@pytest.mark.parametrize("case", CASES[:6], ids=str)
+@pytest.mark.parametrize("T", [7, 40])
+def test_attention_weights(case, T):
+    case = dataclasses.replace(case, S=40, T=T, lengths=(40, 40))
+    arrays = case.arrays(T, garbage=100.0)
+    k, v = (jnp.swapaxes(x[arrays["block_tables"][:, 0]], 1, 2) for x in arrays["pages"][:2])
+    weights = attention_weights(arrays["q"], k, case.options, sinks=arrays.get("sinks"))
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    assert_close(out, dense(**arrays, starts=np.full(2, 40 - T)), F32)
 
 
 @pytest.mark.parametrize("in_order", [True, False], ids=["in row order", "shuffled"])

@@ -80,6 +80,12 @@ def test_tokens_that_are_never_made(tmp_path, never):
     assert "yes" not in said(model, logit_bias={YES: 100.0}, temperature=1.0, seed=3)[0]
 
 
+def test_words_of_several_tokens_that_are_never_made(tmp_path):
+    plain = said(chain(tmp_path, YES, NO))[0]
+    assert " yes no" in plain
+    assert " yes no" not in said(chain(tmp_path, YES, NO, generation={"bad_words_ids": [[YES, NO], [YES, NO, NO]]}))[0]
+
+
 def test_tokens_that_are_not_made_first(tmp_path):
     model = chain(tmp_path, YES, NO, generation={"begin_suppress_tokens": [NO]})
     assert said(model)[0] == " yes no no no no no"
@@ -94,7 +100,6 @@ def test_tokens_that_are_not_made_first(tmp_path):
     [
         ({"num_beams": 4}, "num_beams"),
         ({"no_repeat_ngram_size": 3, "typical_p": 0.9}, "no_repeat_ngram_size, typical_p"),
-        ({"bad_words_ids": [[YES, NO]]}, "bad_words_ids of more than one token"),
         ({"forced_eos_token_id": 3}, "forced_eos_token_id"),
         ({"temprature": 0.5}, "temprature"),
     ],

@@ -273,15 +273,23 @@ def test_counts_follow_a_scan():
 
 
 def test_adjust_comes_before_everything_else():
-    def favor_what_stands_there(logits, state, positions):
-        assert (logits.shape, positions.shape) == ((1, 2, 4), (1, 2))
-        return logits.at[..., 3].add(20.0) + 10.0 * state.output_counts
+    def adjusted(logits, context):
+        assert (logits.shape, context.seeds.shape) == ((2, 4), (2, 2))
+        return (
+            logits.at[:, 3]
+            .add(20.0)
+            .at[:, 0]
+            .add(jnp.where(context.previous == context.seeds[:, 1], 10.0, context.positions - 3.0))
+        )
 
-    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[3], logprobs=2)
+    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[3], logprobs=2, seed=2**32 + 2)
     state, plan = make_sampling_state([params], [[1]], [0], 4)
     logits, positions = jnp.array([[[1.0, 0.0, 3.0, 2.0]] * 2]), jnp.array([[1, 2]])
-    tokens, reported, _ = sample(logits, state, positions, plan, jnp.array([[0, 0]]), favor_what_stands_there)
-    assert tokens.tolist() == [[2, 0]]  # 3 is not allowed yet; the drafted 0 counts at the second position
+    previous = jnp.array([[1, 2]])
+    tokens, reported, _ = sample(logits, state, positions, plan, None, adjusted, previous)
+    assert tokens.tolist() == [[2, 0]]  # 3 is not allowed yet
     assert reported.top_ids[0, :, 0].tolist() == [2, 2]  # of the model itself
-    tokens, _, _ = sample(logits, state, positions + 2, plan, None, favor_what_stands_there)
+    tokens, _, _ = sample(logits, state, positions + 2, plan, None, adjusted, previous)
     assert tokens.tolist() == [[3, 3]]
+    with pytest.raises(ValueError, match="pass them as previous"):
+        sample(logits, state, positions, plan, None, adjusted)

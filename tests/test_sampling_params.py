@@ -53,8 +53,13 @@ INF, NAN = math.inf, math.nan
         (TypeError, {"logit_bias": {"3": 1.0}}, "a token id of logit_bias is '3', a str"),
         (TypeError, {"logit_bias": {3: "1"}}, "logit_bias of token 3 is '1'"),
         (TypeError, {"logit_bias": [(3, 1.0)]}, "logit_bias is .*; it must be a mapping"),
-        (ValueError, {"stop": ""}, "stop is ''; an empty string"),
-        (ValueError, {"stop": ["a", ""]}, r"stop is \['a', ''\]; an empty string"),
+        (ValueError, {"stop": ""}, r"stop is \('',\); an empty string"),
+        (ValueError, {"stop": ["a", ""]}, r"stop is \('a', ''\); an empty string"),
+        (ValueError, {"bad_words": ["a", " "]}, r"bad_words is \('a', ' '\); one of them is blank"),
+        (TypeError, {"bad_words": [3]}, r"bad_words is \[3\]; it must be a string"),
+        (ValueError, {"allowed_token_ids": []}, "allowed_token_ids is empty, which allows no token at all"),
+        (ValueError, {"allowed_token_ids": [-1]}, "a token id of allowed_token_ids is -1"),
+        (TypeError, {"constraint": "[0-9]+"}, r"constraint is '\[0-9\]\+'; it must be a function that makes"),
         (TypeError, {"stop": 5}, "stop is 5; it must be a string"),
         (TypeError, {"stop": [b"a"]}, r"stop is \[b'a'\]; it must be a string"),
         (ValueError, {"stop_token_ids": [1, -1]}, "a token id of stop_token_ids is -1"),
@@ -88,6 +93,9 @@ def test_good_params_at_the_edges():
         seed=2**64 - 1,
         stop="a",
         stop_token_ids=(5, 5, 6),
+        allowed_token_ids=(5, 6, 6),
+        bad_words=["b"],
+        constraint=dict,
         min_tokens=99,
     )
     assert (params.temperature, params.top_k, params.top_p, params.logit_bias) == (0.0, 3, 0.5, {1: -100.0})
@@ -113,5 +121,7 @@ def test_params_against_a_vocabulary():
         dataclasses.replace(params, stop_token_ids=None).validate(9)
     with pytest.raises(ValueError, match=r"begin_suppress_tokens has token ids \[9\]"):
         SamplingParams(begin_suppress_tokens=[9]).validate(9)
+    with pytest.raises(ValueError, match=r"allowed_token_ids has token ids \[9\]"):
+        SamplingParams(allowed_token_ids=[9]).validate(9)
     with pytest.raises(ValueError, match="logprobs is 10; the vocabulary has 9 tokens"):
         SamplingParams(logprobs=10).validate(9)

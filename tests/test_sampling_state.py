@@ -52,6 +52,14 @@ def test_the_tables_hold_what_was_asked_for():
     assert state.settings.seeds.tolist() == [[2**8, 0], [0, 4], [0, 5], [0, 0], [0, 0]]
 
 
+def test_allowed_tokens_are_masked_by_what_masks_others_too():
+    params = SamplingParams(min_tokens=4, allowed_token_ids=[7, 30, 31], suppress_tokens=[30], stop_token_ids=[8])
+    state, plan = make_sampling_state([params], [[1]], [0], V, EOS)
+    never = np.iinfo(np.int32).max
+    expected = [{7: 5, 31: 0}.get(token, never) for token in range(V)]
+    assert (plan.kind, state.masked_until[0].tolist()) == ("full", expected)
+
+
 def test_a_resumed_request_remembers_its_output():
     output = [4, 4, 9]
     arrays = request_arrays(REQUESTS[:3], PROMPTS[:3], [0] * 3, EOS, outputs=[output] * 3)

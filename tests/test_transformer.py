@@ -1,4 +1,4 @@
-"""The seams of the forward pass: what `residual` sees and changes, and what the defaults stand for."""
+"""The seams of the forward pass: what `residual` and `component` see and change, and what the defaults stand for."""
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,50 @@ def test_the_gradient_with_respect_to_the_stream_is_the_slope(model, tokens):
     step = 1e-2
     assert abs(slope) > 1e-3
     np.testing.assert_allclose(slope, (score(step * direction) - score(-step * direction)) / (2 * step), rtol=2e-2)
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "sandwich"])
+def test_components_add_up_to_the_stream(model, tokens, norm_position):
+    given = tiny_model(model.config.replace(norm_position=norm_position))
+    seen = {}
+
+    def component(name, x, layer):
+        seen[layer, name] = x
+        return x
+
+    depths = []
+    out = logits(given, tokens, component=component, residual=lambda x, n: depths.append(x) or x)
+    np.testing.assert_array_equal(out, logits(given, tokens))
+    np.testing.assert_array_equal(
+        rl.unembed(given.params, given.config, rl.final_norm(given.params, given.config, depths[-1])), out
+    )
+    assert list(seen) == [(n, name) for n in range(3) for name in ("heads", "attention", "neurons", "mlp")]
+    assert seen[1, "heads"].shape == (2, T, 3, 2, 20)
+    total = depths[0]
+    for n in range(3):
+        total = total + seen[n, "attention"] + seen[n, "mlp"]
+        np.testing.assert_allclose(total, depths[n + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["heads", "neurons"])
+def test_what_is_ablated_is_as_if_nothing_read_it(model, tokens, name):
+    weight, at = {"heads": ("out", np.s_[:, 1, 1]), "neurons": ("down", np.s_[:, 7])}[name]
+    layers = list(model.params["layers"])
+    layers[2] = layers[2] | {weight: layers[2][weight].at[at].set(0)}
+    expected = rl.forward(model.params | {"layers": layers}, model.config, tokens)
+
+    def ablated(which, x, layer):
+        return x.at[:, :, *at[1:]].set(0) if (which, layer) == (name, 2) else x
+
+    assert abs(expected - logits(model, tokens)).max() > 1e-2
+    np.testing.assert_allclose(rl.forward(model.params, model.config, tokens, component=ablated), expected, atol=1e-5)
+
+
+def test_a_seam_that_changes_nothing_adds_no_operation(model, tokens):
+    def traced(**seams):
+        return str(jax.make_jaxpr(lambda tokens: logits(model, tokens, **seams))(tokens))
+
+    assert traced(component=lambda name, x, layer: x, residual=lambda x, n: x) == traced()
 
 
 def test_the_defaults_are_teacher_forcing_from_position_0(model, tokens):

@@ -14,15 +14,17 @@ import numpy as np
 from tqdm import tqdm
 
 from ...model.loading import Model
+from ...model.transformer import Component, Residual
 from .. import buckets
 from ..prompts import Prompt, make_request
 from ..request import FinishReason, Request, StreamChunk
 from ..sampling.draw import SampleLogprobs
 from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays, top_width
 from ..sampling.params import SamplingParams
+from ..sampling.scores import Adjust
 from .regime import regime_of
 from .rehearsal import Rehearsal
-from .runner import ANYTHING, Runner, Sampled
+from .runner import ANYTHING, Masks, Runner, Sampled
 from .scheduler import Chunk, Row, Scheduler
 from .sizes import PAGE_SIZE, engine_sizes
 from .stats import EngineStats, percentiles
@@ -88,6 +90,10 @@ class Engine:
         computed by programs of one shape, in which a row's sums do not depend on the other rows. It costs speed: each
         prefill has one chunk, of full width, each dispatch one decode step of all rows, and a request that gave up its
         pages makes its output anew.
+      residual, component: intervene in the forward pass of every request, prefill and decode, as in `transformer`.
+        Cached keys and values depend on them as on the weights; requests share pages with those of this engine alone,
+        for which they are the same.
+      adjust: a pure function of the logits of every request, as in `sample`.
 
     Raises:
       ValueError: a size that is not positive, that the mesh does not divide, or that no memory is left for.
@@ -105,13 +111,27 @@ class Engine:
         max_waiting: int | None = None,
         whole_batches: bool = False,
         batch_invariant: bool = False,
+        *,
+        residual: Residual | None = None,
+        component: Component | None = None,
+        adjust: Adjust | None = None,
     ):
         sizes = engine_sizes(model, max_batch_size, cache_tokens, max_length, prefill_tokens, kv_dtype)
         self.model, self.sizes, self.max_waiting = model, sizes, max_waiting
         whole_batches |= batch_invariant
         width = buckets.prefill_floor(min(prefill_tokens, buckets.PREFILL_CHUNK)) if batch_invariant else None
         self._runner = Runner(
-            model, sizes.slots, sizes.pages, PAGE_SIZE, sizes.max_length, kv_dtype, whole_batches, width
+            model,
+            sizes.slots,
+            sizes.pages,
+            PAGE_SIZE,
+            sizes.max_length,
+            kv_dtype,
+            whole_batches,
+            width,
+            residual,
+            component,
+            adjust,
         )
         self._scheduler = Scheduler(
             sizes.shards(), sizes.slots, prefill_tokens, prefix_caching, regime_of(model.config), batch_invariant
@@ -169,9 +189,16 @@ class Engine:
             )
         index, self._submitted = self._submitted, self._submitted + 1
         request.start_clock()
-        scored = request.prompt_logprobs is not None
         row = Row(
-            index, list(request.prompt), len(request.prompt), total, priority, self._borders, self._replays, scored
+            index,
+            list(request.prompt),
+            len(request.prompt),
+            total,
+            priority,
+            self._borders,
+            self._replays,
+            read_whole=request.prompt_logprobs is not None,
+            stepwise=request.constraints is not None,
         )
         plan = make_plan([request.params], self.model.config.vocab_size)
         if self._whole_batches:
@@ -203,9 +230,10 @@ class Engine:
         """
         started, waited = time.perf_counter(), self._device_wait
         try:
-            dispatched, before = self._dispatch(), self._in_flight
-            self._in_flight = []
-            self._read(before)
+            if any(row.stepwise for dispatch in self._in_flight for row in dispatch.rows):
+                self._read_in_flight()  # what may come next depends on it
+            dispatched = self._dispatch()
+            self._read_in_flight()
             self._in_flight = dispatched
         except _StepFailed:
             self._recover()
@@ -223,7 +251,7 @@ class Engine:
 
         Args:
           progress: whether to show a bar.
-          sampling: what requests will ask for, where that is known; None for anything.
+          sampling: what requests will ask for, where that is known; None for anything but constraints and bad words.
 
         Raises:
           RuntimeError: there are requests.
@@ -282,7 +310,8 @@ class Engine:
                 self._runner.set_pages(row)
         if step.decode:
             with self._concerning(step.decode):
-                sampled, columns = self._runner.decode(step.decode, step.steps, self._plan(step.decode))
+                plan, masks = self._plan(step.decode), self._masks(step.decode)
+                sampled, columns = self._runner.decode(step.decode, step.steps, plan, masks)
             dispatches.append(_Dispatch(sampled, step.decode, columns))
         for batch in step.prefills:
             with self._concerning([chunk.row for chunk in batch]):
@@ -292,7 +321,8 @@ class Engine:
                 plan = self._plan(entering)
                 for row in entering:
                     self._insert(row)
-                sampled, columns, logprobs = self._runner.prefill(batch, plan, self._prompt_logprobs(batch))
+                masks, top = self._masks(entering), self._prompt_logprobs(batch)
+                sampled, columns, logprobs = self._runner.prefill(batch, plan, masks, top)
             if logprobs is not None:
                 dispatches.append(_ScoredPrompts(logprobs, batch, columns))
             if entering:
@@ -311,8 +341,15 @@ class Engine:
         """Tell the device what a row that is about to enter its slot asks of sampling."""
         request, eos = self._active[row.index].request, self.model.generation.eos_token_ids
         output = request.tokens[: row.context - row.prompt_tokens]
+        if row.stepwise:
+            request.constraints.restart(output)
         arrays = request_arrays([request.params], [request.prompt], [request.seed], eos, [output])
         self._runner.insert(row.slot, arrays)
+
+    def _masks(self, rows: Sequence[Row]) -> Masks | None:
+        """What may come next in rows that are to be asked before each token, if there are any."""
+        stepwise = [row for row in rows if row.stepwise]
+        return {row.slot: self._active[row.index].request.constraints.mask for row in stepwise} or None
 
     def _prompt_logprobs(self, chunks: Sequence[Chunk]) -> int | None:
         """How many of the likeliest tokens to list beside those of prompts, or None for no log-probabilities at all."""
@@ -320,8 +357,9 @@ class Engine:
         counts = [count for count in counts if count is not None]
         return top_width(max(counts), self.model.config.vocab_size) if counts else None
 
-    def _read(self, dispatches: Sequence[_Dispatch | _ScoredPrompts]) -> None:
+    def _read_in_flight(self) -> None:
         """Wait for tokens and log-probabilities, and give each request its own."""
+        dispatches, self._in_flight = self._in_flight, []
         for dispatch in dispatches:
             if isinstance(dispatch, _ScoredPrompts):
                 self._read_prompts(dispatch)
@@ -350,6 +388,7 @@ class Engine:
         known, again = len(request.tokens), row.known_again(len(tokens))
         request.extend(tokens[again:], logprobs, column, again)
         new = request.tokens[known:]
+        request.constrain(tokens)
         self._generated += len(new)
         self._scheduler.advance(row, new, again)
         if request.finished:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -43,17 +43,17 @@ class Rehearsal(Runner):
         if kind is None:
             self._wait(0)
 
-    def _run(self, program: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Have a jitted function compiled for such arguments; what stands for its results."""
-        out = self._compile(program, args)
+        out = self._compile(program, args, kwargs)
         if program not in READ:
             return out
         made = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, self._token, x.dtype)), out[READ[program]])
         return (*out[: READ[program]], made, *out[READ[program] + 1 :])
 
-    def _compile(self, program: Callable[..., Any], args: Sequence[Any]) -> Any:
-        key = program, jax.tree.structure(args), tuple(map(_key, jax.tree.leaves(args)))
-        lowered = program.lower(*args)
+    def _compile(self, program: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        key = program, jax.tree.structure((args, kwargs)), tuple(map(_key, jax.tree.leaves((args, kwargs))))
+        lowered = program.lower(*args, **kwargs)
         if self.model.mesh is not None:  # which alone makes known where results lie
             compiled = lowered.compile()
             return jax.tree.map(

@@ -1,19 +1,21 @@
 """The device side of the engine: the pool of pages, what each slot holds, and the programs that advance them."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from ...model.config import ModelConfig
 from ...model.kv_specs import kinds_by_layer
 from ...model.loading import Model
 from ...model.params import Params
+from ...model.transformer import Component, Residual
 from ...sharding.rules import constrain, put_rows
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages
@@ -22,6 +24,7 @@ from ..prefill import prefill, scored_prefill
 from ..sampling.draw import SampleLogprobs, sample
 from ..sampling.layout import RequestArrays, SamplingPlan, make_plan, request_arrays
 from ..sampling.params import SamplingParams
+from ..sampling.scores import Adjust
 from ..sampling.state import SamplingState, empty_state, insert
 from .pages import ABSENT
 from .scheduler import Chunk, Row
@@ -29,8 +32,11 @@ from .scheduler import Chunk, Row
 Sampled = tuple[Int[Array, "N B"], SampleLogprobs | None]
 """New tokens, step by step, and their log-probabilities where the plan has any; on the device."""
 
+Masks = Mapping[int, UInt32[np.ndarray, "W"]]
+"""By slot, the tokens that may be drawn, as `sample` takes them. Programs without any mask are others: None."""
+
 ANYTHING = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0), SamplingParams(logprobs=1)
-"""Requests that together need every program of sampling."""
+"""Requests that together need every program of sampling but those with masks."""
 
 
 @struct.dataclass
@@ -40,13 +46,13 @@ class SlotState:
     Attributes:
       tokens: [B] int32, the last sampled token of each.
       lengths, contexts: as in `Rows`.
-      sampling: what each asks for, and what penalties need of its output.
+      sampling: what each asks for, and what penalties need of its output; None of rows that are just read.
     """
 
     tokens: Any
     lengths: Any
     contexts: Any
-    sampling: SamplingState
+    sampling: SamplingState | None
 
 
 class Runner:
@@ -61,6 +67,7 @@ class Runner:
       kv_dtype: of cached keys and values, as `init_cache` takes it.
       whole_batches: as in `Engine`.
       width: of every prefill; None for the bucket of the longest chunk.
+      residual, component, adjust: as in `Engine`.
     """
 
     def __init__(
@@ -73,9 +80,13 @@ class Runner:
         kv_dtype: jax.typing.DTypeLike | None = None,
         whole_batches: bool = False,
         width: int | None = None,
+        residual: Residual | None = None,
+        component: Component | None = None,
+        adjust: Adjust | None = None,
     ):
         self.model, self.slots, self._max_length = model, slots, max_length
-        self._width = width
+        self._width, self._adjust = width, adjust
+        self._forward_seams = {"residual": residual, "component": component}
         # On data shards rows stay with the devices that have their pages.
         self._whole_batches = whole_batches or (model.mesh is not None and model.mesh.shape["data"] > 1)
         self.shards = 1 if model.mesh is None else model.mesh.shape["data"]
@@ -115,7 +126,7 @@ class Runner:
             self.state = self.state.replace(sampling=tables.replace(settings=self.state.sampling.settings))
 
     def prefill(
-        self, chunks: Sequence[Chunk], plan: SamplingPlan, top: int | None = None
+        self, chunks: Sequence[Chunk], plan: SamplingPlan, masks: Masks | None = None, top: int | None = None
     ) -> tuple[Sampled | None, list[int], SampleLogprobs | None]:
         """Run chunks of prompts; rows whose text ends draw a token and enter their slots.
 
@@ -126,7 +137,7 @@ class Runner:
         places, rows = self._places([chunk.row.slot for chunk in chunks])
         width = self._width or buckets.prefill_bucket(max(chunk.count for chunk in chunks))
         tokens, targets = np.zeros((2, rows, width), np.int32)
-        new, starts, contexts = np.zeros((3, rows), np.int32)
+        new, starts, contexts, last = np.zeros((4, rows), np.int32)
         slots = np.full(rows, self.slots, np.int32)  # out of bounds, where nothing enters
         for place, chunk in zip(places, chunks, strict=True):
             end = chunk.start + chunk.count
@@ -134,6 +145,7 @@ class Runner:
             following = chunk.row.tokens[chunk.start + 1 : end + 1]
             targets[place, : len(following)] = following
             new[place], starts[place], contexts[place] = chunk.count, chunk.start, chunk.row.context
+            last[place] = chunk.row.tokens[end - 1]
             if chunk.last:
                 slots[place] = chunk.row.slot
         batch = Rows(
@@ -146,17 +158,21 @@ class Runner:
         tokens, new = self._put(tokens), self._put(new)
         arguments = self.model.params, self.model.config, tokens, new, KVCache(self.pages, batch)
         if top is None:
-            (logits, cache), scored = self._run(prefill, *arguments), None
+            (logits, cache), scored = self._run(prefill, *arguments, **self._forward_seams), None
         else:
-            logits, cache, scored = self._run(scored_prefill, *arguments, self._put(targets), top)
+            targets = self._put(targets)
+            logits, cache, scored = self._run(scored_prefill, *arguments, targets, top, **self._forward_seams)
         self.pages = cache.pages
         made = None
         if any(chunk.last for chunk in chunks):
-            lengths, contexts = cache.lengths, cache.contexts
-            made, self.state = self._run(_enter, logits, self.state, slots, lengths, contexts, plan)
+            read = SlotState(last, cache.lengths, cache.contexts, None)
+            allowed = self._allowed(masks, places, len(slots), [chunk.row.slot for chunk in chunks])
+            made, self.state = self._run(_enter, logits, self.state, slots, read, plan, self._adjust, allowed)
         return made, places, scored
 
-    def decode(self, rows: Sequence[Row], steps: int, plan: SamplingPlan) -> tuple[Sampled, list[int]]:
+    def decode(
+        self, rows: Sequence[Row], steps: int, plan: SamplingPlan, masks: Masks | None = None
+    ) -> tuple[Sampled, list[int]]:
         """Make the next tokens of rows that have entered; the new ones, and the row of the program that each was."""
         slots = [row.slot for row in rows]
         if self._whole_batches:
@@ -178,6 +194,9 @@ class Runner:
             self._tables_of(places, count, slots),
             plan,
             steps,
+            adjust=self._adjust,
+            allowed=self._allowed(masks, places, count, slots),
+            **self._forward_seams,
         )
         return made, places
 
@@ -185,6 +204,8 @@ class Runner:
         """Calls that run every program that such requests need, one after the other."""
         plans = list(dict.fromkeys(make_plan([params], self._vocab_size) for params in sampling))
         full = any(plan.kind == "full" for plan in plans)
+        words = any(len(word) > 1 for word in self.model.generation.bad_words)
+        masks = [None, {}] if words or any(params.constraint or params.bad_words for params in sampling) else [None]
         if full:
             self.make_tables()
         per_shard, longest = self.slots // self.shards, self._max_length
@@ -203,15 +224,15 @@ class Runner:
             for n, (width, tokens) in enumerate(widths):
                 if count == 1 or self.shards * count * width <= prefill_tokens:
                     chunks = [Chunk(row, 0, tokens, last=True) for row in some]
-                    for plan in plans if n == 0 else plans[:1]:
-                        yield functools.partial(self.prefill, chunks, plan)
+                    for case in itertools.product(plans, masks) if n == 0 else [(plans[0], None)]:
+                        yield functools.partial(self.prefill, chunks, *case)
             for plan in plans if count == 1 or not self._whole_batches else []:
-                for steps in (1, buckets.DECODE_STEPS):
-                    yield functools.partial(self.decode, some, steps, plan)
+                for case in [(buckets.DECODE_STEPS, plan), *((1, plan, mask) for mask in masks)]:
+                    yield functools.partial(self.decode, some, *case)
 
-    def _run(self, program: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Everything jitted that a runner calls goes through here."""
-        out = program(*args)
+        out = program(*args, **kwargs)
         settle(self.model, out)
         return out
 
@@ -235,6 +256,18 @@ class Runner:
             tables.append(self._put(part))
         return tuple(tables)
 
+    def _allowed(
+        self, masks: Masks | None, places: Sequence[int], count: int, slots: Sequence[int]
+    ) -> Array | np.ndarray | None:
+        """The masks of a program's rows, of all bits where a slot has none."""
+        if masks is None:
+            return None
+        allowed = np.full((count, -(-self._vocab_size // 32)), 2**32 - 1, np.uint32)
+        for place, slot in zip(places, slots, strict=True):
+            if slot in masks:
+                allowed[place] = masks[slot]
+        return self._put(allowed)
+
     def _put(self, rows: np.ndarray) -> Array | np.ndarray:
         return put_rows(rows, self.model.mesh)
 
@@ -247,7 +280,11 @@ def _empty(slots: int, vocab_size: int, mesh: Any) -> SlotState:
     return SlotState(zeros(), zeros(), zeros(), empty_state(slots, vocab_size, False, mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("pages", "state"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "plan", "steps", "residual", "component", "adjust"),
+    donate_argnames=("pages", "state"),
+)
 def _decode(
     params: Params,
     config: ModelConfig,
@@ -258,31 +295,36 @@ def _decode(
     tables: tuple[Int[Array, "b E"], ...],
     plan: SamplingPlan,
     steps: int,
+    **seams: Any,
 ) -> tuple[Sampled, Any, SlotState]:
     """`decode_steps` of the rows in some slots; None is all of them, in order. Slots out of bounds are nobody's."""
     rows = _rows_of(state, slots, plan)
     cache = KVCache(pages, Rows(rows.lengths, max_lengths, rows.contexts, tables, kinds_by_layer(config)))
     made, logprobs, tokens, cache, sampling = decode_steps(
-        params, config, rows.tokens, cache, rows.sampling, plan, steps
+        params, config, rows.tokens, cache, rows.sampling, plan, steps, **seams
     )
     rows = rows.replace(tokens=tokens, lengths=cache.lengths, sampling=sampling)
     return (made, logprobs), cache.pages, _with_rows(state, slots, rows)
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("plan", "adjust"), donate_argnames="state")
 def _enter(
     logits: Float[Array, "b V"],
     state: SlotState,
     slots: Int[Array, "b"],
-    lengths: Int[Array, "b"],
-    contexts: Int[Array, "b"],
+    read: SlotState,
     plan: SamplingPlan,
+    adjust: Adjust | None,
+    allowed: UInt32[Array, "b W"] | None,
 ) -> tuple[Sampled, SlotState]:
-    """Draw the tokens that follow texts, and put the rows into their slots; those out of bounds enter none."""
-    rows = _rows_of(state, slots, plan)
-    tokens, logprobs, sampling = sample(logits, rows.sampling, lengths, plan)
+    """Draw the tokens that follow texts, and put the rows into their slots; those out of bounds enter none.
+
+    `read` has the last tokens of the texts, and their lengths.
+    """
+    sampling = _rows_of(state, slots, plan).sampling
+    tokens, logprobs, sampling = sample(logits, sampling, read.lengths, plan, None, adjust, read.tokens, allowed)
     made = for_host(jax.tree.map(lambda x: x[None], (tokens, logprobs)))
-    return made, _with_rows(state, slots, SlotState(tokens, lengths, contexts, sampling))
+    return made, _with_rows(state, slots, read.replace(tokens=tokens, sampling=sampling))
 
 
 READ = {_decode: 0, _enter: 0, scored_prefill: 2}

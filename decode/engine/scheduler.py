@@ -41,6 +41,7 @@ class Row:
       keys: of its full pages.
       root, shareable: the regime of its keys; see `Regime`.
       made: tokens that the host has seen since it was last begun, those of its text included.
+      stepwise: whether the host must see each of its tokens before the next (a constraint).
       step: the last in which something of it was dispatched.
     """
 
@@ -63,6 +64,7 @@ class Row:
     shareable: int = 0
     step: int = 0
     made: int = 0
+    stepwise: bool = False
 
     @property
     def reading(self) -> bool:
@@ -196,10 +198,10 @@ class Scheduler:
             self._register(row)
 
     def _decode_steps(self) -> int:
-        """One where somebody waits, or where a row comes to a border before the host has its tokens."""
+        """One where somebody waits, a row is stepwise, or one comes to a border before the host has its tokens."""
         most = buckets.DECODE_STEPS
         near = any(0 < border - row.computed < most for row in self.running for border in row.borders)
-        alone = not (self.waiting or any(row.reading for row in self.running))
+        alone = not (self.waiting or any(row.reading or row.stepwise for row in self.running))
         return most if alone and not near and not self.one_shape else 1
 
     def _prefills(self, budget: int) -> list[list[Chunk]]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from .layout import SamplingPlan
 from .scores import Adjust, token_ids, token_scores, top
@@ -36,6 +36,8 @@ def sample(
     plan: SamplingPlan,
     drafted: Int[Array, "B *T"] | None = None,
     adjust: Adjust | None = None,
+    previous: Int[Array, "B *T"] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[Int32[Array, "B *T"], SampleLogprobs | None, SamplingState]:
     """Choose the next token of each row, or of each of T positions of each row.
 
@@ -50,18 +52,28 @@ def sample(
       plan: which steps to run; static under jit.
       drafted: a guess at the T tokens. What it has before a position counts in the penalties there, so that up to its
         first mistake the tokens are, bit for bit, those of T calls. None counts nothing.
-      adjust: applied to the logits before everything else; static under jit.
+      adjust: applied to the logits before everything else; see `Adjust` (static).
+      previous: the token before each position, which `adjust` is told.
+      allowed: the tokens that may be drawn, after `adjust`, in packed bits: token t is bit t % 32 of word t // 32, and
+        W = ceil(V / 32). None for all.
 
     Returns:
       The tokens, their log probabilities if the plan has any, and the state, which after [B, V] has counted the tokens;
       after [B, T, V] it is as it was, and `count` counts those that are accepted.
+
+    Raises:
+      ValueError: `adjust` without `previous`.
     """
+    if adjust is not None and previous is None:
+        raise ValueError("adjust is told the token before each position; pass them as previous")
     with jax.named_scope("sample"):
         single = logits.ndim == 2
         if single:
             logits, positions = logits[:, None], positions[:, None]
+            previous = None if previous is None else previous[:, None]
         broken = jnp.any(~(logits < jnp.inf), axis=-1)
-        tokens = draw(token_scores(logits, state, positions, plan, drafted, adjust), state, positions, plan)
+        scores = token_scores(logits, state, positions, plan, drafted, adjust, previous, allowed)
+        tokens = draw(scores, state, positions, plan)
         tokens = jnp.where(broken, 0, tokens)
         logprobs = _logprobs(logits, tokens, state, plan) if plan.kind == "full" else None
         if single:

@@ -16,7 +16,7 @@ EMPTY = SamplingParams(temperature=0.0)
 """What a row without a request asks for."""
 
 _LOGPROBS = 32
-_MAX_INT = int(np.iinfo(np.int32).max)  # as a token id, one that no vocabulary has
+MAX_INT = int(np.iinfo(np.int32).max)  # as a token id, one that no vocabulary has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Settings:
     presence_penalty: Float[Array, "B"]  # 0 where off, as the next
     frequency_penalty: Float[Array, "B"]
     logprobs: Bool[Array, "B"]  # whether it wants any
+    prompt_lengths: Int32[Array, "B"]
 
 
 @no_type_check
@@ -56,6 +57,7 @@ class RequestArrays:
     """R requests as `insert` takes them: token ids in lists, padded by an id that no vocabulary has."""
 
     settings: Settings
+    allowed: Int32[Array, "R N"]  # the only tokens that may be drawn; none where all may
     masked: Int32[Array, "R N"]
     masked_until: Int32[Array, "R N"]  # the position, from the start of the prompt, from which each may be drawn
     bias: Int32[Array, "R N"]
@@ -100,6 +102,7 @@ def request_arrays(
     outputs = [()] * len(params) if outputs is None else outputs
     masks = [_masked(p, len(prompt), eos_token_ids) for p, prompt in zip(params, prompts, strict=True)]
     lists = {
+        "allowed": [p.allowed_token_ids or () for p in params],
         "masked": masks,
         "bias": [tuple(p.logit_bias or ()) for p in params],
         "prompt": [ids if p.repetition_penalty != 1 else () for p, ids in zip(params, prompts, strict=True)],
@@ -114,22 +117,23 @@ def request_arrays(
         return np.where(values > 0, np.clip(values, 1e-30, 1e30), values).astype(np.float32)
 
     def ints(values):
-        return np.array([min(n, _MAX_INT) for n in values], np.int32)
+        return np.array([min(n, MAX_INT) for n in values], np.int32)
 
     settings = Settings(
         seeds=np.array([divmod(seed, 2**32) for seed in seeds], np.uint32).reshape(-1, 2),
         temperature=np.where([p.greedy for p in params], np.float32(0), floats("temperature")),
-        top_k=ints(p.top_k if p.top_k > 0 else _MAX_INT for p in params),
+        top_k=ints(p.top_k if p.top_k > 0 else MAX_INT for p in params),
         top_p=floats("top_p"),
         log_min_p=np.array([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float32),
         repetition_penalty=floats("repetition_penalty"),
         presence_penalty=floats("presence_penalty"),
         frequency_penalty=floats("frequency_penalty"),
         logprobs=np.array([p.logprobs is not None for p in params], bool),
+        prompt_lengths=ints(map(len, prompts)),
     )
     values = _padded([(p.logit_bias or {}).values() for p in params], width, 0, np.float32)
     until = _padded([ints(mask.values()) for mask in masks], width, 0, np.int32)
-    ids = {name: _padded(rows, width, _MAX_INT, np.int32) for name, rows in lists.items()}
+    ids = {name: _padded(rows, width, MAX_INT, np.int32) for name, rows in lists.items()}
     return RequestArrays(settings=settings, masked_until=until, bias_values=values, **ids)
 
 
@@ -139,13 +143,13 @@ def _masked(params, prompt_length, eos_token_ids=()):
     lists = (  # the longest last: it counts
         (params.begin_suppress_tokens, prompt_length + 1),
         (ends, prompt_length + params.min_tokens),
-        (params.suppress_tokens, _MAX_INT),
+        (params.suppress_tokens, MAX_INT),
     )
     return {token: until for tokens, until in lists for token in tokens}
 
 
 def _is_suppressed(params):
-    return params.suppress_tokens or params.begin_suppress_tokens
+    return params.suppress_tokens or params.begin_suppress_tokens or params.allowed_token_ids
 
 
 def _is_penalized(params):

@@ -49,6 +49,10 @@ class SamplingParams:
       logit_bias: added to the logit of a token id, in [-100, 100].
       suppress_tokens: tokens that are never drawn (transformers' name, as the next).
       begin_suppress_tokens: tokens that are not drawn first.
+      allowed_token_ids: the only tokens that are drawn; None for all.
+      bad_words: texts that the output does not hold: of each one's tokens the last is not drawn after the others.
+      constraint: called for each request, makes the `Constraint` that says before each token which may come next; with
+        it, or with bad words of several tokens, the batch decodes one step a dispatch.
       seed: with it, the request draws the same tokens alone and in any batch; None draws a new one each time.
       logprobs: how many top log probabilities to return beside the chosen token's; None for none at all.
       prompt_logprobs: the same for each token of the prompt but the first; such a prompt is read whole, even if another
@@ -77,6 +81,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     suppress_tokens: Sequence[int] | None = None
     begin_suppress_tokens: Sequence[int] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: str | Sequence[str] | None = None
+    constraint: Callable[[], Any] | None = None
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -102,9 +109,22 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it or raise max_tokens"
             )
-        self._keep("stop", _stop(self.stop))
+        self._keep("stop", _strings("stop", self.stop))
+        if "" in self.stop:
+            raise ValueError(f"stop is {self.stop!r}; an empty string would end every output, leave it out")
+        self._keep("bad_words", _strings("bad_words", self.bad_words))
+        if not all(map(str.strip, self.bad_words)):
+            raise ValueError(f"bad_words is {self.bad_words!r}; one of them is blank, leave it out")
         for name in _TOKEN_IDS:
             self._keep(name, _token_ids(name, getattr(self, name)))
+        if self.allowed_token_ids is not None:
+            self._keep("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids is empty, which allows no token at all; None allows all of them")
+        if self.constraint is not None and not callable(self.constraint):
+            raise TypeError(
+                f"constraint is {self.constraint!r}; it must be a function that makes a Constraint, or None"
+            )
         self._keep("logit_bias", _logit_bias(self.logit_bias))
 
     def _keep(self, name: str, value: Any) -> None:
@@ -125,7 +145,7 @@ class SamplingParams:
         Raises:
           ValueError: naming the field and the ids that the model does not have.
         """
-        for name in (*_TOKEN_IDS, "logit_bias"):
+        for name in (*_TOKEN_IDS, "allowed_token_ids", "logit_bias"):
             unknown = [token for token in getattr(self, name) or () if token >= vocab_size]
             if unknown:
                 raise ValueError(
@@ -163,12 +183,10 @@ def _token_id(name: str, value: Any) -> int:
     return _int(f"a token id of {name}", value, lambda n: n >= 0, "token ids must be at least 0")
 
 
-def _stop(value: Any) -> tuple[str, ...]:
+def _strings(name: str, value: Any) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else () if value is None else value
     if not isinstance(strings, Sequence) or not all(isinstance(s, str) for s in strings):
-        raise TypeError(f"stop is {value!r}; it must be a string, a sequence of strings, or None")
-    if "" in strings:
-        raise ValueError(f"stop is {value!r}; an empty string would end every output, leave it out")
+        raise TypeError(f"{name} is {value!r}; it must be a string, a sequence of strings, or None")
     return tuple(strings)
 
 

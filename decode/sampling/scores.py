@@ -7,20 +7,37 @@ whatever it is batched with.
 
 import functools
 from collections.abc import Callable
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from ...sharding.rules import constrain, is_split, mesh_of, shard_map
 from .layout import SamplingPlan, Settings
 from .state import SamplingState
 
-Adjust = Callable[[Float[Array, "B T V"], SamplingState, Int[Array, "B T"]], Float[Array, "B T V"]]
-"""A pure function of logits, state and positions that returns other logits. The `output_counts` of the state that it
-is given, where there are any, are those of each position, [B, T, V]."""
+
+@no_type_check  # as `Settings`
+@struct.dataclass
+class TokenContext:
+    """What `adjust` is told of the tokens that are about to be drawn, one a row."""
+
+    positions: Int32[Array, "B"]  # of the tokens, counted from the start of each row's prompt
+    previous: Int32[Array, "B"]  # the tokens before them, of the prompt or of the output
+    output_lengths: Int32[Array, "B"]  # how many tokens of its output each row has
+    seeds: UInt32[Array, "B 2"]  # high and low word: that of the request, which tells rows apart
+
+
+Adjust = Callable[[Float[Array, "B V"], TokenContext], Float[Array, "B V"]]
+"""adjust(logits, context) -> logits: a pure function of float32 logits.
+
+It comes first, before masks, biases, penalties, temperature and filters, as logits processors do in transformers and
+vLLM; log probabilities are of the logits before it. Rows come in any order, beside rows that nobody asked for.
+"""
 
 _MAX = float(np.finfo(np.float32).max)
 _CANDIDATES = 256  # among which most filters end
@@ -33,6 +50,8 @@ def token_scores(
     plan: SamplingPlan,
     drafted: Int[Array, "B T"] | None = None,
     adjust: Adjust | None = None,
+    previous: Int[Array, "B T"] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> Float[Array, "B T V"]:
     """What tokens are chosen by: the largest of the scores where a row is greedy, of scores and noise where it draws.
 
@@ -41,13 +60,28 @@ def token_scores(
     if state.output_counts is not None:
         state = state.replace(output_counts=_counts_by_position(state.output_counts, drafted, logits.shape[1]))
     if adjust is not None:
-        logits = adjust(logits, state, positions)
+        logits = _adjusted(logits, state.settings, positions, adjust, previous)
+    if allowed is not None:
+        logits = jnp.where(_unpacked(allowed, logits.shape[-1])[:, None], logits, -jnp.inf)
     if plan.kind == "full":
         logits = _penalized(logits, state, positions)
     if plan.kind == "greedy":
         return logits
     drawn = filtered_logits(_scaled(logits, state.settings), state.settings)
     return jnp.where(state.settings.temperature[:, None, None] > 0, drawn, logits)
+
+
+def _adjusted(logits, settings, positions, adjust, previous):
+    B, T, V = logits.shape
+    by_row = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), (settings.prompt_lengths, settings.seeds))
+    positions, previous = positions.reshape(B * T), previous.reshape(B * T)
+    context = TokenContext(positions, previous, positions - by_row[0], by_row[1])
+    return adjust(logits.reshape(B * T, V), context).reshape(B, T, V)
+
+
+def _unpacked(words, V):
+    bits = words[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    return bits.reshape(len(words), -1)[:, :V].astype(bool)
 
 
 def _counts_by_position(counts, drafted, T):

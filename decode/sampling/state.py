@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from ...sharding.rules import constrain
-from .layout import EMPTY, RequestArrays, SamplingPlan, Settings, make_plan, request_arrays
+from .layout import EMPTY, MAX_INT, RequestArrays, SamplingPlan, Settings, make_plan, request_arrays
 from .params import SamplingParams
 
 _TABLES = {"masked_until": jnp.int32, "bias": jnp.float32, "prompt_mask": bool, "output_counts": jnp.int32}
@@ -94,7 +94,9 @@ def insert(state: SamplingState, rows: Int[Array, "R"], requests: RequestArrays)
     if state.bias is not None:
         each, V = jnp.arange(rows.shape[0])[:, None], state.bias.shape[1]
         zeros = {name: jnp.zeros((rows.shape[0], V), dtype) for name, dtype in _TABLES.items()}
-        new["masked_until"] = zeros["masked_until"].at[each, requests.masked].set(requests.masked_until, mode="drop")
+        restricted = jnp.any(requests.allowed != MAX_INT, axis=1, keepdims=True)
+        until = jnp.where(restricted, MAX_INT, zeros["masked_until"]).at[each, requests.allowed].set(0, mode="drop")
+        new["masked_until"] = until.at[each, requests.masked].max(requests.masked_until, mode="drop")
         new["bias"] = zeros["bias"].at[each, requests.bias].set(requests.bias_values, mode="drop")
         new["prompt_mask"] = zeros["prompt_mask"].at[each, requests.prompt].set(True, mode="drop")
         new["output_counts"] = zeros["output_counts"].at[each, requests.output].add(1, mode="drop")

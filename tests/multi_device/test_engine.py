@@ -2,6 +2,9 @@
 
 import random
 
+import jax.numpy as jnp
+import numpy as np
+
 import ridgeline as rl
 from families import write_checkpoint
 
@@ -30,3 +33,25 @@ def test_random_schedules_on_a_mesh(tmp_path):
         stats = engine.stats()
     assert stats.prefix_hit_rate > 0
     assert stats.pages_used == 0
+
+
+def test_interventions_and_constraints_on_a_mesh(tmp_path):
+    directory = write_checkpoint(tmp_path / "checkpoint", "llama3", 8, 4)
+    one, split = rl.load_model(directory), rl.load_model(directory, mesh=rl.make_mesh(data=2, tensor=4))
+
+    class Thirds:
+        def mask(self):
+            return np.arange(one.config.vocab_size) % 3 == 1
+
+        def accept(self, token):
+            assert token % 3 == 1
+
+    seams = {
+        "residual": lambda x, n: x + 0.1 if n == 1 else x,
+        "component": lambda name, x, layer: x.at[..., ::2].multiply(-1.0) if name in ("heads", "neurons") else x,
+        "adjust": lambda logits, context: jnp.where(context.positions[:, None] % 2, -logits, logits),
+    }
+    prompts = [prompt for prompt, _ in REQUESTS[:3]]
+    sampling = [rl.SamplingParams(temperature=0.0, max_tokens=8, constraint=Thirds if n else None) for n in range(3)]
+    expected = [output.tokens for output in rl.generate(one, prompts, sampling, **seams)]
+    assert [output.tokens for output in rl.generate(split, prompts, sampling, **seams)] == expected
