@@ -132,7 +132,7 @@ def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch, model):
     before = rl.prefill._cache_size()
     chunked = rl.generate(model, [long, PROMPTS[0]], GREEDY)
     assert [o.tokens for o in chunked] == [o.tokens for o in expected]
-    assert rl.prefill._cache_size() - before <= 1  # 16, 16, 16, 2: all run in the bucket of 16
+    assert rl.prefill._cache_size() - before <= 2  # 16, 16, 16, 2: all run in the bucket of 16, of two rows and of one
 
 
 def test_generation_ends_at_the_longest_sequence(model):
