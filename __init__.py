@@ -25,10 +25,12 @@ from .decode.score import evaluate
 from .decode.step import decode_step
 from .model.checkpoint import CheckpointError
 from .model.config import LayerConfig, ModelConfig, RopeConfig
+from .model.hf.view import from_hf_view, hf_view
 from .model.loading import Model, load_model
 from .model.params import count_parameters, init_params, param_specs
 from .model.presets import PRESETS, preset
 from .model.quantization import dequantize, quantize
+from .model.saving import save_model
 from .model.schemes import SCHEMES
 from .model.tokenizer import Tokenizer
 from .model.transformer import AttentionSpec, attend_to_tokens, forward, transformer, unembed
@@ -64,7 +66,9 @@ __all__ = [
     "evaluate",
     "extend",
     "forward",
+    "from_hf_view",
     "generate",
+    "hf_view",
     "init_cache",
     "init_params",
     "initialize_distributed",
@@ -78,6 +82,7 @@ __all__ = [
     "quantize",
     "roofline",
     "sample",
+    "save_model",
     "stream",
     "transformer",
     "unembed",

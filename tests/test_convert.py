@@ -73,7 +73,7 @@ def test_the_bundled_model_with_its_tokenizer(tmp_path):
 
 
 def test_every_file_that_loading_reads_is_taken_over(hf):
-    texts = dict.fromkeys(orbax.COPIED[:-1], "{}") | {"config.json": (hf / "config.json").read_text()}
+    texts = dict.fromkeys(writing.BESIDE[:-1], "{}") | {"config.json": (hf / "config.json").read_text()}
     texts |= {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}', "merges.txt": "#version: 0.2"}
     texts.pop("tokenizer.json")
     for name, text in texts.items():
