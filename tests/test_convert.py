@@ -20,7 +20,7 @@ import ridgeline as rl
 from checkpoints import FIXTURES, LLAMA, PHI3, assert_same, random_tensors, refused, save
 from ridgeline.cli import convert as command
 from ridgeline.cli import main
-from ridgeline.model.checkpoint import load, orbax
+from ridgeline.model.checkpoint import load, orbax, writing
 from ridgeline.model.loading import convert_model, load_model
 
 
