@@ -298,7 +298,7 @@ def write_pages(
     new = Pages(k, v)
     if pages.k_scales is not None:
         dtype = "int8" if pages.k.dtype == jnp.int8 else "float8_e4m3fn"
-        (k, k_scales), (v, v_scales) = rounded(k, dtype), rounded(v, dtype)
+        (k, k_scales), (v, v_scales) = _rounded(k, dtype), _rounded(v, dtype)
         new = Pages(k, v, k_scales[..., 0], v_scales[..., 0])
 
     def written(leaf: Array, part: Array) -> Array:
@@ -306,3 +306,15 @@ def write_pages(
         return leaf.at[page, :, positions % page_size].set(part, mode="drop")
 
     return jax.tree.map(written, pages, new)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded(x: Float[Array, "B T K H"], dtype: str) -> tuple[Array, Float[Array, "B T K 1"]]:
+    return rounded(x, dtype)
+
+
+@_rounded.defjvp
+def _no_derivative(dtype: str, *_: Any) -> None:
+    raise NotImplementedError(
+        f"no derivative passes through keys and values that a cache holds in {dtype}; make it with kv_dtype='float32'"
+    )

@@ -12,13 +12,14 @@ from ..model.loading import Model
 from ..model.params import Params
 from ..sharding.rules import constrain
 from .cache import KVCache
+from .consume import jit_consuming
 from .sampling.draw import SampleLogprobs, sample
 from .sampling.layout import SamplingPlan
 from .sampling.state import SamplingState
 from .step import decode_step
 
 
-@functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("cache", "state"))
+@functools.partial(jit_consuming, static_argnames=("config", "plan", "steps"), donate_argnames=("cache", "state"))
 def decode_steps(
     params: Params,
     config: ModelConfig,

@@ -2,17 +2,17 @@
 
 import functools
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import Residual
 from .cache import KVCache
+from .consume import jit_consuming
 from .extend import extend
 
 
-@functools.partial(jax.jit, static_argnames=("config", "residual"), donate_argnames="cache")
+@functools.partial(jit_consuming, static_argnames=("config", "residual"), donate_argnames="cache")
 def prefill(
     params: Params,
     config: ModelConfig,

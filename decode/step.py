@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -10,10 +9,11 @@ from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import Residual
 from .cache import KVCache
+from .consume import jit_consuming
 from .extend import extend
 
 
-@functools.partial(jax.jit, static_argnames=("config", "residual"), donate_argnames="cache")
+@functools.partial(jit_consuming, static_argnames=("config", "residual"), donate_argnames="cache")
 def decode_step(
     params: Params,
     config: ModelConfig,
