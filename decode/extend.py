@@ -7,12 +7,18 @@ from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
 from ..model.params import Params
+from ..model.promotion import own_promotion
 from ..model.transformer import Residual, transformer, unembed
 from ..sharding.rules import constrain
 from .attend import CachedAttend, Form
 from .cache import KVCache
 
 
+NO_LOGITS = float(jnp.finfo(jnp.float32).min)
+"""Each of the logits where there is no new token: finite, and further down than any model goes."""
+
+
+@own_promotion
 def extend(
     params: Params,
     config: ModelConfig,
@@ -40,7 +46,7 @@ def extend(
 
     Returns:
       Logits, float32, [B, V] or [B, T, V], and the cache. A row whose tokens do not fit (cached + new > max_lengths) or
-      whose `new` is outside [0, T] stays as it was. Where there is no new token, logits are NaN.
+      whose `new` is outside [0, T] stays as it was. Where there is no new token, all logits are `NO_LOGITS`.
 
     Raises:
       ValueError: batch sizes differ, or a cache whose windowed layers keep few pages gets more than 1,024 tokens a row.
@@ -66,6 +72,6 @@ def extend(
     else:
         there = new > 0
         x = x[:, 0] if T == 1 else jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
-    scores = jnp.where(there[..., None], unembed(params, config, x), jnp.nan)
+    scores = jnp.where(there[..., None], unembed(params, config, x), NO_LOGITS)
     axes = ("batch", *[None] * (scores.ndim - 2), "vocab")
     return constrain(scores, *axes), cache.replace(pages=pages, lengths=constrain(lengths, "batch"))

@@ -37,7 +37,8 @@ def prefill(
 
     Returns:
       Logits, float32, and the cache. A row whose tokens do not fit (cached + lengths > max_lengths), whose length is
-      outside [0, T], or that has no tokens gets NaN logits, and its cache and length stay as they were.
+      outside [0, T], or that has no tokens gets `NO_LOGITS`, the lowest float32, for each of its logits, and its cache
+      and length stay as they were.
 
     Raises:
       ValueError: batch sizes differ.

@@ -33,8 +33,8 @@ def decode_step(
       residual: as in `transformer` (static).
 
     Returns:
-      Logits, float32, and the cache. A row that is full (lengths == max_lengths) gets NaN logits, and its cache and
-      length stay as they were.
+      Logits, float32, and the cache. A row that is full (lengths == max_lengths) gets `NO_LOGITS`, the lowest float32,
+      for each of its logits, and its cache and length stay as they were.
 
     Raises:
       ValueError: batch sizes differ.

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from ..pallas_kernels.dispatch import current_device, serve
 from ..pallas_kernels.matmul import check_kernel, matmul
 from ..sharding.rules import RULES, is_split, mesh_of, shard_map
+from .promotion import own_promotion
 from .products_cpu import FEW_ROWS, product_cpu
 from .quantization import QuantizedArray, dequantize, rounded, rounded_by, scale_axes
 
@@ -54,6 +55,7 @@ def _quantized_product(x: Float[Array, "M I"], w: QuantizedArray, axes: Axes) ->
 
 
 @_quantized_product.defjvp
+@own_promotion
 def _quantized_product_jvp(axes: Axes, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, w = primals
     dtype = _dtype_of_sums(x, w, axes)

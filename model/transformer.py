@@ -15,6 +15,7 @@ from .config import ModelConfig
 from .layers import gated_mlp, linear, rms_norm, soft_cap
 from .params import Params, float_specs
 from .products import Product, weight_product
+from .promotion import own_promotion
 from .rope import apply_rope, rope_tables
 
 
@@ -64,6 +65,7 @@ def attend_to_tokens(
     return causal_attention(q, k, v, spec), state
 
 
+@own_promotion
 def transformer(
     params: Params,
     config: ModelConfig,
@@ -122,6 +124,7 @@ def embed(params: Params, config: ModelConfig, tokens: Int[Array, "..."]) -> Flo
     return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
+@own_promotion
 def unembed(
     params: Params, config: ModelConfig, x: Float[Array, "... D"], product: Product = weight_product
 ) -> Float[Array, "... V"]:

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ...sharding.rules import constrain, is_split, mesh_of, shard_map
-from .layout import SamplingPlan, Settings
+from .layout import NO_MIN_P, SamplingPlan, Settings
 from .state import SamplingState
 
 Adjust = Callable[[Float[Array, "B T V"], SamplingState, Int[Array, "B T"]], Float[Array, "B T V"]]
@@ -95,7 +95,7 @@ def filtered_logits(logits: Float[Array, "B T V"], settings: Settings) -> Float[
     `vllm/v1/sample/ops/topk_topp_sampler.py` (whose top-k keeps every token equal to the k-th).
     """
     V = logits.shape[-1]
-    off = (settings.top_k >= V) & (settings.top_p >= 1) & (settings.log_min_p == -jnp.inf)
+    off = (settings.top_k >= V) & (settings.top_p >= 1) & (settings.log_min_p <= NO_MIN_P)
     (off,) = _by_row(off | (settings.temperature == 0))
 
     def cut():

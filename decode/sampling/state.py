@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from ...model.promotion import own_promotion
 from ...sharding.rules import constrain
 from .layout import EMPTY, RequestArrays, SamplingPlan, Settings, make_plan, request_arrays
 from .params import SamplingParams
@@ -70,6 +71,7 @@ def make_sampling_state(
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "vocab_size", "tables", "mesh"))
+@own_promotion
 def empty_state(batch_size: int, vocab_size: int, tables: bool, mesh: Mesh | None = None) -> SamplingState:
     """B rows without requests, with or without the tables that a "full" plan needs."""
 
@@ -84,6 +86,7 @@ def empty_state(batch_size: int, vocab_size: int, tables: bool, mesh: Mesh | Non
 
 
 @functools.partial(jax.jit, donate_argnames="state")
+@own_promotion
 def insert(state: SamplingState, rows: Int[Array, "R"], requests: RequestArrays) -> SamplingState:
     """Put requests into rows of a batch, in place of what was there; to insert `EMPTY` is to leave.
 
