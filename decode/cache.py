@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..model.config import ModelConfig
 from ..model.kv_specs import PREFILL_CHUNK, KVSpec, kinds_by_layer, kv_dtype_of, kv_specs, page_kinds, pages_per_row
 from ..model.quantization import rounded
+from ..pallas_kernels.dispatch import current_device
 from ..pallas_kernels.pages import Pages
 from ..sharding.rules import named_sharding
 
@@ -135,6 +136,7 @@ class KVCache:
         return rows(pages.k, pages.k_scales), rows(pages.v, pages.v_scales)
 
 
+@jax.transfer_guard("allow")
 def init_cache(
     config: ModelConfig,
     batch_size: int,
@@ -252,7 +254,7 @@ def page_dtype(kv_dtype: jax.typing.DTypeLike | None, config: ModelConfig, mesh:
       ValueError: `kv_dtype` is another one.
     """
     if kv_dtype is None:
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        platform = current_device().platform if mesh is None else mesh.devices.flat[0].platform
         kv_dtype = "float32" if platform == "cpu" else config.dtype
     return kv_dtype_of(kv_dtype)
 

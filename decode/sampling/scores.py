@@ -107,7 +107,7 @@ def filtered_logits(logits: Float[Array, "B T V"], settings: Settings) -> Float[
 
         return lax.cond(jnp.all(certain | off), lambda: last, of_all)
 
-    nowhere = jnp.zeros((*logits.shape[:2], 1)), jnp.zeros((*logits.shape[:2], 1), jnp.int32)
+    nowhere = jnp.zeros((*logits.shape[:2], 1), logits.dtype), jnp.zeros((*logits.shape[:2], 1), jnp.int32)
     score, token = lax.cond(jnp.all(off), lambda: nowhere, cut)
     below = (logits < score) | ((logits == score) & (token_ids(logits) > token))
     return jnp.where(below & ~off, -jnp.inf, logits)

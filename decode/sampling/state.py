@@ -31,6 +31,7 @@ class SamplingState:
     output_counts: Int32[Array, "B V"] | None = None  # how often each token was sampled
 
 
+@jax.transfer_guard("allow")
 def make_sampling_state(
     params: Sequence[SamplingParams],
     prompts: Sequence[Sequence[int]] | None,
