@@ -13,7 +13,6 @@ from ..sharding.rules import constrain
 from .attend import CachedAttend, Form
 from .cache import KVCache
 
-
 NO_LOGITS = float(jnp.finfo(jnp.float32).min)
 """Each of the logits where there is no new token: finite, and further down than any model goes."""
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from ..pallas_kernels.dispatch import current_device, serve
 from ..pallas_kernels.matmul import check_kernel, matmul
 from ..sharding.rules import RULES, is_split, mesh_of, shard_map
-from .promotion import own_promotion
 from .products_cpu import FEW_ROWS, product_cpu
+from .promotion import own_promotion
 from .quantization import QuantizedArray, dequantize, rounded, rounded_by, scale_axes
 
 Axes = tuple[str | None, ...]

@@ -10,7 +10,7 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 
 def own_promotion(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` where dtypes and ranks are promoted, though `jax_numpy_dtype_promotion` or `_rank_promotion` forbid it."""
+    """`function` where dtypes and ranks are promoted, whatever `jax_numpy_dtype_promotion` and its like forbid."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -129,7 +129,7 @@ def _files(tensors: Iterator[tuple[str, np.ndarray]], most: int) -> Iterator[dic
 
 
 def _name_files(directory: Path, files: list[dict[str, int]]) -> None:
-    """Give the numbered files, each of so many bytes a tensor, the names of the layout, and write the index of several."""
+    """Give numbered files, whose tensors have so many bytes each, the names of the layout; index several of them."""
     if len(files) == 1:
         os.rename(directory / "0.safetensors", directory / SINGLE)
         return

@@ -12,10 +12,10 @@ import safetensors.numpy
 import ridgeline as rl
 from checkpoints import FIXTURES, LLAMA, assert_same, save
 from families import write_checkpoint
+from quantized_checkpoints import CHECKPOINTS, assert_stands_for, dequantized, write_pair
 from ridgeline.model.generation import GenerationDefaults
 from ridgeline.model.hf import config_from_hf
 from ridgeline.model.schemes import SCHEMES, Quantization
-from quantized_checkpoints import CHECKPOINTS, assert_stands_for, dequantized, write_pair
 from tiny import tiny_model
 
 FAMILIES = sorted(path.name for path in FIXTURES.iterdir() if (path / "model.safetensors").exists())

@@ -1,4 +1,4 @@
-"""Derivatives, forward and in reverse, and `vmap`, of everything over a cache, against `forward` and finite differences."""
+"""Derivatives in both modes, and `vmap`, of what runs over a cache: against `forward` and finite differences."""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,9 @@ def test_through_quantized_weights_it_is_that_of_the_weights_they_stand_for(toke
     )
 
     def of(logits_of, params):
-        return jax.grad(lambda x: score(logits_of(params | {"embedding": x}, model.config, tokens)))(params["embedding"])
+        return jax.grad(lambda x: score(logits_of(params | {"embedding": x}, model.config, tokens)))(
+            params["embedding"]
+        )
 
     expected = of(at_once, dense)
     np.testing.assert_allclose(of(through_cache, model.params), expected, atol=1e-3 * float(jnp.abs(expected).max()))

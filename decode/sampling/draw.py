@@ -106,16 +106,12 @@ def gumbel_noise(seeds: Array, positions: Int[Array, "B T"], vocab_size: int) ->
     `jax.random.gumbel` end at 15.9, and tie in large vocabularies.
     """
 
-    ids = lax.iota(jnp.uint32, vocab_size)
-
-    def row(seed, position):
-        key = threefry2x32_p.bind(*seed, jnp.zeros_like(position), position)
-        high, low = threefry2x32_p.bind(*(jnp.broadcast_to(word, ids.shape) for word in key), jnp.zeros_like(ids), ids)
-        return high ^ low
-
     B, T = positions.shape  # flat: a batch of batches takes XLA three times as long to compile
-    positions = positions.astype(jnp.uint32).reshape(B * T)
-    bits = jax.vmap(row)(jnp.repeat(seeds, T, axis=0), positions).reshape(B, T, vocab_size)
+    keys = jax.random.wrap_key_data(jnp.repeat(seeds, T, axis=0), impl="threefry2x32")
+    words = jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, positions.reshape(B * T)))
+    ids = lax.broadcasted_iota(jnp.uint32, (B * T, vocab_size), 1)
+    high, low = threefry2x32_p.bind(words[:, :1], words[:, 1:], jnp.zeros_like(ids), ids)
+    bits = (high ^ low).reshape(B, T, vocab_size)
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-uniform))
 

@@ -1,7 +1,8 @@
 """How quantized checkpoints pack integers into 32-bit words: rows are outputs, columns run along the inputs.
 
-Every function that reads takes a stored tensor and the slices of the unpacked matrix that are wanted, and reads no others. Values
-come out two to a byte, the even input in the low four bits, as `QuantizedArray` holds them. Words are little-endian.
+Every function that reads takes a stored tensor and the slices of the unpacked matrix that are wanted, and reads no
+others. Values come out two to a byte, the even input in the low four bits, as `QuantizedArray` holds them. Words are
+little-endian.
 Sources: `pack_to_int32` of compressed-tensors, `WQLinear_GEMM.from_linear` of AutoAWQ, `QuantLinear.pack` of AutoGPTQ.
 """
 

@@ -37,7 +37,7 @@ def hf_view(params: Params, config: ModelConfig) -> HFView:
       [out, in]; quantized ones are `QuantizedArray`s, whatever form the checkpoint had.
     """
     view = {}
-    for name, array, pieces in parameters(params, config):
+    for _, array, pieces in parameters(params, config):
         view |= hf_tensors(array, pieces)
     return view
 
