@@ -245,7 +245,7 @@ def test_a_batch_does_not_compute_what_no_row_asks_for():
     assert not drawn & {"sort", "top_k", "cumsum"}
     assert {"top_k", "cumsum"} <= names(random, state, branches=True)
     full_state, full = make_sampling_state([SamplingParams(logprobs=3)], [[1]], [0], V, batch_size=4)
-    unasked = {"random_bits", "top_k", "cumsum", "reduce_sum"}
+    unasked = {"threefry2x32", "top_k", "cumsum", "reduce_sum"}
     assert not names(full, full_state, branches=False) & unasked
     assert unasked <= names(full, full_state, branches=True)
 
