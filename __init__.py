@@ -30,10 +30,12 @@ from .decode.score import Score, score
 from .decode.step import decode_step
 from .model.checkpoint import CheckpointError
 from .model.config import LayerConfig, ModelConfig, RopeConfig
+from .model.hf.view import from_hf_view, hf_view
 from .model.loading import Model, load_model
 from .model.params import count_parameters, init_params, param_specs
 from .model.presets import PRESETS, preset
 from .model.quantization import dequantize, quantize
+from .model.saving import save_model
 from .model.schemes import SCHEMES
 from .model.tokenizer import Tokenizer
 from .model.transformer import AttentionSpec, attend_to_tokens, final_norm, forward, transformer, unembed
@@ -79,7 +81,9 @@ __all__ = [
     "final_norm",
     "fork",
     "forward",
+    "from_hf_view",
     "generate",
+    "hf_view",
     "init_cache",
     "init_params",
     "initialize_distributed",
@@ -93,6 +97,7 @@ __all__ = [
     "quantize",
     "roofline",
     "sample",
+    "save_model",
     "score",
     "stream",
     "transformer",

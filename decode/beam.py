@@ -45,6 +45,7 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence]
 
 
+@jax.transfer_guard("allow")
 def beam_search(
     model: Model,
     prompts: Prompts,

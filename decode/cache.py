@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..model.config import ModelConfig
 from ..model.kv_specs import PREFILL_CHUNK, KVSpec, kinds_by_layer, kv_dtype_of, kv_specs, page_kinds, pages_per_row
 from ..model.quantization import rounded
+from ..pallas_kernels.dispatch import current_device
 from ..pallas_kernels.pages import Pages
 from ..sharding.rules import mesh_of, named_sharding, shard_map
 
@@ -141,6 +142,7 @@ class KVCache:
         return rows(pages.k, pages.k_scales), rows(pages.v, pages.v_scales)
 
 
+@jax.transfer_guard("allow")
 def init_cache(
     config: ModelConfig,
     batch_size: int,
@@ -258,7 +260,7 @@ def page_dtype(kv_dtype: jax.typing.DTypeLike | None, config: ModelConfig, mesh:
       ValueError: `kv_dtype` is another one.
     """
     if kv_dtype is None:
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        platform = current_device().platform if mesh is None else mesh.devices.flat[0].platform
         kv_dtype = "float32" if platform == "cpu" else config.dtype
     return kv_dtype_of(kv_dtype)
 
@@ -304,7 +306,7 @@ def write_pages(
     new = Pages(k, v)
     if pages.k_scales is not None:
         dtype = "int8" if pages.k.dtype == jnp.int8 else "float8_e4m3fn"
-        (k, k_scales), (v, v_scales) = rounded(k, dtype), rounded(v, dtype)
+        (k, k_scales), (v, v_scales) = _rounded(k, dtype), _rounded(v, dtype)
         new = Pages(k, v, k_scales[..., 0], v_scales[..., 0])
 
     def written(leaf: Array, part: Array) -> Array:
@@ -336,3 +338,15 @@ def copy_pages(
 
     axes = jax.tree.map(lambda spec: spec.axes, kv_specs(config, dtype))
     return shard_map(local, mesh, (axes, ("batch",), ("batch",)), axes)(pages, sources, copies)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded(x: Float[Array, "B T K H"], dtype: str) -> tuple[Array, Float[Array, "B T K 1"]]:
+    return rounded(x, dtype)
+
+
+@_rounded.defjvp
+def _no_derivative(dtype: str, *_: Any) -> None:
+    raise NotImplementedError(
+        f"no derivative passes through keys and values that a cache holds in {dtype}; make it with kv_dtype='float32'"
+    )

@@ -86,6 +86,7 @@ class Evaluation:
         }
 
 
+@jax.transfer_guard("allow")
 def evaluate(
     model: Model,
     texts: str | Sequence[str] | Sequence[Sequence[int]],

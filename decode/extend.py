@@ -7,12 +7,17 @@ from jaxtyping import Array, Float, Int
 
 from ..model.config import ModelConfig
 from ..model.params import Params
+from ..model.promotion import own_promotion
 from ..model.transformer import Component, Residual, transformer, unembed
 from ..sharding.rules import constrain
 from .attend import CachedAttend, Form
 from .cache import KVCache
 
+NO_LOGITS = float(jnp.finfo(jnp.float32).min)
+"""Each of the logits where there is no new token: finite, and further down than any model goes."""
 
+
+@own_promotion
 def extend(
     params: Params,
     config: ModelConfig,
@@ -42,7 +47,7 @@ def extend(
     Returns:
       Logits, float32, [B, V] or [B, T, V], or what `unembed` takes, [B, T, D]; and the cache. A row whose tokens do not
       fit (cached + new > max_lengths) or whose `new` is outside [0, T] stays as it was. Where there is no new token,
-      logits are NaN, and hidden states are nobody's.
+      all logits are `NO_LOGITS`, and hidden states are nobody's.
 
     Raises:
       ValueError: batch sizes differ, or a cache whose windowed layers keep few pages gets more than 1,024 tokens a row.
@@ -69,13 +74,13 @@ def extend(
         return x, cache
     if logits == "last":
         return last_logits(params, config, x, new), cache
-    scores = jnp.where((jnp.arange(T) < new[:, None])[..., None], unembed(params, config, x), jnp.nan)
+    scores = jnp.where((jnp.arange(T) < new[:, None])[..., None], unembed(params, config, x), NO_LOGITS)
     return constrain(scores, "batch", None, "vocab"), cache
 
 
 def last_logits(
     params: Params, config: ModelConfig, x: Float[Array, "B T D"], new: Int[Array, "B"]
 ) -> Float[Array, "B V"]:
-    """Logits after the last of each row's `new` tokens, of final hidden states; NaN where there is none."""
+    """Logits after the last of each row's `new` tokens, of final hidden states; `NO_LOGITS` where there is none."""
     x = x[:, 0] if x.shape[1] == 1 else jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
-    return constrain(jnp.where((new > 0)[:, None], unembed(params, config, x), jnp.nan), "batch", "vocab")
+    return constrain(jnp.where((new > 0)[:, None], unembed(params, config, x), NO_LOGITS), "batch", "vocab")

@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from ..model.promotion import own_promotion
 from ..sharding.rules import constrain, mesh_of
 from .cache import KVCache, Rows
 
 
+@own_promotion
+@jax.transfer_guard("allow")
 def fork(cache: KVCache, rows: Sequence[int] | Int[np.ndarray, "R"] | Int[Array, "R"]) -> KVCache:
     """A cache whose row r continues what row `rows[r]` holds. The cache that is given is consumed.
 

@@ -13,6 +13,7 @@ from ..model.params import Params
 from ..model.transformer import Component, Residual
 from ..sharding.rules import constrain
 from .cache import KVCache
+from .consume import jit_consuming
 from .sampling.draw import SampleLogprobs, sample
 from .sampling.layout import SamplingPlan
 from .sampling.scores import Adjust
@@ -21,7 +22,7 @@ from .step import decode_step
 
 
 @functools.partial(
-    jax.jit,
+    jit_consuming,
     static_argnames=("config", "plan", "steps", "residual", "component", "adjust"),
     donate_argnames=("cache", "state"),
 )

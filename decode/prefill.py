@@ -10,13 +10,14 @@ from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import Component, Residual
 from .cache import KVCache
+from .consume import jit_consuming
 from .extend import extend, last_logits
 from .logprobs import target_logprobs
 from .loop import for_host
 from .sampling.draw import SampleLogprobs
 
 
-@functools.partial(jax.jit, static_argnames=("config", "residual", "component"), donate_argnames="cache")
+@functools.partial(jit_consuming, static_argnames=("config", "residual", "component"), donate_argnames="cache")
 def prefill(
     params: Params,
     config: ModelConfig,
@@ -42,7 +43,8 @@ def prefill(
 
     Returns:
       Logits, float32, and the cache. A row whose tokens do not fit (cached + lengths > max_lengths), whose length is
-      outside [0, T], or that has no tokens gets NaN logits, and its cache and length stay as they were.
+      outside [0, T], or that has no tokens gets `NO_LOGITS`, the lowest float32, for each of its logits, and its cache
+      and length stay as they were.
 
     Raises:
       ValueError: batch sizes differ.

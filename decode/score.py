@@ -49,6 +49,7 @@ class Score:
         return self.ranks == 1
 
 
+@jax.transfer_guard("allow")
 def score(
     model: Model,
     prompts: Tokens | Sequence[Tokens],

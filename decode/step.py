@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -10,10 +9,11 @@ from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import Component, Residual
 from .cache import KVCache
+from .consume import jit_consuming
 from .extend import extend
 
 
-@functools.partial(jax.jit, static_argnames=("config", "residual", "component"), donate_argnames="cache")
+@functools.partial(jit_consuming, static_argnames=("config", "residual", "component"), donate_argnames="cache")
 def decode_step(
     params: Params,
     config: ModelConfig,
@@ -34,8 +34,8 @@ def decode_step(
       residual, component: as in `transformer` (static).
 
     Returns:
-      Logits, float32, and the cache. A row that is full (lengths == max_lengths) gets NaN logits, and its cache and
-      length stay as they were.
+      Logits, float32, and the cache. A row that is full (lengths == max_lengths) gets `NO_LOGITS`, the lowest float32,
+      for each of its logits, and its cache and length stay as they were.
 
     Raises:
       ValueError: batch sizes differ.

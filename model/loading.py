@@ -106,7 +106,7 @@ def open_model(
     Arguments and errors are those of `load_model`. The parameters are `jax.ShapeDtypeStruct`s, so that programs can be
     compiled while the weights load.
     """
-    chosen = None if dtype is None else _dtype_name(dtype)
+    chosen = None if dtype is None else dtype_name(dtype)
     asked = quantization(quantize, quantize_output)
     directory, raw, stated = _open(path)
     converted = is_converted(directory)
@@ -160,7 +160,7 @@ def convert_model(
       CheckpointError: as `load_model`; or `path` is a converted checkpoint itself, or `out` exists.
       ValueError: an unknown dtype or scheme.
     """
-    chosen = None if dtype is None else _dtype_name(dtype)
+    chosen = None if dtype is None else dtype_name(dtype)
     asked = quantization(quantize, quantize_output)
     directory, raw, stated = _open(path)
     if is_converted(directory):
@@ -241,7 +241,8 @@ def _check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     param_shardings(config, mesh)
 
 
-def _dtype_name(dtype: jax.typing.DTypeLike) -> str:
+def dtype_name(dtype: jax.typing.DTypeLike) -> str:
+    """The name of a dtype that weights may have; ValueError for any other."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:

@@ -211,6 +211,7 @@ def param_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+@jax.transfer_guard("allow")
 def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Params:
     """Random parameters: normal weights of standard deviation (fan-in) ** -0.5, norms at one, biases at zero.
 

@@ -13,6 +13,7 @@ from ..pallas_kernels.dispatch import current_device, serve
 from ..pallas_kernels.matmul import check_kernel, matmul
 from ..sharding.rules import RULES, is_split, mesh_of, shard_map
 from .products_cpu import FEW_ROWS, product_cpu
+from .promotion import own_promotion
 from .quantization import QuantizedArray, dequantize, rounded, rounded_by, scale_axes
 
 Axes = tuple[str | None, ...]
@@ -28,26 +29,53 @@ def weight_product(
     If the inputs are split over devices, each one's float32 sum is rounded to x's dtype and these are added up: in 16
     bits half the bytes travel (as in Megatron-LM, Shoeybi et al. 2019).
 
+    Derivatives by x, and by the scales of a quantized weight, are those of the product with the weight that it stands
+    for, also where x is rounded to 8 bits (the straight-through estimator of Bengio, Leonard and Courville 2013).
+
     Args:
       x: activations.
       w: the weight.
       axes: the logical names of its axes.
     """
-    mesh = mesh_of(jax.tree.leaves(w)[0])
-    dtype = x.dtype if is_split(axes[-1], mesh) else jnp.float32
-    few, quantized = x.shape[0] <= FEW_ROWS, isinstance(w, QuantizedArray)
-    if quantized and w.order is not None:
+    if not isinstance(w, QuantizedArray):
+        return _by_platform(x, w, _dtype_of_sums(x, w, axes))
+    if w.order is not None:
         x, w = x[:, w.order], w.replace(order=None)
-    if quantized and (w.scheme.dynamic or w.scheme.static) and not few:
+    return _quantized_product(x, w, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _quantized_product(x: Float[Array, "M I"], w: QuantizedArray, axes: Axes) -> Float[Array, "M *out"]:
+    few, mesh, dtype = x.shape[0] <= FEW_ROWS, mesh_of(w.values), _dtype_of_sums(x, w, axes)
+    if (w.scheme.dynamic or w.scheme.static) and not few:
         return _in_8_bits(x, w).astype(dtype)
-    if quantized and few and current_device(mesh).is_hopper and _kernel_takes(x, w):
+    if few and current_device(mesh).is_hopper and _kernel_takes(x, w):
         return _by_kernel(x, w, axes, mesh, dtype)
+    return _by_platform(x, w, dtype)
+
+
+@_quantized_product.defjvp
+@own_promotion
+def _quantized_product_jvp(axes: Axes, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, w = primals
+    dtype = _dtype_of_sums(x, w, axes)
+    _, dy = jax.jvp(lambda x, w: _by_xla(x, w, dtype).astype(dtype), primals, tangents)
+    return _quantized_product(x, w, axes), dy
+
+
+def _by_platform(
+    x: Float[Array, "M I"], w: Float[Array, "*out I"] | QuantizedArray, dtype: jax.typing.DTypeLike
+) -> Float[Array, "M *out"]:
     return lax.platform_dependent(
         x,
         w,
         cpu=lambda x, w: product_cpu(x, w).astype(dtype),  # sums over its devices, linked by memory, stay in float32
         default=lambda x, w: _by_xla(x, w, dtype).astype(dtype),
     )
+
+
+def _dtype_of_sums(x: Array, w: Array | QuantizedArray, axes: Axes) -> jax.typing.DTypeLike:
+    return x.dtype if is_split(axes[-1], mesh_of(jax.tree.leaves(w)[0])) else jnp.float32
 
 
 def _kernel_takes(x: Float[Array, "M I"], w: QuantizedArray) -> bool:
@@ -93,9 +121,8 @@ def _by_kernel(
     return shard_map(local, mesh, in_axes, (rows, *out))(x, *parts)
 
 
-@jax.custom_vjp
 def _streamed(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
-    """The kernel's product where it serves, else XLA's; differentiable in x alone."""
+    """The kernel's product where it serves, else XLA's."""
     parts = (w.values, w.scales, w.zeros)
 
     def flat(*parts: Array | None) -> list[Array | None]:
@@ -109,16 +136,3 @@ def _streamed(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out
         return _by_xla(x, QuantizedArray(*parts, w.scheme))
 
     return serve("linear", None, kernel, by_xla, functools.partial(check_kernel, x, *flat(*parts)), x, *parts)
-
-
-def _streamed_forward(x: Array, w: QuantizedArray) -> tuple[Array, tuple[QuantizedArray, Array]]:
-    return _streamed(x, w), (w, jnp.zeros((0,), x.dtype))
-
-
-def _streamed_backward(saved: tuple[QuantizedArray, Array], dy: Array) -> tuple[Array, None]:
-    w, like = saved
-    dx = jnp.einsum("m...,...i->mi", dy, dequantize(w), preferred_element_type=jnp.float32)
-    return dx.astype(like.dtype), None
-
-
-_streamed.defvjp(_streamed_forward, _streamed_backward)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Num, UInt8
 
+from .promotion import own_promotion
 from .schemes import Scheme
 
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": float(jnp.finfo(jnp.float8_e4m3fn).max)}
@@ -83,6 +84,7 @@ def scale_axes(axes: Sequence[str | None], in_axes: int, scales: tuple[int, ...]
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "in_axes"))
+@own_promotion
 def quantize(w: Float[Array, "..."], scheme: Scheme, in_axes: int = 1) -> QuantizedArray:
     """A weight in a scheme, rounded to nearest; computed in float32.
 
@@ -134,6 +136,7 @@ def rounded_by(x: Float[Array, "..."], scales: Float[Array, "..."], dtype: str) 
     return (jnp.round(x) if dtype == "int8" else x).astype(dtype)
 
 
+@own_promotion
 def dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "..."]:
     """The weight [*out, *in] that is stored: (values - zeros) * scales in float32, rounded to `dtype`."""
     in_axes = w.values.ndim - w.scales.ndim + 1

@@ -15,6 +15,7 @@ from .config import ModelConfig
 from .layers import gated_mlp, linear, rms_norm, soft_cap
 from .params import Params, float_specs
 from .products import Product, weight_product
+from .promotion import own_promotion
 from .rope import apply_rope, rope_tables
 
 
@@ -82,6 +83,7 @@ def attend_to_tokens(
     return causal_attention(q, k, v, spec), state
 
 
+@own_promotion
 def transformer(
     params: Params,
     config: ModelConfig,
@@ -146,6 +148,7 @@ def final_norm(params: Params, config: ModelConfig, x: Float[Array, "... D"]) ->
         return rms_norm(x, params["final_norm"], config.norm_eps, config.norm_offset)
 
 
+@own_promotion
 def unembed(
     params: Params, config: ModelConfig, x: Float[Array, "... D"], product: Product = weight_product
 ) -> Float[Array, "... V"]:

@@ -7,9 +7,12 @@ query's dtype.
 Shapes: B rows, T new tokens, K KV heads, G queries a KV head, H head dimensions, P pages, N pages a row, S positions
 a page. `block_tables[b, n]` is the page that holds positions n * S ... of row b. Without tables the pages lie in row
 order, row b's from b * N on with N = P / B, so that the reference reshapes and never gathers.
+
+All are differentiable, forward and in reverse: the derivative of a cached op is that of the reference over every block.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -90,12 +93,13 @@ def prefill_attention(
         tables = _tables(q, pages, tables)
         return prefill_attention_mosaic(q, pages, tables, starts, lengths, options, sinks=sinks)
 
-    def plain(q, pages, tables, starts, lengths, sinks):
-        return reference.prefill_attention(q, pages, tables, starts, lengths, options, sinks)
+    def plain(q, pages, tables, starts, lengths, sinks, all_blocks=False):
+        return reference.prefill_attention(q, pages, tables, starts, lengths, options, sinks, all_blocks)
 
     check = functools.partial(check_case, q, pages, options)
     arrays = (q, pages, block_tables, starts, lengths, sinks)
-    return serve("prefill_attention", implementation, mosaic, plain, check, *arrays)
+    run = functools.partial(serve, "prefill_attention", implementation, mosaic, plain, check)
+    return _with_derivative(run, plain)(*arrays)
 
 
 @functools.partial(jax.named_call, name="decode_attention")
@@ -129,14 +133,26 @@ def decode_attention(
 
         return decode_attention_mosaic(q, pages, _tables(q, pages, tables), lengths, options, queries, sinks=sinks)
 
-    def plain(q, pages, tables, lengths, sinks):
-        return reference.decode_attention(q, pages, tables, lengths, options, queries, sinks)
+    def plain(q, pages, tables, lengths, sinks, all_blocks=False):
+        return reference.decode_attention(q, pages, tables, lengths, options, queries, sinks, all_blocks)
 
     check = functools.partial(check_case, q, pages, options, max_tokens=_MAX_DECODE_TOKENS)
     rows = jnp.moveaxis(q, 1, 2) if T else q  # [B, K, T, G, H]
     arrays = (rows.reshape(-1, K, queries * G, H), pages, block_tables, lengths, sinks)
-    out = serve("decode_attention", implementation, mosaic, plain, check, *arrays)
+    run = functools.partial(serve, "decode_attention", implementation, mosaic, plain, check)
+    out = _with_derivative(run, plain)(*arrays)
     return jnp.moveaxis(out.reshape(rows.shape), 2, 1) if T else out
+
+
+def _with_derivative(run: Callable[..., Array], plain: Callable[..., Array]) -> Callable[..., Array]:
+    """`run` with the derivative of `plain(*arrays, all_blocks=True)`."""
+    run = jax.custom_jvp(run)
+
+    @run.defjvp
+    def _(arrays, tangents):
+        return run(*arrays), jax.jvp(functools.partial(plain, all_blocks=True), arrays, tangents)[1]
+
+    return run
 
 
 def _checked(op: str, pages: Pages) -> Pages:

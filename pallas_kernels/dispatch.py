@@ -49,7 +49,8 @@ def current_device(mesh: AbstractMesh | None = None) -> Device:
     abstract = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).abstract_device
     if abstract is not None:
         return Device(abstract.platform, abstract.device_kind, abstract.num_cores)
-    device = jax.devices()[0]
+    default = jax.config.jax_default_device  # a device, or a platform's name
+    device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
     return Device(device.platform, device.device_kind, getattr(device, "core_count", None))
 
 

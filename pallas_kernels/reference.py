@@ -57,7 +57,9 @@ def prefill_attention(
     lengths: Int[Array, "B"],
     options: AttentionOptions,
     sinks: Float[Array, "K G"] | None,
+    all_blocks: bool = False,
 ) -> Float[Array, "B T K G H"]:
+    """With `all_blocks` its loops have a length that is known when it is compiled, so that it is differentiable."""
     B, _, K, G, H = q.shape
     S, N = pages.k.shape[2], _pages_a_row(B, pages, block_tables)
     count = next(n for n in range(max(1, min(N, _KEY_BLOCK // S)), 0, -1) if N % n == 0)
@@ -72,7 +74,8 @@ def prefill_attention(
                 part = lax.dynamic_slice_in_dim(held.reshape(B, N, *array.shape[1:]), first, count, axis=1)
             else:
                 part = held[lax.dynamic_slice_in_dim(block_tables, first, count, axis=1)]
-            part = lax.bitcast_convert_type(part, array.dtype)
+            # Not where it would change nothing: it has no derivative.
+            part = part if part.dtype == array.dtype else lax.bitcast_convert_type(part, array.dtype)
             return jnp.moveaxis(part, 1, 2).reshape(B, K, width, *array.shape[3:])
 
         return taken(cache) if scales is None else taken(cache).astype(dtype) * taken(scales)[..., None]
@@ -97,10 +100,12 @@ def prefill_attention(
 
         shape = (B, K, R)
         zeros = jnp.zeros((*shape, H), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, _NEVER, jnp.float32)
-        end = jnp.minimum(lengths.max(), starts.max() + first_query + T)
-        window = options.window
-        first = 0 if window is None else jnp.maximum(starts.min() + first_query - window + 1, 0) // width
-        out, total, highest = lax.fori_loop(jnp.int32(first), -(-end // width), step, zeros)
+        first, last = 0, N // count
+        if not all_blocks:
+            last = -(-jnp.minimum(lengths.max(), starts.max() + first_query + T) // width)
+            if options.window is not None:
+                first = jnp.maximum(starts.min() + first_query - options.window + 1, 0) // width
+        out, total, highest = lax.fori_loop(*_bounds(first, last), step, zeros)
         total = _with_sinks(total, highest, None if sinks is None else jnp.repeat(sinks, T, axis=1))
         return (out / total[..., None]).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
 
@@ -115,8 +120,12 @@ def decode_attention(
     options: AttentionOptions,
     queries: int,
     sinks: Float[Array, "K G"] | None,
+    all_blocks: bool = False,
 ) -> Float[Array, "B K R H"]:
-    """q holds R = queries * G queries a KV head, all heads of the first token, then of the second ..."""
+    """q holds R = queries * G queries a KV head, all heads of the first token, then of the second ...
+
+    `all_blocks` as in `prefill_attention`.
+    """
     in_one = functools.partial(_decode_in_one, options=options, queries=queries)
     by_blocks = functools.partial(_decode_by_blocks, options=options, queries=queries)
 
@@ -126,6 +135,8 @@ def decode_attention(
         out = prefill_attention(rows, pages, tables, lengths - queries, lengths, options, sinks)
         return out.swapaxes(1, 2).reshape(q.shape)
 
+    if all_blocks:
+        return in_one(q, pages, block_tables, lengths, sinks)
     # XLA:GPU gathers and widens inside the products; XLA:CPU would first write all of it out, the rows' whole capacity.
     on_cpu = by_blocks if pages.k_scales is None else as_prefill
     return lax.platform_dependent(q, pages, block_tables, lengths, sinks, cpu=on_cpu, default=in_one)
@@ -167,8 +178,9 @@ def _decode_by_blocks(q, pages, tables, lengths, sinks, *, options, queries):
         return tuple(lax.dynamic_update_slice_in_dim(x, y, index * at_once, 0) for x, y in zip(parts, new, strict=True))
 
     items = -(-B * most // at_once) * at_once
-    parts = jnp.zeros((items, K, R, H)), jnp.zeros((items, K, R)), jnp.zeros((items, K, R))
-    parts = lax.fori_loop(0, -(-ends[-1] // at_once), step, parts)
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    parts = zeros((items, K, R, H)), zeros((items, K, R)), zeros((items, K, R))
+    parts = lax.fori_loop(*_bounds(0, -(-ends[-1] // at_once)), step, parts)
 
     def merge(index, carry):  # online softmax (Milakov and Gimelshein 2018)
         out, total, highest = carry
@@ -179,8 +191,8 @@ def _decode_by_blocks(q, pages, tables, lengths, sinks, *, options, queries):
         out = out * kept[..., None] + part_out * added[..., None]
         return out, total * kept + part_total * added, new_highest
 
-    zeros = jnp.zeros((B, K, R, H)), jnp.zeros((B, K, R)), jnp.full((B, K, R), _NEVER)
-    out, total, highest = lax.fori_loop(0, held.max(), merge, zeros)
+    nothing = zeros((B, K, R, H)), zeros((B, K, R)), jnp.full((B, K, R), _NEVER, jnp.float32)
+    out, total, highest = lax.fori_loop(*_bounds(0, held.max()), merge, nothing)
     total = _with_sinks(total, highest, None if sinks is None else jnp.tile(sinks, (1, queries)))
     return (out / total[..., None]).astype(dtype)
 
@@ -222,6 +234,11 @@ def _decode_in_one(q, pages, tables, lengths, sinks, *, options, queries):
         probs = probs * rows(pages.v_scales)[..., None, :]
     out = product("bnkrs,bnksh->bnkrh", probs.astype(dtype), rows(pages.v).astype(dtype)).sum(axis=1)
     return (out / total[..., None]).astype(q.dtype)
+
+
+def _bounds(*bounds: int | Int[Array, ""]) -> list[Int[Array, ""]] | tuple[int, ...]:
+    """The bounds of a loop: numbers, which make it a scan, or else of one dtype."""
+    return bounds if all(isinstance(bound, int) for bound in bounds) else [jnp.asarray(b, jnp.int32) for b in bounds]
 
 
 def _pages_a_row(rows: int, pages: Pages, tables: Int[Array, "B N"] | None) -> int:

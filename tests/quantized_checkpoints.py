@@ -275,13 +275,13 @@ def write_pair(directory: Path, name: str, **sizes: int) -> tuple[Path, Path]:
 def assert_stands_for(params: Params, dense: Params) -> None:
     """Every parameter is the matrix that it was packed from, exactly."""
     arrays = jax.tree.map(np.asarray, params)
-    found = _dequantized(arrays)
+    found = dequantized(arrays)
     assert jax.tree.structure(found) == jax.tree.structure(dense)
     jax.tree.map(np.testing.assert_array_equal, found, dense)
 
 
 @jax.jit
-def _dequantized(params):
+def dequantized(params):
     def one(leaf):
         return rl.dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf
 

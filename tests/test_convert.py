@@ -20,7 +20,7 @@ import ridgeline as rl
 from checkpoints import FIXTURES, LLAMA, PHI3, assert_same, random_tensors, refused, save
 from ridgeline.cli import convert as command
 from ridgeline.cli import main
-from ridgeline.model.checkpoint import load, orbax
+from ridgeline.model.checkpoint import load, orbax, writing
 from ridgeline.model.loading import convert_model, load_model
 
 
@@ -73,7 +73,7 @@ def test_the_bundled_model_with_its_tokenizer(tmp_path):
 
 
 def test_every_file_that_loading_reads_is_taken_over(hf):
-    texts = dict.fromkeys(orbax.COPIED[:-1], "{}") | {"config.json": (hf / "config.json").read_text()}
+    texts = dict.fromkeys(writing.BESIDE[:-1], "{}") | {"config.json": (hf / "config.json").read_text()}
     texts |= {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}', "merges.txt": "#version: 0.2"}
     texts.pop("tokenizer.json")
     for name, text in texts.items():

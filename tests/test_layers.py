@@ -63,12 +63,12 @@ def test_a_loop_does_not_widen_16_bit_weights_beforehand():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 65])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_linear_has_the_gradient_of_a_product(rows, dtype):
     x, w = jnp.asarray(random(rows, 64), dtype), jnp.asarray(random(2, 3, 64), dtype)
     spec = weight_spec(w)
     dx, dw = jax.grad(lambda x, w: jnp.sum(linear(x, w, spec, out_dtype=jnp.float32)), argnums=(0, 1))(x, w)
-    tolerance = {"rtol": 1e-2, "atol": 0.1} if dtype == "bfloat16" else {"rtol": 1e-5, "atol": 1e-4}
+    tolerance = {"rtol": 1e-2, "atol": 0.1} if dtype != "float32" else {"rtol": 1e-5, "atol": 1e-4}
     wide_x, wide_w = (np.asarray(a, np.float32) for a in (x, w))
     np.testing.assert_allclose(np.asarray(dx, np.float32), np.tile(wide_w.sum((0, 1)), (rows, 1)), **tolerance)
     np.testing.assert_allclose(np.asarray(dw, np.float32), np.tile(wide_x.sum(0), (2, 3, 1)), **tolerance)

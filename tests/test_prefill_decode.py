@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ridgeline as rl
+from ridgeline.decode.extend import NO_LOGITS
 from ridgeline.model import kv_specs
 from tiny import tiny_config, tiny_model
 
@@ -65,7 +66,7 @@ def test_prefill_in_chunks_is_one_prefill(model, tokens, chunk):
         logits, cache = prefill(model, part, new, cache)
         active = new > 0
         np.testing.assert_allclose(logits[active], expected[ROWS, start + new - 1][active], atol=1e-4)
-        assert jnp.isnan(logits[~active]).all()
+        assert (logits[~active] == NO_LOGITS).all()
 
 
 @pytest.mark.parametrize("arrange", [lambda cache: cache, shuffled], ids=["dense", "paged"])
@@ -91,7 +92,7 @@ def test_a_full_row_is_refused_and_disturbs_nothing(model, tokens):
     _, cache = step(model, tokens[:, 0], cache)  # row 0 was full, row 2 is now
     before = jax.tree.map(np.asarray, cache)
     logits, cache = step(model, tokens[:, 1], cache)
-    assert jnp.isnan(logits).all(axis=1).tolist() == [True, False, True]
+    assert (logits == NO_LOGITS).all(axis=1).tolist() == [True, False, True]
     assert cache.lengths.tolist() == [70, 35, 6]
     written = np.zeros(before.num_pages, bool)
     written[cache.block_tables[1]] = True
@@ -104,7 +105,7 @@ def test_prefill_refuses_a_row_that_does_not_fit(model, tokens, bad):
     _, cache = prefilled(model, tokens)
     before = jax.tree.map(np.asarray, cache)
     logits, cache = prefill(model, tokens, [bad, 4, 0], cache)
-    assert jnp.isnan(logits).all(axis=1).tolist() == [True, False, True]
+    assert (logits == NO_LOGITS).all(axis=1).tolist() == [True, False, True]
     assert cache.lengths.tolist() == [70, 37, 5]
     np.testing.assert_array_equal(cache.pages[0].k[cache.block_tables[0]], before.pages[0].k[before.block_tables[0]])
 
@@ -206,7 +207,7 @@ def test_a_few_tokens_a_row_in_the_decode_form_are_those_of_single_steps(model, 
     expected = rl.forward(model.params, model.config, tokens)
     for row, (n, taken) in enumerate(zip(start, new, strict=True)):
         np.testing.assert_allclose(logits[row, :taken], expected[row, n : n + taken], atol=1e-4)
-        assert jnp.isnan(logits[row, taken:]).all()
+        assert (logits[row, taken:] == NO_LOGITS).all()
     logits, _ = step(model, tokens[ROWS, start + new], cache.replace(max_lengths=jnp.full(3, 48)))
     np.testing.assert_allclose(logits, expected[ROWS, start + new], atol=1e-4)
 

@@ -238,14 +238,14 @@ def test_a_batch_does_not_compute_what_no_row_asks_for():
 
     greedy = names(plan, state, branches=True)
     assert "argmax" in greedy
-    assert not greedy & {"sort", "top_k", "exp", "log", "cumsum", "div", "threefry2x32", "random_bits"}
+    assert not greedy & {"sort", "top_k", "exp", "log", "cumsum", "div", "threefry2x32", "random_fold_in"}
     random = SamplingPlan("random")
     drawn = names(random, state, branches=False)
-    assert "random_bits" in drawn
+    assert "threefry2x32" in drawn
     assert not drawn & {"sort", "top_k", "cumsum"}
     assert {"top_k", "cumsum"} <= names(random, state, branches=True)
     full_state, full = make_sampling_state([SamplingParams(logprobs=3)], [[1]], [0], V, batch_size=4)
-    unasked = {"random_bits", "top_k", "cumsum", "reduce_sum"}
+    unasked = {"threefry2x32", "top_k", "cumsum", "reduce_sum"}
     assert not names(full, full_state, branches=False) & unasked
     assert unasked <= names(full, full_state, branches=True)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 from safetensors.numpy import save
 from tokenizers import Tokenizer
 
 from ..model.config import ModelConfig
+from ..model.hf.view import hf_view
 from ..model.params import Params
 from .data import BEGIN, BEGIN_ID, END, END_ID
 
@@ -58,27 +58,6 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def hf_tensors(params: Params, config: ModelConfig) -> dict[str, Float[Array, "..."]]:
-    """The parameters under their Llama checkpoint names, in bfloat16."""
-    G, D = config.q_per_kv, config.embed_dim
-    tensors = {"model.embed_tokens.weight": params["embedding"], "model.norm.weight": params["final_norm"]}
-    for index, layer in enumerate(params["layers"]):
-        qkv = layer["qkv"]  # [K, G + 2, H, D]
-        named = {
-            "self_attn.q_proj": qkv[:, :G].reshape(-1, D),
-            "self_attn.k_proj": qkv[:, G].reshape(-1, D),
-            "self_attn.v_proj": qkv[:, G + 1].reshape(-1, D),
-            "self_attn.o_proj": layer["out"].reshape(D, -1),
-            "mlp.gate_proj": layer["gate_up"][0],
-            "mlp.up_proj": layer["gate_up"][1],
-            "mlp.down_proj": layer["down"],
-            "input_layernorm": layer["attn_norm"],
-            "post_attention_layernorm": layer["mlp_norm"],
-        }
-        tensors |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in named.items()}
-    return {name: jnp.asarray(tensor, jnp.bfloat16) for name, tensor in tensors.items()}
-
-
 def export(folder: Path, params: Params, config: ModelConfig, tokenizer: Tokenizer, curve: list[dict]) -> None:
     """Write the checkpoint folder; each file is replaced whole, so that a reader never sees half of one.
 
@@ -90,7 +69,7 @@ def export(folder: Path, params: Params, config: ModelConfig, tokenizer: Tokeniz
       curve: one entry an evaluation, kept as training.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.asarray(tensor) for name, tensor in hf_tensors(params, config).items()}
+    tensors = {name: np.asarray(tensor, jnp.bfloat16) for name, tensor in hf_view(params, config).items()}
     write(folder / "model.safetensors", save(tensors, {"format": "pt"}))
     _write_json(folder / "config.json", hf_config(config))
     generation = {"bos_token_id": BEGIN_ID, "eos_token_id": [END_ID], "do_sample": True, "temperature": 0.8}

@@ -99,6 +99,7 @@ class Engine:
       ValueError: a size that is not positive, that the mesh does not divide, or that no memory is left for.
     """
 
+    @jax.transfer_guard("allow")  # what requests are and what comes out is moved on purpose, here and below
     def __init__(
         self,
         model: Model,
@@ -222,6 +223,7 @@ class Engine:
         while self.has_work:
             yield from self.step()
 
+    @jax.transfer_guard("allow")
     def step(self) -> list[StreamChunk]:
         """Hand the next step to the device, and return what the one before has made.
 
@@ -245,6 +247,7 @@ class Engine:
         self._host_time += time.perf_counter() - started - (self._device_wait - waited)
         return chunks
 
+    @jax.transfer_guard("allow")
     def warm_up(self, progress: bool = False, sampling: Sequence[SamplingParams] | None = None) -> None:
         """Compile every program that any mix of requests can need (with more than 32 log-probabilities a token, one
         more when they are first asked for, and those that score prompts when these are).

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
+from ...model.promotion import own_promotion
 from .layout import SamplingPlan
 from .scores import Adjust, token_ids, token_scores, top
 from .state import SamplingState, count
@@ -29,6 +31,7 @@ class SampleLogprobs:
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "adjust"))
+@own_promotion
 def sample(
     logits: Float[Array, "B *T V"],
     state: SamplingState,
@@ -42,8 +45,7 @@ def sample(
     """Choose the next token of each row, or of each of T positions of each row.
 
     A row draws by Gumbel-max with noise that its seed, the position and the token id alone determine. Logits with a NaN
-    or +inf, such as those of a row whose cache is full, give token 0 and NaN log probabilities, and leave the others as
-    they are.
+    or +inf give token 0 and NaN log probabilities, and leave the others as they are.
 
     Args:
       logits: float32, of the model: [B, V], or [B, T, V] for T positions at once.
@@ -110,17 +112,18 @@ def _argmax(scores):
 def gumbel_noise(seeds: Array, positions: Int[Array, "B T"], vocab_size: int) -> Float[Array, "B T V"]:
     """Standard Gumbel noise, float32: of row b and position t from fold_in(key(seed_b), position_bt).
 
-    Threefry counts its bits by token id, so a token's noise depends on neither V nor how V is sharded. The 32 bits make
+    Threefry counts its bits by token id, so a token's noise depends on neither V nor how V is sharded, nor on
+    `jax_threefry_partitionable`, under whose default `jax.random.bits` counts alike. The 32 bits make
     a float in (0, 1) with full relative precision near 0, where the large noise comes from (up to 22.9): the 23 bits of
     `jax.random.gumbel` end at 15.9, and tie in large vocabularies.
     """
 
-    def row(key, position):
-        return jax.random.bits(jax.random.fold_in(key, position), (vocab_size,), jnp.uint32)
-
     B, T = positions.shape  # flat: a batch of batches takes XLA three times as long to compile
     keys = jax.random.wrap_key_data(jnp.repeat(seeds, T, axis=0), impl="threefry2x32")
-    bits = jax.vmap(row)(keys, positions.reshape(B * T)).reshape(B, T, vocab_size)
+    words = jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, positions.reshape(B * T)))
+    ids = lax.broadcasted_iota(jnp.uint32, (B * T, vocab_size), 1)
+    high, low = threefry2x32_p.bind(words[:, :1], words[:, 1:], jnp.zeros_like(ids), ids)
+    bits = (high ^ low).reshape(B, T, vocab_size)
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-uniform))
 

@@ -16,6 +16,8 @@ EMPTY = SamplingParams(temperature=0.0)
 """What a row without a request asks for."""
 
 _LOGPROBS = 32
+NO_MIN_P = float(np.finfo(np.float32).min)
+"""`Settings.log_min_p` of a row that has no min-p: finite, as `jax_debug_infs` wants it."""
 MAX_INT = int(np.iinfo(np.int32).max)  # as a token id, one that no vocabulary has
 
 
@@ -43,7 +45,7 @@ class Settings:
     temperature: Float[Array, "B"]  # 0 where greedy
     top_k: Int32[Array, "B"]  # the largest int32 where off
     top_p: Float[Array, "B"]  # 1 where off
-    log_min_p: Float[Array, "B"]  # -inf where off
+    log_min_p: Float[Array, "B"]  # NO_MIN_P where off
     repetition_penalty: Float[Array, "B"]  # 1 where off
     presence_penalty: Float[Array, "B"]  # 0 where off, as the next
     frequency_penalty: Float[Array, "B"]
@@ -124,7 +126,7 @@ def request_arrays(
         temperature=np.where([p.greedy for p in params], np.float32(0), floats("temperature")),
         top_k=ints(p.top_k if p.top_k > 0 else MAX_INT for p in params),
         top_p=floats("top_p"),
-        log_min_p=np.array([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float32),
+        log_min_p=np.array([math.log(p.min_p) if p.min_p > 0 else NO_MIN_P for p in params], np.float32),
         repetition_penalty=floats("repetition_penalty"),
         presence_penalty=floats("presence_penalty"),
         frequency_penalty=floats("frequency_penalty"),

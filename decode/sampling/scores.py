@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from ...sharding.rules import constrain, is_split, mesh_of, shard_map
-from .layout import SamplingPlan, Settings
+from .layout import NO_MIN_P, SamplingPlan, Settings
 from .state import SamplingState
 
 
@@ -129,7 +129,7 @@ def filtered_logits(logits: Float[Array, "B T V"], settings: Settings) -> Float[
     `vllm/v1/sample/ops/topk_topp_sampler.py` (whose top-k keeps every token equal to the k-th).
     """
     V = logits.shape[-1]
-    off = (settings.top_k >= V) & (settings.top_p >= 1) & (settings.log_min_p == -jnp.inf)
+    off = (settings.top_k >= V) & (settings.top_p >= 1) & (settings.log_min_p <= NO_MIN_P)
     (off,) = _by_row(off | (settings.temperature == 0))
 
     def cut():
@@ -141,7 +141,7 @@ def filtered_logits(logits: Float[Array, "B T V"], settings: Settings) -> Float[
 
         return lax.cond(jnp.all(certain | off), lambda: last, of_all)
 
-    nowhere = jnp.zeros((*logits.shape[:2], 1)), jnp.zeros((*logits.shape[:2], 1), jnp.int32)
+    nowhere = jnp.zeros((*logits.shape[:2], 1), logits.dtype), jnp.zeros((*logits.shape[:2], 1), jnp.int32)
     score, token = lax.cond(jnp.all(off), lambda: nowhere, cut)
     below = (logits < score) | ((logits == score) & (token_ids(logits) > token))
     return jnp.where(below & ~off, -jnp.inf, logits)

@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from ...model.promotion import own_promotion
 from ...sharding.rules import constrain
 from .layout import EMPTY, MAX_INT, RequestArrays, SamplingPlan, Settings, make_plan, request_arrays
 from .params import SamplingParams
@@ -30,6 +31,7 @@ class SamplingState:
     output_counts: Int32[Array, "B V"] | None = None  # how often each token was sampled
 
 
+@jax.transfer_guard("allow")
 def make_sampling_state(
     params: Sequence[SamplingParams],
     prompts: Sequence[Sequence[int]] | None,
@@ -70,6 +72,7 @@ def make_sampling_state(
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "vocab_size", "tables", "mesh"))
+@own_promotion
 def empty_state(batch_size: int, vocab_size: int, tables: bool, mesh: Mesh | None = None) -> SamplingState:
     """B rows without requests, with or without the tables that a "full" plan needs."""
 
@@ -84,6 +87,7 @@ def empty_state(batch_size: int, vocab_size: int, tables: bool, mesh: Mesh | Non
 
 
 @functools.partial(jax.jit, donate_argnames="state")
+@own_promotion
 def insert(state: SamplingState, rows: Int[Array, "R"], requests: RequestArrays) -> SamplingState:
     """Put requests into rows of a batch, in place of what was there; to insert `EMPTY` is to leave.
 

@@ -1,8 +1,6 @@
 """Converted checkpoints: the parameter tree as this package holds it, written by orbax and restored onto any mesh."""
 
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +13,11 @@ from ...sharding.rules import RULES, named_sharding
 from ..config import ModelConfig
 from ..hf.family import TensorMap
 from ..params import Params, ParamSpec, kv_replicas, param_name, param_shardings, param_specs, store
-from .description import ARRAYS, DESCRIPTION, INCOMPLETE, write_description
+from .description import ARRAYS, DESCRIPTION, write_description
 from .files import CheckpointError, listing
 from .load import progress, read_parameter, specs_read
 from .safetensors import Checkpoint
-
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "tekken.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-)
-"""What a converted checkpoint takes over as it is, where it is there."""
+from .writing import BESIDE, copy_small_files, new_directory
 
 CHUNKS = 64
 """An array that meshes split is stored in so many chunks, or the greatest divisor of it that divides the split axis."""
@@ -56,30 +38,10 @@ def convert(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, out
     Raises:
       CheckpointError: `out` exists, or `<out>.incomplete` does.
     """
-    if out.exists() or out.is_symlink():
-        raise CheckpointError(f"{out} exists already; give another directory, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + INCOMPLETE)
-    try:
-        partial.mkdir()
-    except FileExistsError:
-        raise CheckpointError(
-            f"{partial} exists: a conversion to {out} was killed, or is running; if none is running, remove it and "
-            "try again"
-        ) from None
-    try:
+    with new_directory(out) as partial:
         _save(checkpoint, config, tensors, partial / ARRAYS)
-        for name in COPIED:
-            source = checkpoint.directory / name
-            if source.is_dir():
-                shutil.copytree(source, partial / name)
-            elif source.exists():
-                shutil.copyfile(source, partial / name)
+        copy_small_files(checkpoint.directory, partial, ("config.json", *BESIDE))
         write_description(partial, config)
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mesh | None) -> Params:

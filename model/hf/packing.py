@@ -1,7 +1,8 @@
-"""How quantized checkpoints pack integers into 32-bit words, undone: rows are outputs, columns run along the inputs.
+"""How quantized checkpoints pack integers into 32-bit words: rows are outputs, columns run along the inputs.
 
-Every function takes a stored tensor and the slices of the unpacked matrix that are wanted, and reads no others. Values
-come out two to a byte, the even input in the low four bits, as `QuantizedArray` holds them. Words are little-endian.
+Every function that reads takes a stored tensor and the slices of the unpacked matrix that are wanted, and reads no
+others. Values come out two to a byte, the even input in the low four bits, as `QuantizedArray` holds them. Words are
+little-endian.
 Sources: `pack_to_int32` of compressed-tensors, `WQLinear_GEMM.from_linear` of AutoAWQ, `QuantLinear.pack` of AutoGPTQ.
 """
 
@@ -125,6 +126,26 @@ def block_rows(scales: np.ndarray, rows: slice, cols: slice, *, block: int, step
     return scales[np.arange(rows.start, rows.stop) * step // block, cols]
 
 
+def to_row_words(values: np.ndarray) -> np.ndarray:
+    """What `row_words` reads from, of values [O, I / 2] two to a byte, or `row_bytes`, of int8 [O, I]."""
+    return _words(values if values.dtype == np.uint8 else _biased(values))
+
+
+def to_column_words(zeros: np.ndarray) -> np.ndarray:
+    """What `row_zeros` reads from, of uint8 [O, N], or `row_byte_zeros`, of int8 [O, N]."""
+    columns = zeros.T
+    if columns.dtype == np.int8:
+        return _words(_biased(columns)).T.copy()
+    columns = np.pad(columns, ((0, 0), (0, columns.shape[1] % 2)))
+    return _words(columns[:, ::2] | columns[:, 1::2] << 4).T.copy()
+
+
+def in_order(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """int8 values [O, I], or two to a byte, of which each is that input, in the order of the inputs."""
+    places = np.argsort(inputs)
+    return values[:, places] if values.dtype == np.int8 else _pairs(values, places)
+
+
 def _nibbles(words: np.ndarray) -> np.ndarray:
     """[A, B] words as uint8 [A, 8 B], the lowest four bits first."""
     pairs = np.ascontiguousarray(words).view(np.uint8)
@@ -149,3 +170,13 @@ def _pairs(stored: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 def _signed(stored: np.ndarray) -> np.ndarray:
     """Bytes that are 128 higher than the numbers they stand for, as int8."""
     return (stored ^ np.uint8(128)).view(np.int8)
+
+
+def _biased(values: np.ndarray) -> np.ndarray:
+    """int8 numbers as bytes that are 128 higher."""
+    return values.view(np.uint8) ^ np.uint8(128)
+
+
+def _words(stored: np.ndarray) -> np.ndarray:
+    """Bytes [A, B] as int32 [A, B / 4], the last filled up with zeros."""
+    return np.ascontiguousarray(np.pad(stored, ((0, 0), (0, -stored.shape[1] % 4)))).view(np.int32)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import ridgeline as rl
-from checkpoints import LLAMA, PHI3, random_tensors, save
+from checkpoints import LLAMA, PHI3, assert_same, random_tensors, save
+from families import write_checkpoint
 from ridgeline.model.checkpoint import load
 from ridgeline.model.loading import convert_model, load_model
 from ridgeline.model.params import param_name, param_shardings
@@ -148,3 +149,12 @@ def test_a_value_beyond_float16_is_told_from_whichever_thread(tmp_path):
     save(tmp_path, FAMILIES["llama"], tensors)
     with pytest.raises(rl.CheckpointError, match=r"'model\.layers\.1\.mlp\.down_proj\.weight' holds values beyond"):
         load_model(tmp_path, mesh=make_mesh(tensor=8), dtype="float16")
+
+
+def test_a_model_on_a_mesh_is_saved_and_shown_as_it_was_read(tmp_path):
+    directory, mesh = write_checkpoint(tmp_path / "checkpoint", "olmo2", 16, 4), rl.make_mesh(tensor=8)
+    model, whole = rl.load_model(directory, mesh=mesh), rl.load_model(directory)  # each KV head twice on the mesh
+    assert_same(rl.load_model(rl.save_model(model, tmp_path / "out")).params, whole.params)
+    restored = rl.from_hf_view(rl.hf_view(whole.params, whole.config), whole.config, mesh)
+    assert_same(restored, model.params)
+    assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(lambda a: a.sharding, model.params)
