@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .checkpoint.description import is_converted, read_description
+from .checkpoint.files import is_there
 from .checkpoint.settings import read_config
 from .config import ModelConfig
 from .hf import config_from_hf
@@ -25,10 +26,10 @@ def find_config(model: str, quantize: str | None = None, quantize_output: str | 
         return quantized(preset(model), quantize, quantize_output)
     directory = BUNDLED.get(model) or Path(model).expanduser()
     file, converted = directory / "config.json", is_converted(directory)
-    if not file.exists():
+    if not is_there(file):
         names = ", ".join((*PRESETS, *BUNDLED))
         raise ValueError(f"{model!r} is no directory with a config.json and no preset; presets: {names}")
-    config = config_from_hf(read_config(directory))
+    config = config_from_hf(read_config(directory), str(file))
     return quantized(read_description(directory, config) if converted else config, quantize, quantize_output)
 
 

@@ -1,13 +1,12 @@
 """What a checkpoint asks of generation: where its texts end, what they never hold, how they are drawn."""
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.files import CheckpointError, listing, read_object, read_optional
+from .checkpoint.files import listing, read_object, read_optional
+from .fields import LARGEST, Fields, Kind, flag, list_of, number, some_text, whole
 from .hf.multimodal import text_part
 from .tokenizer import Tokenizer
 
@@ -77,91 +76,75 @@ class GenerationDefaults:
     stop_strings: tuple[str, ...] = ()
 
 
-def generation_defaults(directory: Path, tokenizer: Tokenizer | None = None) -> GenerationDefaults:
+def generation_defaults(
+    directory: Path, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
+) -> GenerationDefaults:
     """What generation_config.json, which may be absent, config.json and the tokenizer say.
 
     A setting that is neither read nor without effect is said once, in a warning.
 
+    Args:
+      directory: of the checkpoint.
+      tokenizer: whose end of text is one, too.
+      vocab_size: the model's, which ids lie within; None is any.
+
     Raises:
       CheckpointError: a value of the wrong type or out of range, naming the file.
     """
-    file, config = _Settings(directory / FILE, read_optional(directory / FILE)), directory / "config.json"
-    fallback = _Settings(config, text_part(read_object(config)))
-    ends = [*file.ids("eos_token_id"), *fallback.ids("eos_token_id")]
+    declared = _declared(vocab_size)
+    file = Fields(read_optional(directory / FILE), declared, str(directory / FILE))
+    config = directory / "config.json"
+    fallback = Fields(text_part(read_object(config), str(config)).values, declared, str(config))
+    ends = [*_ids(file, "eos_token_id"), *_ids(fallback, "eos_token_id")]
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ends.append(tokenizer.eos_token_id)
-    bad_words = file.id_lists("bad_words_ids")
-    not_read = [name for name, value in file.stated.items() if _changes_something(name, value)]
+    bad_words = file.get("bad_words_ids", ())
+    not_read = [name for name in file if _changes_something(name, file.values[name])]
     if any(len(word) > 1 for word in bad_words):
         not_read.append("bad_words_ids of more than one token")
     if not_read:
-        warnings.warn(f"{file.path}: {listing(not_read)} not read here; texts are made without", stacklevel=3)
-    temperature = file.number("temperature", 0.0)
+        warnings.warn(f"{file.file}: {listing(not_read)} not read here; texts are made without", stacklevel=3)
     return GenerationDefaults(
         eos_token_ids=tuple(dict.fromkeys(ends)),
-        bos_token_id=next(iter(file.ids("bos_token_id") or fallback.ids("bos_token_id")), None),
-        pad_token_id=next(iter(file.ids("pad_token_id") or fallback.ids("pad_token_id")), None),
-        suppress_tokens=file.ids("suppress_tokens"),
-        begin_suppress_tokens=file.ids("begin_suppress_tokens"),
+        bos_token_id=next(iter(_ids(file, "bos_token_id") or _ids(fallback, "bos_token_id")), None),
+        pad_token_id=next(iter(_ids(file, "pad_token_id") or _ids(fallback, "pad_token_id")), None),
+        suppress_tokens=_ids(file, "suppress_tokens"),
+        begin_suppress_tokens=_ids(file, "begin_suppress_tokens"),
         bad_words=bad_words,
-        stop_strings=file.texts("stop_strings"),
-        temperature=0.0 if file.stated.get("do_sample") is False else temperature,
-        top_p=file.number("top_p", 0.0, 1.0, above=True),
-        top_k=file.number("top_k", -1.0, integer=True),
-        min_p=file.number("min_p", 0.0, 1.0),
-        repetition_penalty=file.number("repetition_penalty", 0.0, above=True),
-        max_tokens=file.number("max_new_tokens", 1.0, integer=True),
+        stop_strings=file.get("stop_strings", ()),
+        temperature=file.get("temperature") if file.get("do_sample", True) else 0.0,
+        max_tokens=file.get("max_new_tokens"),
+        **{name: file.get(name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
     )
+
+
+def _declared(vocab_size: int | None) -> dict[str, Kind]:
+    """What the fields that are read may hold; of config.json, those of the same names."""
+    last = LARGEST if vocab_size is None else vocab_size - 1
+    tokens, unused = (list_of(whole(-1, most), one=True) for most in (last, LARGEST))  # -1 is none
+    return {
+        "eos_token_id": tokens,
+        "bos_token_id": unused,
+        "pad_token_id": unused,
+        "suppress_tokens": tokens,
+        "begin_suppress_tokens": tokens,
+        "bad_words_ids": list_of(list_of(whole(0, last), least=1)),
+        "stop_strings": list_of(some_text, one=True),
+        "do_sample": flag,
+        "temperature": number(0, 1e6),
+        "top_p": number(0, 1, above=True),
+        "top_k": whole(-1),
+        "min_p": number(0, 1),
+        "repetition_penalty": number(0, 1e6, above=True),
+        "max_new_tokens": whole(),
+    }
+
+
+def _ids(fields: Fields, name: str) -> tuple[int, ...]:
+    return tuple(token for token in fields.get(name, ()) if token >= 0)
 
 
 def _changes_something(name: str, value: Any) -> bool:
     if name in _UNSAID or name.startswith("_") or value in (None, False, [], {}):
         return False
     return value not in _WITHOUT_EFFECT.get(name, ())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """The settings of a file, which its errors name."""
-
-    path: Path
-    stated: Mapping[str, Any]
-
-    def ids(self, name: str) -> tuple[int, ...]:
-        """Token ids; -1 is none."""
-        value = self.stated.get(name)
-        values = value if isinstance(value, list) else [] if value in (None, -1) else [value]
-        if not all(type(v) is int and v >= 0 for v in values):
-            self._refuse(name, "a token id or a list of them")
-        return tuple(values)
-
-    def id_lists(self, name: str) -> tuple[tuple[int, ...], ...]:
-        value = self.stated.get(name) or []
-        rows = value if isinstance(value, list) else [value]
-        if not all(isinstance(row, list) and row and all(type(v) is int and v >= 0 for v in row) for row in rows):
-            self._refuse(name, "a list of lists of token ids")
-        return tuple(map(tuple, rows))
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self.stated.get(name) or []
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
-            self._refuse(name, "a text or a list of them")
-        return tuple(values)
-
-    def number(
-        self, name: str, low: float, high: float = math.inf, *, integer: bool = False, above: bool = False
-    ) -> Any:
-        """A number from `low`, or above it, to `high`."""
-        value = self.stated.get(name)
-        if value is None:
-            return None
-        whole = int(value) if integer and type(value) is float and value.is_integer() else value
-        allowed = type(whole) in ((int,) if integer else (int, float))
-        if not allowed or not (low < whole if above else low <= whole) or not whole <= high:
-            kind = "an integer" if integer else "a number"
-            self._refuse(name, f"{kind} from {low:g} to {high:g}{', not 0 itself' if above else ''}")
-        return whole if integer else float(whole)
-
-    def _refuse(self, name: str, expected: str) -> None:
-        raise CheckpointError(f"{self.path}: {name} is {self.stated[name]!r}, expected {expected}")

@@ -15,7 +15,7 @@ from ..sharding.mesh import AXES
 from .checkpoint import kinds
 from .checkpoint.check import check_tensors, checkpoint_dtype, with_stored_scales
 from .checkpoint.description import is_converted, read_description
-from .checkpoint.files import CheckpointError, listing
+from .checkpoint.files import CheckpointError, is_there, listing
 from .checkpoint.layout import as_stored, has_head
 from .checkpoint.load import load_params
 from .checkpoint.orbax import convert, restore
@@ -98,7 +98,7 @@ def load_model(
         _check_mesh(stated, mesh)
     # Read before the weights, so that a damaged small file is told before minutes of loading.
     tokenizer = load_tokenizer(directory)
-    generation = generation_defaults(directory, tokenizer)
+    generation = generation_defaults(directory, tokenizer, stated.vocab_size)
 
     if converted:
         stored = read_description(directory, stated)
@@ -147,7 +147,7 @@ def convert_model(
     if is_converted(directory):
         raise CheckpointError(f"{directory} is a converted checkpoint already; give the original to convert it anew")
     stated = _quantized(directory, stated, asked)
-    generation_defaults(directory, load_tokenizer(directory))
+    generation_defaults(directory, load_tokenizer(directory), stated.vocab_size)
     checkpoint, config, tensors = _open_weights(directory, raw, stated, chosen)
     convert(checkpoint, config, tensors, out := Path(out).expanduser().absolute())
     return out
@@ -158,15 +158,12 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], ModelConf
     directory = BUNDLED[path] if isinstance(path, str) and path in BUNDLED else _directory(Path(path).expanduser())
     is_converted(directory)  # refuses half a conversion, whose config.json may be absent as well
     config_file = directory / "config.json"
-    if not config_file.exists():
+    if not is_there(config_file):
         raise CheckpointError(kinds.other_kind(directory) or f"{directory} has no config.json; {_instead(directory)}")
-    if (directory / "adapter_config.json").exists():
+    if is_there(directory / "adapter_config.json"):
         warnings.warn(f"{directory} also holds {kinds.adapter(directory)}", stacklevel=3)
     raw = read_config(directory)
-    try:
-        return directory, raw, config_from_hf(raw)
-    except ValueError as error:
-        raise CheckpointError(f"{config_file}: {error}") from error
+    return directory, raw, config_from_hf(raw, str(config_file))
 
 
 def _instead(directory: Path) -> str:

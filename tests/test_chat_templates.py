@@ -153,7 +153,7 @@ def test_chat_template_errors(tmp_path):
         Tokenizer(byte_level(), {}, {"default": "a\n{% if %}"}).apply_chat_template(TURNS)
     with pytest.raises(ValueError, match=r"refuses these messages: .*unsafe"):
         Tokenizer(byte_level(), {}, {"default": "{{ messages.__class__.__mro__ }}"}).apply_chat_template(TURNS)
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template is a int"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template is 3, expected a text or a list"):
         load_tokenizer(save(tmp_path, byte_level(), {"chat_template": 3}))
 
 

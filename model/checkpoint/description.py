@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import LayerConfig, ModelConfig, RopeConfig
 from ..schemes import Quantization, Scheme
-from .files import CheckpointError, listing, read_object
+from .files import CheckpointError, is_there, listing, read_object
 
 DESCRIPTION = "ridgeline.json"
 ARRAYS = "params"
@@ -28,7 +28,7 @@ def is_converted(directory: Path) -> bool:
       CheckpointError: it is what a conversion leaves that was killed half-way.
     """
     unfinished = directory.name.endswith(INCOMPLETE)
-    if not unfinished and (directory / DESCRIPTION).exists():
+    if not unfinished and is_there(directory / DESCRIPTION):
         return True
     if unfinished or any(path.is_dir() for path in directory.glob(ARRAYS + "*")):
         why = f"its name ends in {INCOMPLETE}" if unfinished else f"it has no {DESCRIPTION}, which is written last"
