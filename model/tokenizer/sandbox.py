@@ -79,19 +79,21 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.concat(map(str, values))
 
     def bounded(self, value: Any) -> Any:
-        """A value that is not too large."""
+        """A value that is not too large; bytes, whose methods are not watched, are none that a template needs."""
         if isinstance(value, list | tuple | dict):
             _fits(_size(value))
+        if isinstance(value, bytes):
+            raise jinja2.TemplateRuntimeError("it makes bytes")
         return value
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self.tick()
         method = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps `format`
-        text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(text, str):
-            if name == "join" and len(args) == 1:
-                return __self.concat(args[0], text)
-            _check(name, (text, *args, *kwargs.values()))
+        value, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(value, str) and name == "join" and len(args) == 1:
+            return __self.concat(args[0], value)
+        if isinstance(value, str | int):
+            _check(name, (value, *args, *kwargs.values()))
         return __self.bounded(super().call(__context, __obj, *args, **kwargs))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
