@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from . import hub
 from .checkpoint.description import is_converted, read_description
 from .checkpoint.files import is_there
 from .checkpoint.settings import read_config
@@ -13,7 +14,7 @@ from .schemes import quantization
 
 
 def find_config(model: str, quantize: str | None = None, quantize_output: str | None = None) -> ModelConfig:
-    """Of a preset, a bundled model, or a directory in Hugging Face layout or converted.
+    """Of a preset, a bundled model, a directory in Hugging Face layout or converted, or a snapshot in the Hub's cache.
 
     Args:
       model: its name.
@@ -25,6 +26,8 @@ def find_config(model: str, quantize: str | None = None, quantize_output: str | 
     if model in PRESETS:
         return quantized(preset(model), quantize, quantize_output)
     directory = BUNDLED.get(model) or Path(model).expanduser()
+    if hub.is_hub_name(model) and not directory.exists():
+        directory = hub.cached(model) or directory
     file, converted = directory / "config.json", is_converted(directory)
     if not is_there(file):
         names = ", ".join((*PRESETS, *BUNDLED))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..sharding.mesh import AXES
+from . import hub
 from .checkpoint import kinds
 from .checkpoint.check import check_tensors, checkpoint_dtype, with_stored_scales
 from .checkpoint.description import is_converted, read_description
-from .checkpoint.files import CheckpointError, is_there, listing
+from .checkpoint.files import CheckpointError, check_file, is_there, listing
 from .checkpoint.layout import as_stored, has_head
 from .checkpoint.load import load_params
 from .checkpoint.orbax import convert, restore
 from .checkpoint.safetensors import Checkpoint
 from .checkpoint.settings import read_config
 from .config import DTYPES, ModelConfig
+from .fields import shortened
 from .generation import GenerationDefaults, generation_defaults
 from .hf import TensorMap, config_from_hf, in_other_orders, is_multimodal, tensors_of, text_part
 from .params import Params, kv_replicas, param_shardings
@@ -55,8 +56,8 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The directory's name."""
-        return self.directory.name
+        """The directory's name, of a snapshot in the Hugging Face cache the repository's."""
+        return kinds.model_name(self.directory)
 
 
 def load_model(
@@ -66,22 +67,27 @@ def load_model(
     dtype: jax.typing.DTypeLike | None = None,
     quantize: str | None = None,
     quantize_output: str | None = None,
+    check_finite: bool = True,
 ) -> Model:
-    """Load a checkpoint onto the default device, or onto the devices of a mesh. No network is used.
+    """Load a checkpoint onto the default device, or onto the devices of a mesh.
+
+    No network is used but to download a model of the Hugging Face Hub that is not in its cache on this machine.
 
     On a mesh every device's shards go from the file straight to it, and a process reads those of its own devices only.
     With more devices on the "tensor" axis than KV heads, KV heads are copied; the configuration is that of the file.
 
     Args:
       path: a directory in Hugging Face layout, with config.json and model.safetensors or its shards and their index;
-        or one that `ridgeline convert` wrote; or "bundled" or "bundled-draft", the models that come with the package
-        ("./bundled" is a directory of that name).
+        or one that `ridgeline convert` wrote; or a name on the Hugging Face Hub, "organization/model", where there is
+        no such directory; or "bundled" or "bundled-draft", the models that come with the package ("./bundled" is a
+        directory of that name).
       mesh: as `make_mesh` returns it; None is one device.
       dtype: "float32", "bfloat16" or "float16", of weights, activations and KV cache; the checkpoint's own by default.
       quantize: the scheme, one of `SCHEMES`, that the matrices of the layers are stored in. Each is quantized as it is
         loaded. None leaves them as the checkpoint has them, which may hold them quantized.
       quantize_output: the scheme of the output projection. Where it is tied to the embedding, the embedding stays and
         a quantized copy of it makes the logits.
+      check_finite: whether a checkpoint with NaN or infinite weights is refused.
 
     Raises:
       CheckpointError: a file or tensor that is missing, damaged or not supported, or weights to be quantized that the
@@ -111,7 +117,7 @@ def load_model(
         params = restore(directory, stored, config, mesh)
     else:
         checkpoint, config, tensors = _open_weights(directory, raw, stated, chosen, mesh)
-        params = load_params(checkpoint, config, tensors, mesh)
+        params = load_params(checkpoint, config, tensors, mesh, check_finite)
     return Model(config, params, tokenizer, generation, directory, mesh)
 
 
@@ -230,19 +236,19 @@ def _dtype_name(dtype: jax.typing.DTypeLike) -> str:
 
 
 def _directory(path: Path) -> Path:
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike the path's own method, of a name that is too long too
         return kinds.snapshot(path)
-    if path.exists():
+    if os.path.lexists(path):
+        check_file(path)
         whose = kinds.foreign_file(path)
         remedy = "give the directory that holds it and config.json" if whose is None else f"in {kinds.foreign(whose)}"
         raise CheckpointError(f"{path} is a file{';' if whose is None else ''} {remedy}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
-        raise CheckpointError(
-            f"{path} is no directory here. If it is a name on the Hugging Face Hub, download it first, since Ridgeline "
-            f"opens no network: pip install huggingface_hub, then hf download {path} --local-dir {path.name} "
-            f"(huggingface-cli download in versions before 1.0), and load {path.name!r}"
-        )
+    if hub.is_hub_name(str(path)):
+        if snapshot := hub.cached(str(path)):
+            return snapshot
+        if not path.parent.exists():
+            return hub.download(str(path))
     raise CheckpointError(
-        f"no such directory: {path}; give a directory that holds config.json and model.safetensors, "
+        f"no such directory: {shortened(str(path))}; give a directory that holds config.json and model.safetensors, "
         f"or one of {listing(sorted(BUNDLED))}"
     )

@@ -59,6 +59,13 @@ def adapter(directory: Path) -> str:
     )
 
 
+def model_name(directory: Path) -> str:
+    """The name of a directory, of a snapshot that of its repository."""
+    if directory.parent.name == "snapshots":
+        return directory.parent.parent.name.split("--", 2)[-1]
+    return directory.name
+
+
 def snapshot(directory: Path) -> Path:
     """The snapshot in a repository's directory of the Hugging Face cache, "models--org--name"; others as they are.
 

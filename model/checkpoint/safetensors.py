@@ -86,8 +86,7 @@ class Checkpoint:
         if is_there(single):
             self.files, weight_map = (single,), {}
         elif is_there(index):
-            weight_map = _weight_map(index)
-            shards = sorted(set(weight_map.values()))
+            weight_map, shards = _weight_map(index), shards_of(index)
             self.files = tuple(directory / shard for shard in shards if is_there(directory / shard))
             if not self.files:
                 raise CheckpointError(f"{index} names shards that are not there: {listing(shards)}; {_FETCH}")
@@ -169,6 +168,11 @@ def check_dtype(name: str, info: TensorInfo, wanted: Collection[str], quantized:
     raise CheckpointError(
         f"{info.file}: tensor {name!r} has dtype {info.dtype}, expected one of {', '.join(wanted)}; {remedy}"
     )
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of the shards that an index names."""
+    return sorted({*_weight_map(index).values()})
 
 
 def _weight_map(index: Path) -> dict[str, str]:
