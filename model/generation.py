@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.files import listing, read_object, read_optional
-from .fields import LARGEST, Fields, Kind, flag, list_of, number, some_text, whole
+from .fields import CheckpointError, Fields, Kind, flag, list_of, number, some_text, whole
 from .hf.multimodal import text_part
 from .tokenizer import Tokenizer
 
@@ -32,14 +32,33 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 """The values of keys that are not read which change nothing."""
 
-_READ = "bad_words_ids begin_suppress_tokens bos_token_id do_sample eos_token_id max_new_tokens min_p pad_token_id"
-_READ += " repetition_penalty stop_strings suppress_tokens temperature top_k top_p"
+_NEVER = ("suppress_tokens", "begin_suppress_tokens")
+_TOKENS = list_of(whole(-1), one=True)
+"""Token ids, one or some; -1 is none."""
+DECLARED: dict[str, Kind] = {
+    "eos_token_id": _TOKENS,
+    "bos_token_id": _TOKENS,
+    "pad_token_id": _TOKENS,
+    "suppress_tokens": _TOKENS,
+    "begin_suppress_tokens": _TOKENS,
+    "bad_words_ids": list_of(list_of(whole(0), least=1)),
+    "stop_strings": list_of(some_text, one=True),
+    "do_sample": flag,
+    "temperature": number(0, 1e6),
+    "top_p": number(0, 1, above=True),
+    "top_k": whole(-1),
+    "min_p": number(0, 1),
+    "repetition_penalty": number(0, 1e6, above=True),
+    "max_new_tokens": whole(),
+}
+"""What the fields that are read may hold; of config.json, those of the same names."""
+
 # How transformers computes and returns, and a bound that the model's own context is here.
 _HARMLESS = "cache_config cache_implementation compile_config disable_compile early_stopping is_assistant low_memory"
 _HARMLESS += " max_length max_time output_attentions output_hidden_states output_logits output_scores"
 _HARMLESS += " prefill_chunk_size renormalize_logits return_dict_in_generate return_legacy_cache target_lookbehind"
 _HARMLESS += " assistant_early_exit assistant_lookbehind transformers_version trust_remote_code use_cache"
-_UNSAID = {*_READ.split(), *_HARMLESS.split()}
+_UNSAID = {*DECLARED, *_HARMLESS.split()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +110,13 @@ def generation_defaults(
     Raises:
       CheckpointError: a value of the wrong type or out of range, naming the file.
     """
-    declared = _declared(vocab_size)
-    file = Fields(read_optional(directory / FILE), declared, str(directory / FILE))
+    file = Fields(read_optional(directory / FILE), DECLARED, str(directory / FILE))
     config = directory / "config.json"
-    fallback = Fields(text_part(read_object(config), str(config)).values, declared, str(config))
+    fallback = Fields(text_part(read_object(config), str(config)).values, DECLARED, str(config))
+    for fields, name in ((file, "eos_token_id"), (fallback, "eos_token_id"), *((file, name) for name in _NEVER)):
+        beyond = [token for token in _ids(fields, name) if vocab_size is not None and token >= vocab_size]
+        if beyond:
+            raise CheckpointError(f"{fields.file}: {name} has {beyond[0]}, expected ids below vocab_size {vocab_size}")
     ends = [*_ids(file, "eos_token_id"), *_ids(fallback, "eos_token_id")]
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ends.append(tokenizer.eos_token_id)
@@ -116,28 +138,6 @@ def generation_defaults(
         max_tokens=file.get("max_new_tokens"),
         **{name: file.get(name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
     )
-
-
-def _declared(vocab_size: int | None) -> dict[str, Kind]:
-    """What the fields that are read may hold; of config.json, those of the same names."""
-    last = LARGEST if vocab_size is None else vocab_size - 1
-    tokens, unused = (list_of(whole(-1, most), one=True) for most in (last, LARGEST))  # -1 is none
-    return {
-        "eos_token_id": tokens,
-        "bos_token_id": unused,
-        "pad_token_id": unused,
-        "suppress_tokens": tokens,
-        "begin_suppress_tokens": tokens,
-        "bad_words_ids": list_of(list_of(whole(0, last), least=1)),
-        "stop_strings": list_of(some_text, one=True),
-        "do_sample": flag,
-        "temperature": number(0, 1e6),
-        "top_p": number(0, 1, above=True),
-        "top_k": whole(-1),
-        "min_p": number(0, 1),
-        "repetition_penalty": number(0, 1e6, above=True),
-        "max_new_tokens": whole(),
-    }
 
 
 def _ids(fields: Fields, name: str) -> tuple[int, ...]:

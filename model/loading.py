@@ -22,7 +22,6 @@ from .checkpoint.orbax import convert, restore
 from .checkpoint.safetensors import Checkpoint
 from .checkpoint.settings import read_config
 from .config import DTYPES, ModelConfig
-from .fields import shortened
 from .generation import GenerationDefaults, generation_defaults
 from .hf import TensorMap, config_from_hf, in_other_orders, is_multimodal, tensors_of, text_part
 from .params import Params, kv_replicas, param_shardings
@@ -249,6 +248,6 @@ def _directory(path: Path) -> Path:
         if not path.parent.exists():
             return hub.download(str(path))
     raise CheckpointError(
-        f"no such directory: {shortened(str(path))}; give a directory that holds config.json and model.safetensors, "
+        f"no such directory: {path!s:.1000}; give a directory that holds config.json and model.safetensors, "
         f"or one of {listing(sorted(BUNDLED))}"
     )

@@ -92,7 +92,7 @@ def mutated(value: Any, rng: random.Random, fields: tuple[str, ...] = ()) -> tup
     if isinstance(holder, dict) and fields and rng.random() < 0.4:
         key = rng.choice(fields)
         holder[key] = odd
-    elif rng.random() < 0.1:
+    elif places and rng.random() < 0.1:
         del holder[key]
         return value, f"without {[*within, key]}"
     else:

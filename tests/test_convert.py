@@ -148,13 +148,18 @@ def test_newer_and_broken_formats(converted):
     edit(file, format=4, ridgeline="9.1.0")
     refused(converted, r"ridgeline\.json is of format 4, written by Ridgeline 9\.1\.0; this is .* up to 3: upgrade it")
     edit(file, format="one")
-    refused(converted, r"ridgeline\.json states format 'one' and a config of type dict, expected .* damaged, convert")
+    refused(converted, r"ridgeline\.json: format is 'one', expected a whole number")
     file.write_text("{")
     refused(converted, r"ridgeline\.json is not JSON")
     file.write_text('{"format": 2, "config": {"vocab_size": 3}}')
     refused(converted, r"ridgeline\.json, written by Ridgeline of unknown version, holds a config that is not valid")
     edit(file, config__layers=3)
     refused(converted, "holds a config that is not valid here")
+
+
+def test_fields_of_another_type(converted):
+    edit(converted / "ridgeline.json", config__tie_embeddings="false")
+    refused(converted, r"ridgeline\.json: config\.tie_embeddings is 'false', expected true or false")
 
 
 def test_fields_of_a_later_version(converted):

@@ -157,12 +157,12 @@ def test_default_sampling(model):
     [
         (
             {"eos_token_id": "</s>"},
-            r"generation_config\.json: eos_token_id is '</s>', expected a whole number from -1 to 28",
+            r"generation_config\.json: eos_token_id is '</s>', expected a whole number from -1",
         ),
         ({"eos_token_id": [1, True]}, r"eos_token_id\[1\] is True"),
         ({"top_p": 1.5}, r"generation_config\.json: top_p is 1\.5, expected a number above 0 up to 1"),
         ({"top_p": 0.0}, r"generation_config\.json: top_p is 0\.0, expected a number above 0"),
-        ({"eos_token_id": 29}, r"eos_token_id is 29, expected a whole number from -1 to 28"),
+        ({"eos_token_id": 29}, r"eos_token_id has 29, expected ids below vocab_size 29"),
         ({"do_sample": "false"}, r"do_sample is 'false', expected true or false"),
         ({"temperature": -1}, r"temperature is -1, expected a number from 0 to 1e\+06"),
         ({"top_k": 2.5}, r"top_k is 2\.5, expected a whole number"),

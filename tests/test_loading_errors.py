@@ -1,12 +1,15 @@
 """Every error that loading can meet, each on a checkpoint damaged on purpose."""
 
 import json
+import os
 import re
 import struct
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from backends import byte_level
 from checkpoints import DOWN, EMBEDDING, LLAMA, assert_same, random_tensors, refused, save, save_shards, write
 from ridgeline.model.checkpoint import CheckpointError
 from ridgeline.model.loading import load_model
@@ -18,10 +21,6 @@ def test_no_such_directory(tmp_path):
     refused(tmp_path / "absent", r"no such directory: .*absent; give a directory .* bundled, bundled-draft")
     save(tmp_path)
     refused(tmp_path / "model.safetensors", r"model\.safetensors is a file; give the directory")
-
-
-def test_hub_name_says_how_to_download():
-    refused("meta-llama/Llama-3.2-1B", r"meta-llama/Llama-3.2-1B is no directory", r"hf download meta-llama/Llama-3.2")
 
 
 def test_unknown_dtype(tmp_path):
@@ -196,6 +195,87 @@ def test_values_beyond_float16(tmp_path):
     assert float(load_model(tmp_path).params["layers"][1]["down"][0, 0]) == 1e6
     with pytest.raises(CheckpointError, match=rf"'{DOWN}' holds values beyond float16's 65504; load it with dtype bfl"):
         load_model(tmp_path, dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(tmp_path, dtype, value):
+    t = random_tensors(LLAMA, dtype)
+    t[DOWN][3, 5] = value
+    save(tmp_path, tensors=t)
+    refused(tmp_path, rf"model\.safetensors: tensor '{DOWN}' holds NaN or infinite values; .*check_finite=False")
+    loaded = load_model(tmp_path, check_finite=False).params["layers"][1]["down"]
+    assert jnp.argwhere(~jnp.isfinite(loaded)).tolist() == [[3, 5]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_largest_weights_are_finite(tmp_path, dtype):
+    t, largest = random_tensors(LLAMA, dtype), jnp.finfo(dtype).max
+    t[DOWN][3, :2] = largest, -largest
+    save(tmp_path, tensors=t)
+    assert_same(load_model(tmp_path, dtype=dtype).params["layers"][1]["down"], t[DOWN])
+    if dtype == "float32":
+        with pytest.raises(CheckpointError, match="holds values beyond bfloat16; load it with dtype float32"):
+            load_model(tmp_path, dtype="bfloat16")
+
+
+# --- errors: files that are none ---
+
+
+def as_directory(file):
+    file.mkdir()
+
+
+def as_device(file):
+    file.symlink_to("/dev/zero")
+
+
+def as_endless_file(file):
+    with file.open("wb") as sparse:
+        sparse.truncate(2**41)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+@pytest.mark.parametrize(
+    ("make", "pattern"),
+    [
+        (as_directory, "is a directory, where a file belongs"),
+        (os.mkfifo, "is a pipe, where a file belongs"),
+        (as_device, "is a device, where a file belongs"),
+        (lambda file: file.symlink_to("nowhere"), "is a link to nowhere, which is not there"),
+        (lambda file: file.symlink_to(file), "cannot be read: Too many levels of symbolic links"),
+        (as_endless_file, "has 2,199,023,255,552 bytes, more than the"),
+        (lambda file: file.write_bytes(b'{"a": "\xe9"}'), r"is not UTF-8 \(byte 7 is 0xe9\)|is no tokenizer"),
+    ],
+)
+def test_what_is_no_file(tmp_path, name, make, pattern):
+    save(tmp_path)
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    refused(tmp_path, rf"/{re.escape(name)} ({pattern})")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00003.safetensors"])
+def test_weights_that_are_no_file(tmp_path, name):
+    save_shards(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    refused(tmp_path, rf"{name} is a pipe, where a file belongs")
+
+
+@pytest.mark.parametrize("shard", ["x" * 300, "a\x00b"])
+def test_shards_of_impossible_names(tmp_path, shard):
+    index = save_shards(tmp_path)
+    index["weight_map"][DOWN] = shard
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, "index.json names shards that are not there")
+
+
+def test_a_path_that_is_too_long():
+    refused("x" * 5000, "no such directory: '?x+")
 
 
 # --- errors: damaged files ---

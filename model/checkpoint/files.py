@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from ..fields import CheckpointError, shortened
+from ..fields import CheckpointError
 
 SMALL = 64 * 2**20
 """Bytes that a file of text or JSON may have; the largest published index has some 10 MB."""
@@ -39,7 +39,7 @@ def check_file(path: Path, most: int | None = None) -> int:
         what = f"is a link to {os.readlink(path)}, which" if path.is_symlink() else "cannot be read: it"
         raise CheckpointError(f"{path} {what} is not there; fetch the file") from error
     except (OSError, ValueError) as error:  # ValueError of a name that no file can have
-        raise CheckpointError(f"{shortened(str(path))} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise CheckpointError(f"{path!s:.1000} cannot be read: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
         raise CheckpointError(f"{path} is {kind}, where a file belongs; fetch that file")

@@ -16,7 +16,7 @@ from ..config import ModelConfig
 from ..hf.family import TensorMap
 from ..params import Params, ParamSpec, kv_replicas, param_name, param_shardings, param_specs, store
 from .description import ARRAYS, DESCRIPTION, INCOMPLETE, write_description
-from .files import CheckpointError, listing
+from .files import CheckpointError, is_there, listing
 from .load import progress, read_parameter, specs_read
 from .safetensors import Checkpoint
 
@@ -73,7 +73,7 @@ def convert(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, out
             source = checkpoint.directory / name
             if source.is_dir():
                 shutil.copytree(source, partial / name)
-            elif source.exists():
+            elif is_there(source):
                 shutil.copyfile(source, partial / name)
         write_description(partial, config)
         os.rename(partial, out)
