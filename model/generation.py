@@ -118,8 +118,9 @@ def generation_defaults(
         if beyond:
             raise CheckpointError(f"{fields.file}: {name} has {beyond[0]}, expected ids below vocab_size {vocab_size}")
     ends = [*_ids(file, "eos_token_id"), *_ids(fallback, "eos_token_id")]
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        ends.append(tokenizer.eos_token_id)
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    if end is not None and (vocab_size is None or end < vocab_size):
+        ends.append(end)
     bad_words = file.get("bad_words_ids", ())
     not_read = [name for name in file if _changes_something(name, file.values[name])]
     if any(len(word) > 1 for word in bad_words):

@@ -102,7 +102,7 @@ def load_model(
     if mesh is not None:
         _check_mesh(stated, mesh)
     # Read before the weights, so that a damaged small file is told before minutes of loading.
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, stated.vocab_size)
     generation = generation_defaults(directory, tokenizer, stated.vocab_size)
 
     if converted:
@@ -152,7 +152,7 @@ def convert_model(
     if is_converted(directory):
         raise CheckpointError(f"{directory} is a converted checkpoint already; give the original to convert it anew")
     stated = _quantized(directory, stated, asked)
-    generation_defaults(directory, load_tokenizer(directory), stated.vocab_size)
+    generation_defaults(directory, load_tokenizer(directory, stated.vocab_size), stated.vocab_size)
     checkpoint, config, tensors = _open_weights(directory, raw, stated, chosen)
     convert(checkpoint, config, tensors, out := Path(out).expanduser().absolute())
     return out

@@ -251,7 +251,7 @@ def as_endless_file(file):
     ],
 )
 def test_what_is_no_file(tmp_path, name, make, pattern):
-    save(tmp_path)
+    save(tmp_path, LLAMA | {"vocab_size": 400})
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / name).unlink(missing_ok=True)
     make(tmp_path / name)

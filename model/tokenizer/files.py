@@ -1,7 +1,8 @@
 """The tokenizer in a checkpoint directory, from all of its files."""
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from ..checkpoint.files import LARGE, CheckpointError, check_file, is_there, listing, read_optional, read_text
 from ..fields import Fields, Kind, an_object, any_of, flag, list_of, object_of, shortened, text, whole
 from .converted import CONVERTED, converted
-from .tokenizer import SPECIAL_TOKENS, Tokenizer
+from .tokenizer import SPECIAL_TOKENS, Tokenizer, backend_errors
 
 CONFIG = "tokenizer_config.json"
 _OTHERS = (*CONVERTED, "tiktoken.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
@@ -45,14 +46,19 @@ _QWEN2 = (  # of models/qwen2/tokenization_qwen2.py of transformers
 )
 
 
-def load_tokenizer(directory: Path) -> Tokenizer | None:
+def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory, or None where it has none.
 
     Tokens that only the smaller files name are added to it, in transformers' order and so with its ids, special or not
     as they say.
 
+    Args:
+      directory: of the checkpoint.
+      vocab_size: the model's, which ids lie within; None is any.
+
     Raises:
-      CheckpointError: a file that does not parse, or a tokenizer in files that are not read; naming it and the remedy.
+      CheckpointError: a file that does not parse, a tokenizer in files that are not read, or tokens that the model has
+        no embedding of; naming it and the remedy.
     """
     stated = Fields(read_optional(directory / CONFIG), _DECLARED, str(directory / CONFIG))
     backend = _backend(directory, stated)
@@ -61,6 +67,8 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     listed, source = _listed_tokens(directory, stated)
     named, unnamed = _special_tokens(stated)
     _add_tokens(backend, listed, [*named.values(), *unnamed])
+    if vocab_size is not None:
+        _check_vocabulary(backend, directory, vocab_size)
     if not is_there(directory / "tokenizer.json"):
         _add_ends(backend, [named.get(name) if stated.get(f"add_{name}") else None for name in _ENDS])
     backend.encode_special_tokens = stated.get("split_special_tokens", False)
@@ -85,12 +93,8 @@ def _backend(directory: Path, stated: Fields) -> tokenizers.Tokenizer | None:
     file = directory / "tokenizer.json"
     if is_there(file):
         check_file(file, LARGE)
-        try:
+        with _damaged(f"{file} is no tokenizer that `tokenizers` reads"):
             return tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # what the Rust side raises is a bare Exception
-            raise CheckpointError(
-                f"{file} is no tokenizer that `tokenizers` reads ({error}); fetch it again"
-            ) from error
     vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
     others = [name for name in (*_OTHERS, vocabulary.name, merges.name) if is_there(directory / name)]
     for name in others:
@@ -115,12 +119,31 @@ def _backend(directory: Path, stated: Fields) -> tokenizers.Tokenizer | None:
     return None
 
 
+@contextlib.contextmanager
+def _damaged(what: str) -> Iterator[None]:
+    try:
+        with backend_errors(what):
+            yield
+    except ValueError as error:
+        raise CheckpointError(f"{error}; fetch it again") from error
+
+
+def _check_vocabulary(backend: tokenizers.Tokenizer, directory: Path, vocab_size: int) -> None:
+    """Raise `CheckpointError` for tokens beyond a vocabulary; added ones, which Gemma 3 has one of, are said."""
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    beyond = [token for token, id in backend.get_vocab().items() if id >= vocab_size]
+    if not beyond:
+        return
+    what = f"the tokenizer in {directory} has {len(beyond)} tokens beyond the vocab_size {vocab_size} of config.json"
+    if not added.issuperset(beyond):
+        raise CheckpointError(f"{what}, {listing(beyond)}; one of the two belongs to another checkpoint")
+    _say(f"{what}, which no prompt may have: {listing(beyond)}")
+
+
 def _byte_level(vocabulary: Path, merges: Path, kind: str) -> tokenizers.Tokenizer:
     """A tokenizer of byte-level BPE whose files hold only tokens and merges: how text is split is the class's."""
-    try:
+    with _damaged(f"{vocabulary} and {merges} are no BPE"):
         backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # as above
-        raise CheckpointError(f"{vocabulary} and {merges} are no BPE ({error}); fetch them again") from error
     if kind == "Qwen2Tokenizer":
         backend.normalizer = normalizers.NFC()
         split = pre_tokenizers.Split(tokenizers.Regex(_QWEN2), "isolated")
