@@ -261,7 +261,7 @@ def test_ctrl_c_leaves_nothing_and_is_no_success(hf, monkeypatch, capsys):
 def test_bad_checkpoints_are_refused_before_anything_is_written(hf, capsys):
     (hf / "generation_config.json").write_text('{"top_p": 2}')
     assert main(["convert", str(hf), str(hf.parent / "out")]) == 1
-    assert "top_p is 2, expected a number from 0 to 1" in capsys.readouterr().err
+    assert "top_p is 2, expected a number above 0 up to 1" in capsys.readouterr().err
     (hf / "generation_config.json").unlink()
     edit(hf / "config.json", vocab_size=31)
     assert main(["convert", str(hf), str(hf.parent / "out")]) == 1
