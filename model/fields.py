@@ -62,7 +62,7 @@ class Fields:
         return default if value is None else kind.read(value, self.file, self.name(key))
 
     def object(self, key: str) -> "Fields":
-        """The fields of a field that is an object, none where it is absent."""
+        """The fields of an object, none where it is absent."""
         return self[key] if key in self else self._declared[key].read({}, self.file, self.name(key))
 
     def name(self, key: str) -> str:
@@ -183,11 +183,10 @@ def object_of(item: Kind, least: int = 0) -> Kind:
 
 
 def an_object(declared: Mapping[str, Kind]) -> Kind:
-    """An object as its fields, without those that are null."""
+    """An object as its fields."""
     check = kind("an object", lambda value: value if isinstance(value, Mapping) else None)
 
     def read(value: Any, file: str, name: str) -> Fields:
-        values = {key: v for key, v in check.read(value, file, name).items() if v is not None}
-        return Fields(values, declared, file, f"{name}.")
+        return Fields(check.read(value, file, name), declared, file, f"{name}.")
 
     return Kind("an object", read)

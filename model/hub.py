@@ -7,7 +7,7 @@ from pathlib import Path
 from .checkpoint import kinds
 from .checkpoint.files import CheckpointError, is_there
 from .checkpoint.orbax import COPIED
-from .checkpoint.safetensors import INDEX, SINGLE, shards_of
+from .checkpoint.safetensors import INDEX, SINGLE, read_index
 from .checkpoint.settings import QUANTIZATION
 
 FILES = (*COPIED, *QUANTIZATION, INDEX, "model*.safetensors", "additional_chat_templates/*")
@@ -29,12 +29,10 @@ def cached(name: str) -> Path | None:
     if not repository.is_dir():
         return None
     snapshot = kinds.snapshot(repository)
-    if not is_there(snapshot / "config.json"):
-        return None
-    if is_there(snapshot / SINGLE):
-        return snapshot
-    whole = is_there(snapshot / INDEX) and all(is_there(snapshot / shard) for shard in shards_of(snapshot / INDEX))
-    return snapshot if whole else None
+    files = {"config.json", SINGLE}
+    if is_there(snapshot / INDEX):
+        files = {"config.json", *read_index(snapshot / INDEX).values()}
+    return snapshot if all(is_there(snapshot / file) for file in files) else None
 
 
 def download(name: str) -> Path:

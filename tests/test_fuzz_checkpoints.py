@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -86,6 +85,7 @@ def write_sources(directory: Path) -> list[Path]:
         (source / "chat_template.jinja").write_text(TEMPLATE)
         for name, content in files.items():
             (source / name).write_text(json.dumps(content))
+    (sources[0] / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')  # the older files count beside it
     return sources
 
 
@@ -216,13 +216,11 @@ def _inner(directory: Path, rng: random.Random, key: str, fields: dict) -> str:
 # --- the program ---
 
 
-def use(directory: Path, compiled: set[rl.ModelConfig]) -> str:
-    """Load a checkpoint and use all of it; to compile for a configuration of its own takes longer than to run it."""
+def use(directory: Path) -> str:
+    """Load a checkpoint and use all of it."""
     model = load_model(directory)
     tokens = jnp.arange(6)[None] % model.config.vocab_size
-    with jax.disable_jit(model.config not in compiled):
-        logits = rl.forward(model.params, model.config, tokens)
-    if not bool(jnp.isfinite(logits).all()):
+    if not bool(jnp.isfinite(rl.forward(model.params, model.config, tokens)).all()):
         raise ArithmeticError("logits that are not finite")
     if model.tokenizer is not None:
         model.tokenizer.decode(model.tokenizer.encode("hello <new> fox"))
@@ -243,9 +241,8 @@ def test_damaged_checkpoints(tmp_path, request, monkeypatch):
     directory = tmp_path / "damaged"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        configs = {load_model(source).config for source in sources}
         for source in sources:
-            assert use(source, configs) == "loaded"
+            assert use(source) == "loaded"
         for number in range(request.config.getoption("mutations")):
             rng = random.Random(f"{request.config.getoption('mutation_seed')}-{number}")
             source, kind = rng.choice(sources), rng.choice([*KINDS])
@@ -253,7 +250,7 @@ def test_damaged_checkpoints(tmp_path, request, monkeypatch):
             names = {path.name for path in directory.iterdir()}
             what = f"mutation {number}, {source.name}, {KINDS[kind](directory, rng)}"
             names |= {path.name for path in directory.iterdir()} | {str(directory)}
-            outcomes.of(kind, what, lambda: use(directory, configs), lambda text: any(name in text for name in names))  # noqa: B023
+            outcomes.of(kind, what, lambda: use(directory), lambda text: any(name in text for name in names))  # noqa: B023
             shutil.rmtree(directory)
     print(f"\n{outcomes.table()}")
     assert not outcomes.failures, "\n".join(outcomes.failures)

@@ -134,6 +134,12 @@ def test_bare_decoders_and_text_parts():
     assert config == expected
 
 
+def test_null_is_no_default_in_a_text_part_either():
+    text = _hf("mistral-7b-v0.3", architectures=..., sliding_window=None, rope_scaling=None)
+    config = config_from_hf({"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text})
+    assert {layer.window for layer in config.layers} == {None}
+
+
 def test_gemma_2():
     config = config_from_hf(_hf("gemma-2-9b"))
     assert [layer.window for layer in config.layers] == [4096, None] * 21

@@ -111,7 +111,7 @@ def _config(fields: Fields) -> ModelConfig:
 
 def _quantization(fields: Fields) -> Quantization:
     schemes = {
-        name: Scheme(**{key: fields[name][key] for key in fields[name]})
+        name: Scheme(**{key: fields[name].get(key) for key in fields[name]})
         for name in ("layers", "output")
         if name in fields
     }

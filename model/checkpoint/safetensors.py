@@ -86,7 +86,8 @@ class Checkpoint:
         if is_there(single):
             self.files, weight_map = (single,), {}
         elif is_there(index):
-            weight_map, shards = _weight_map(index), shards_of(index)
+            weight_map = read_index(index)
+            shards = sorted(set(weight_map.values()))
             self.files = tuple(directory / shard for shard in shards if is_there(directory / shard))
             if not self.files:
                 raise CheckpointError(f"{index} names shards that are not there: {listing(shards)}; {_FETCH}")
@@ -170,12 +171,8 @@ def check_dtype(name: str, info: TensorInfo, wanted: Collection[str], quantized:
     )
 
 
-def shards_of(index: Path) -> list[str]:
-    """The names of the shards that an index names."""
-    return sorted({*_weight_map(index).values()})
-
-
-def _weight_map(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """The shard of every tensor that an index names."""
     weight_map = Fields(read_object(index), {"weight_map": object_of(text, least=1)}, str(index))["weight_map"]
     for shard in weight_map.values():
         if Path(shard).name != shard:

@@ -28,7 +28,7 @@ def fp8(settings: Fields) -> Stored:
 def modelopt(settings: Fields) -> Stored:
     """How matrices are stored by settings of ModelOpt, which its own file keeps under "quantization"."""
     inner = settings | settings.object("quantization").values
-    only({"quant_algo": "none"} | inner, "quant_algo", "FP8")
+    only(inner | {"quant_algo": inner.get("quant_algo", "none")}, "quant_algo", "FP8")
     return _with_one_scale(inner.get("exclude_modules") or inner.get("ignore") or (), "static")
 
 

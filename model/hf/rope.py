@@ -26,12 +26,12 @@ def rope_from_hf(hf: Fields, parameters: Fields, rotary_dim: int, default_theta:
       ValueError: the kind is not supported, or lacks a parameter.
     """
     kind = parameters.get("rope_type") or parameters.get("type", "default")
-    outer = {key: hf.get(key) for key in ("max_position_embeddings", _ORIGINAL)}
-    stated = {key: value for key, value in outer.items() if value is not None}
-    given = stated | parameters
-    if _ORIGINAL in hf:
-        given = given | {_ORIGINAL: hf[_ORIGINAL]}  # Phi-3 states it at the top, where it takes precedence
-
+    given = parameters | {
+        "max_position_embeddings": parameters.get("max_position_embeddings", hf.get("max_position_embeddings")),
+        _ORIGINAL: hf.get(
+            _ORIGINAL, parameters.get(_ORIGINAL)
+        ),  # Phi-3 states it at the top, where it takes precedence
+    }
     fields: dict[str, Any] = {}
     match kind:
         case "linear":
