@@ -222,7 +222,7 @@ def mixed() -> dict:
         ({"group_size": 64, "bits": 4}, "quant_method is 'mlx', which is not supported"),
         (
             {"bits": 3, "sym": True, "file": "quantize_config.json"},
-            r"^quantize_config\.json: bits is 3, .*: 4 or 8 is",
+            r"^quantize_config\.json beside config\.json: bits is 3, .*: 4 or 8 is",
         ),
         (compressed("nvfp4-pack-quantized", INT4), "format .* 'nvfp4-pack-quantized', .* 'pack-quantized' or"),
         (compressed("pack-quantized", INT4 | {"num_bits": 2}), "num_bits .* 2, .*: 4 or 8 is"),

@@ -19,5 +19,5 @@ def read_config(directory: Path) -> dict[str, Any]:
     if config.get("quantization_config") is None and config.get("compression_config") is None:
         for file in map(directory.joinpath, QUANTIZATION):
             if is_there(file):
-                return config | {"quantization_config": {**read_object(file), "file": str(file)}}
+                return config | {"quantization_config": {**read_object(file), "file": file.name}}
     return config

@@ -153,8 +153,8 @@ def _stored(hf: Fields) -> Stored | None:
     settings = hf.get("quantization_config", hf.get("compression_config"))  # the oldest of compressed-tensors
     if settings is None:
         return None
-    if "file" in settings:  # beside config.json
-        settings = Fields(settings.values, QUANTIZATION, settings["file"])
+    if "file" in settings:
+        settings = Fields(settings.values, QUANTIZATION, f"{settings['file']} beside {hf.file}")
     method = settings.get("quant_method") or _method(settings)
     if method not in _METHODS:
         raise CheckpointError(
