@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 LARGEST = 2**31 - 1
 """Of whole numbers that become sizes, positions or ids, which programs count in int32."""
 
-_SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlist=8, maxdict=6)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class CheckpointError(ValueError):

@@ -24,7 +24,7 @@ from .checkpoint.settings import read_config
 from .config import DTYPES, ModelConfig
 from .generation import GenerationDefaults, generation_defaults
 from .hf import TensorMap, config_from_hf, in_other_orders, is_multimodal, tensors_of, text_part
-from .params import Params, kv_replicas, param_shardings
+from .params import Params, float_specs, kv_replicas, param_shardings
 from .schemes import Quantization, quantization
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -57,6 +57,20 @@ class Model:
     def name(self) -> str:
         """The directory's name, of a snapshot in the Hugging Face cache the repository's."""
         return kinds.model_name(self.directory)
+
+    def __repr__(self) -> str:
+        c, layers = self.config, self.config.quantization and self.config.quantization.layers
+        parameters = sum(spec.size for spec in jax.tree.leaves(float_specs(c)))
+        nbytes = sum(array.nbytes for array in jax.tree.leaves(self.params))
+        held = c.dtype if layers is None else f"{layers.dtype} and {c.dtype}"
+        return (
+            f"Model {self.name!r}: {c.family}, {c.num_layers} layers, {parameters:,} parameters in {held}, "
+            f"{nbytes / 1e9:.3g} GB\n"
+            f"  vocab_size {c.vocab_size}, embed_dim {c.embed_dim}, ffn_dim {c.ffn_dim}, {c.num_heads} heads of "
+            f"{c.head_dim}, {c.num_kv_heads} KV heads, max_position {c.max_position}\n"
+            f"  {'no tokenizer' if self.tokenizer is None else f'{self.tokenizer.vocab_size} tokens'}, "
+            f"{'one device' if self.mesh is None else f'mesh {dict(self.mesh.shape)}'}, from {self.directory}"
+        )
 
 
 def load_model(
