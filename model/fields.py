@@ -1,11 +1,15 @@
 """What JSON from outside may hold: every field that is read is declared, and checked where it is read."""
 
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1
 """Of whole numbers that become sizes, positions or ids, which programs count in int32."""
+
+HALF = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON and Python can write and nothing else takes."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -126,8 +130,7 @@ def number(low: int | float, high: int | float, *, above: bool = False) -> Kind:
 
 
 def _text(value: Any) -> str | None:
-    # JSON can write half a character, which nothing else takes.
-    return value if isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value) else None
+    return value if isinstance(value, str) and not HALF.search(value) else None
 
 
 flag = kind("true or false", lambda value: value if type(value) is bool else None)

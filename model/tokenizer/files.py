@@ -166,10 +166,15 @@ def _listed_tokens(directory: Path, stated: Fields) -> tuple[dict[int, AddedToke
         return dict(sorted((int(id), token) for id, token in listed.items())), directory / CONFIG
     stated.values.update(read_optional(directory / "special_tokens_map.json"))
     file = directory / "added_tokens.json"
-    ids = {text: _ID.read(id, str(file), text) for text, id in read_optional(file).items()}
+    ids = {
+        text.read(token, str(file), "a token"): _ID.read(id, str(file), token)
+        for token, id in read_optional(file).items()
+    }
     named, extra = _special_tokens(stated)
     special = {token.content for token in (*named.values(), *extra)}
-    return {id: AddedToken(text, special=text in special) for text, id in sorted(ids.items(), key=lambda i: i[1])}, file
+    return {
+        id: AddedToken(token, special=token in special) for token, id in sorted(ids.items(), key=lambda i: i[1])
+    }, file
 
 
 def _special_tokens(stated: Fields) -> tuple[dict[str, AddedToken], list[AddedToken]]:

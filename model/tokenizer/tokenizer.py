@@ -2,13 +2,12 @@
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, no_type_check
 
 import tokenizers
 
-from ..fields import shortened
+from ..fields import HALF, shortened
 from .chat import ChatTemplate
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -83,7 +82,7 @@ class Tokenizer:
         Raises:
           ValueError: half a character (a surrogate) in the text, or words that the tokenizer has no tokens for.
         """
-        if half := re.search("[\ud800-\udfff]", text):
+        if half := HALF.search(text):
             raise ValueError(f"the text has half a character, {half[0]!r}, at {half.start()}: no text in UTF-8 has one")
         with backend_errors(f"the tokenizer cannot encode {text:.50}{'...' if len(text) > 50 else ''}"):
             encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
