@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """Add the options of model, sampling and output; those of sampling have `SamplingParams`' names."""
     model = parser.add_argument_group("model")
     add = model.add_argument
-    help = "a Hugging Face checkpoint directory, or 'bundled' for the included model (default)"
+    help = "a Hugging Face checkpoint directory or Hub name, or 'bundled' for the included model (default)"
     add("--model", default="bundled", metavar="DIR", help=help)
     add_format_options(model)
     add("--tensor", type=int, default=1, metavar="N", help="devices that share every layer (default: 1)")

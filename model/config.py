@@ -53,6 +53,8 @@ class RopeConfig:
             raise ValueError(
                 f"llama3 high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}"
             )
+        if self.kind == "yarn" and self.beta_fast < self.beta_slow:
+            raise ValueError(f"yarn beta_fast {self.beta_fast} must not be below beta_slow {self.beta_slow}")
         if self.kind == "dynamic" and self.rotary_dim == 2:
             raise ValueError("RoPE kind 'dynamic' needs a rotary_dim of 4 or more, got 2")
         for name in ("short_factor", "long_factor"):
@@ -140,6 +142,8 @@ class ModelConfig:
         for name in ("vocab_size", "embed_dim", "ffn_dim", "num_heads", "num_kv_heads", "head_dim", "max_position"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.max_position >= 2**31:
+            raise ValueError(f"max_position is {self.max_position}; positions are counted in 32 bits")
         if not self.layers:
             raise ValueError("the model has no layers; num_hidden_layers must be positive")
         if self.num_heads % self.num_kv_heads:

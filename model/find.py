@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from . import hub
 from .checkpoint.description import is_converted, read_description
+from .checkpoint.files import is_there
 from .checkpoint.settings import read_config
 from .config import ModelConfig
 from .hf import config_from_hf
@@ -12,7 +14,7 @@ from .schemes import quantization
 
 
 def find_config(model: str, quantize: str | None = None, quantize_output: str | None = None) -> ModelConfig:
-    """Of a preset, a bundled model, or a directory in Hugging Face layout or converted.
+    """Of a preset, a bundled model, a directory in Hugging Face layout or converted, or a snapshot in the Hub's cache.
 
     Args:
       model: its name.
@@ -24,11 +26,13 @@ def find_config(model: str, quantize: str | None = None, quantize_output: str | 
     if model in PRESETS:
         return quantized(preset(model), quantize, quantize_output)
     directory = BUNDLED.get(model) or Path(model).expanduser()
+    if hub.is_hub_name(model) and not directory.exists():
+        directory = hub.cached(model) or directory
     file, converted = directory / "config.json", is_converted(directory)
-    if not file.exists():
+    if not is_there(file):
         names = ", ".join((*PRESETS, *BUNDLED))
         raise ValueError(f"{model!r} is no directory with a config.json and no preset; presets: {names}")
-    config = config_from_hf(read_config(directory))
+    config = config_from_hf(read_config(directory), str(file))
     return quantized(read_description(directory, config) if converted else config, quantize, quantize_output)
 
 

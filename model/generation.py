@@ -1,13 +1,12 @@
 """What a checkpoint asks of generation: where its texts end, what they never hold, how they are drawn."""
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.files import CheckpointError, listing, read_object, read_optional
+from .checkpoint.files import listing, read_object, read_optional
+from .fields import CheckpointError, Fields, Kind, flag, list_of, number, some_text, whole
 from .hf.multimodal import text_part
 from .tokenizer import Tokenizer
 
@@ -33,14 +32,33 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 """The values of keys that are not read which change nothing."""
 
-_READ = "bad_words_ids begin_suppress_tokens bos_token_id do_sample eos_token_id max_new_tokens min_p pad_token_id"
-_READ += " repetition_penalty stop_strings suppress_tokens temperature top_k top_p"
+_NEVER = ("suppress_tokens", "begin_suppress_tokens")
+_TOKENS = list_of(whole(-1), one=True)
+"""Token ids, one or some; -1 is none."""
+DECLARED: dict[str, Kind] = {
+    "eos_token_id": _TOKENS,
+    "bos_token_id": _TOKENS,
+    "pad_token_id": _TOKENS,
+    "suppress_tokens": _TOKENS,
+    "begin_suppress_tokens": _TOKENS,
+    "bad_words_ids": list_of(list_of(whole(0), least=1)),
+    "stop_strings": list_of(some_text, one=True),
+    "do_sample": flag,
+    "temperature": number(0, 1e6),
+    "top_p": number(0, 1, above=True),
+    "top_k": whole(-1),
+    "min_p": number(0, 1),
+    "repetition_penalty": number(0, 1e6, above=True),
+    "max_new_tokens": whole(),
+}
+"""What the fields that are read may hold; of config.json, those of the same names."""
+
 # How transformers computes and returns, and a bound that the model's own context is here.
 _HARMLESS = "cache_config cache_implementation compile_config disable_compile early_stopping is_assistant low_memory"
 _HARMLESS += " max_length max_time output_attentions output_hidden_states output_logits output_scores"
 _HARMLESS += " prefill_chunk_size renormalize_logits return_dict_in_generate return_legacy_cache target_lookbehind"
 _HARMLESS += " assistant_early_exit assistant_lookbehind transformers_version trust_remote_code use_cache"
-_UNSAID = {*_READ.split(), *_HARMLESS.split()}
+_UNSAID = {*DECLARED, *_HARMLESS.split()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,88 +95,55 @@ class GenerationDefaults:
     stop_strings: tuple[str, ...] = ()
 
 
-def generation_defaults(directory: Path, tokenizer: Tokenizer | None = None) -> GenerationDefaults:
+def generation_defaults(
+    directory: Path, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
+) -> GenerationDefaults:
     """What generation_config.json, which may be absent, config.json and the tokenizer say.
 
     A setting that is neither read nor without effect is said once, in a warning.
 
+    Args:
+      directory: of the checkpoint.
+      tokenizer: whose end of text is one, too.
+      vocab_size: the model's, which ids lie within; None is any.
+
     Raises:
       CheckpointError: a value of the wrong type or out of range, naming the file.
     """
-    file, config = _Settings(directory / FILE, read_optional(directory / FILE)), directory / "config.json"
-    fallback = _Settings(config, text_part(read_object(config)))
-    ends = [*file.ids("eos_token_id"), *fallback.ids("eos_token_id")]
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        ends.append(tokenizer.eos_token_id)
-    not_read = [name for name, value in file.stated.items() if _changes_something(name, value)]
+    file = Fields(read_optional(directory / FILE), DECLARED, str(directory / FILE))
+    config = directory / "config.json"
+    fallback = Fields(text_part(read_object(config), str(config)).values, DECLARED, str(config))
+    for fields, name in ((file, "eos_token_id"), (fallback, "eos_token_id"), *((file, name) for name in _NEVER)):
+        beyond = [token for token in _ids(fields, name) if vocab_size is not None and token >= vocab_size]
+        if beyond:
+            raise CheckpointError(f"{fields.file}: {name} has {beyond[0]}, expected ids below vocab_size {vocab_size}")
+    ends = [*_ids(file, "eos_token_id"), *_ids(fallback, "eos_token_id")]
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    if end is not None and (vocab_size is None or end < vocab_size):
+        ends.append(end)
+    bad_words = file.get("bad_words_ids", ())
+    not_read = [name for name in file if _changes_something(name, file.values[name])]
     if not_read:
-        warnings.warn(f"{file.path}: {listing(not_read)} not read here; texts are made without", stacklevel=3)
-    temperature = file.number("temperature", 0.0)
+        warnings.warn(f"{file.file}: {listing(not_read)} not read here; texts are made without", stacklevel=3)
     return GenerationDefaults(
         eos_token_ids=tuple(dict.fromkeys(ends)),
-        bos_token_id=next(iter(file.ids("bos_token_id") or fallback.ids("bos_token_id")), None),
-        pad_token_id=next(iter(file.ids("pad_token_id") or fallback.ids("pad_token_id")), None),
-        suppress_tokens=file.ids("suppress_tokens"),
-        begin_suppress_tokens=file.ids("begin_suppress_tokens"),
-        bad_words=file.id_lists("bad_words_ids"),
-        stop_strings=file.texts("stop_strings"),
-        temperature=0.0 if file.stated.get("do_sample") is False else temperature,
-        top_p=file.number("top_p", 0.0, 1.0, above=True),
-        top_k=file.number("top_k", -1.0, integer=True),
-        min_p=file.number("min_p", 0.0, 1.0),
-        repetition_penalty=file.number("repetition_penalty", 0.0, above=True),
-        max_tokens=file.number("max_new_tokens", 1.0, integer=True),
+        bos_token_id=next(iter(_ids(file, "bos_token_id") or _ids(fallback, "bos_token_id")), None),
+        pad_token_id=next(iter(_ids(file, "pad_token_id") or _ids(fallback, "pad_token_id")), None),
+        suppress_tokens=_ids(file, "suppress_tokens"),
+        begin_suppress_tokens=_ids(file, "begin_suppress_tokens"),
+        bad_words=bad_words,
+        stop_strings=file.get("stop_strings", ()),
+        temperature=file.get("temperature") if file.get("do_sample", True) else 0.0,
+        max_tokens=file.get("max_new_tokens"),
+        **{name: file.get(name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
     )
+
+
+def _ids(fields: Fields, name: str) -> tuple[int, ...]:
+    return tuple(token for token in fields.get(name, ()) if token >= 0)
 
 
 def _changes_something(name: str, value: Any) -> bool:
     if name in _UNSAID or name.startswith("_") or value in (None, False, [], {}):
         return False
     return value not in _WITHOUT_EFFECT.get(name, ())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """The settings of a file, which its errors name."""
-
-    path: Path
-    stated: Mapping[str, Any]
-
-    def ids(self, name: str) -> tuple[int, ...]:
-        """Token ids; -1 is none."""
-        value = self.stated.get(name)
-        values = value if isinstance(value, list) else [] if value in (None, -1) else [value]
-        if not all(type(v) is int and v >= 0 for v in values):
-            self._refuse(name, "a token id or a list of them")
-        return tuple(values)
-
-    def id_lists(self, name: str) -> tuple[tuple[int, ...], ...]:
-        value = self.stated.get(name) or []
-        rows = value if isinstance(value, list) else [value]
-        if not all(isinstance(row, list) and row and all(type(v) is int and v >= 0 for v in row) for row in rows):
-            self._refuse(name, "a list of lists of token ids")
-        return tuple(map(tuple, rows))
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self.stated.get(name) or []
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
-            self._refuse(name, "a text or a list of them")
-        return tuple(values)
-
-    def number(
-        self, name: str, low: float, high: float = math.inf, *, integer: bool = False, above: bool = False
-    ) -> Any:
-        """A number from `low`, or above it, to `high`."""
-        value = self.stated.get(name)
-        if value is None:
-            return None
-        whole = int(value) if integer and type(value) is float and value.is_integer() else value
-        allowed = type(whole) in ((int,) if integer else (int, float))
-        if not allowed or not (low < whole if above else low <= whole) or not whole <= high:
-            kind = "an integer" if integer else "a number"
-            self._refuse(name, f"{kind} from {low:g} to {high:g}{', not 0 itself' if above else ''}")
-        return whole if integer else float(whole)
-
-    def _refuse(self, name: str, expected: str) -> None:
-        raise CheckpointError(f"{self.path}: {name} is {self.stated[name]!r}, expected {expected}")

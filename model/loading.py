@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..sharding.mesh import AXES
+from . import hub
 from .checkpoint import kinds
 from .checkpoint.check import check_tensors, checkpoint_dtype, with_stored_scales
 from .checkpoint.description import is_converted, read_description
-from .checkpoint.files import CheckpointError, listing
+from .checkpoint.files import CheckpointError, check_file, is_there, listing
 from .checkpoint.layout import as_stored, has_head
 from .checkpoint.load import load_params
 from .checkpoint.orbax import convert, restore
@@ -26,7 +26,7 @@ from .checkpoint.settings import read_config
 from .config import DTYPES, ModelConfig
 from .generation import GenerationDefaults, generation_defaults
 from .hf import TensorMap, config_from_hf, in_other_orders, is_multimodal, tensors_of, text_part
-from .params import Params, abstract_params, kv_replicas, param_shardings
+from .params import Params, abstract_params, float_specs, kv_replicas, param_shardings
 from .schemes import Quantization, quantization
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -57,8 +57,22 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The directory's name."""
-        return self.directory.name
+        """The directory's name, of a snapshot in the Hugging Face cache the repository's."""
+        return kinds.model_name(self.directory)
+
+    def __repr__(self) -> str:
+        c, layers = self.config, self.config.quantization and self.config.quantization.layers
+        parameters = sum(spec.size for spec in jax.tree.leaves(float_specs(c)))
+        nbytes = sum(array.nbytes for array in jax.tree.leaves(self.params))
+        held = c.dtype if layers is None else f"{layers.dtype} and {c.dtype}"
+        return (
+            f"Model {self.name!r}: {c.family}, {c.num_layers} layers, {parameters:,} parameters in {held}, "
+            f"{nbytes / 1e9:.3g} GB\n"
+            f"  vocab_size {c.vocab_size}, embed_dim {c.embed_dim}, ffn_dim {c.ffn_dim}, {c.num_heads} heads of "
+            f"{c.head_dim}, {c.num_kv_heads} KV heads, max_position {c.max_position}\n"
+            f"  {'no tokenizer' if self.tokenizer is None else f'{self.tokenizer.vocab_size} tokens'}, "
+            f"{'one device' if self.mesh is None else f'mesh {dict(self.mesh.shape)}'}, from {self.directory}"
+        )
 
 
 def load_model(
@@ -68,29 +82,42 @@ def load_model(
     dtype: jax.typing.DTypeLike | None = None,
     quantize: str | None = None,
     quantize_output: str | None = None,
+    check_finite: bool = True,
 ) -> Model:
-    """Load a checkpoint onto the default device, or onto the devices of a mesh. No network is used.
+    """Load a checkpoint onto the default device, or onto the devices of a mesh.
+
+    No network is used but to download a model of the Hugging Face Hub that is not in its cache on this machine.
 
     On a mesh every device's shards go from the file straight to it, and a process reads those of its own devices only.
     With more devices on the "tensor" axis than KV heads, KV heads are copied; the configuration is that of the file.
 
     Args:
       path: a directory in Hugging Face layout, with config.json and model.safetensors or its shards and their index;
-        or one that `ridgeline convert` wrote; or "bundled" or "bundled-draft", the models that come with the package
-        ("./bundled" is a directory of that name).
+        or one that `ridgeline convert` wrote; or a name on the Hugging Face Hub, "organization/model", where there is
+        no such directory; or "bundled" or "bundled-draft", the models that come with the package ("./bundled" is a
+        directory of that name).
       mesh: as `make_mesh` returns it; None is one device.
       dtype: "float32", "bfloat16" or "float16", of weights, activations and KV cache; the checkpoint's own by default.
       quantize: the scheme, one of `SCHEMES`, that the matrices of the layers are stored in. Each is quantized as it is
         loaded. None leaves them as the checkpoint has them, which may hold them quantized.
       quantize_output: the scheme of the output projection. Where it is tied to the embedding, the embedding stays and
         a quantized copy of it makes the logits.
+      check_finite: whether a checkpoint with NaN or infinite weights is refused.
 
     Raises:
       CheckpointError: a file or tensor that is missing, damaged or not supported, or weights to be quantized that the
         checkpoint holds quantized; it names the file and the remedy.
       ValueError: an unknown dtype or scheme, or a mesh that the model does not divide over; nothing has been read then.
     """
-    return open_model(path, mesh=mesh, dtype=dtype, quantize=quantize, quantize_output=quantize_output)[1]()
+    _, read = open_model(
+        path,
+        mesh=mesh,
+        dtype=dtype,
+        quantize=quantize,
+        quantize_output=quantize_output,
+        check_finite=check_finite,
+    )
+    return read()
 
 
 def open_model(
@@ -100,6 +127,7 @@ def open_model(
     dtype: jax.typing.DTypeLike | None = None,
     quantize: str | None = None,
     quantize_output: str | None = None,
+    check_finite: bool = True,
 ) -> tuple[Model, Callable[[], Model]]:
     """A checkpoint's model before its weights are read, and what reads them.
 
@@ -115,8 +143,8 @@ def open_model(
     if mesh is not None:
         _check_mesh(stated, mesh)
     # Read before the weights, so that a damaged small file is told before minutes of loading.
-    tokenizer = load_tokenizer(directory)
-    generation = generation_defaults(directory, tokenizer)
+    tokenizer = load_tokenizer(directory, stated.vocab_size)
+    generation = generation_defaults(directory, tokenizer, stated.vocab_size)
 
     if converted:
         stored = read_description(directory, stated)
@@ -129,7 +157,7 @@ def open_model(
         read = functools.partial(restore, directory, stored, config, mesh)
     else:
         checkpoint, config, tensors = _open_weights(directory, raw, stated, chosen, mesh)
-        read = functools.partial(load_params, checkpoint, config, tensors, mesh)
+        read = functools.partial(load_params, checkpoint, config, tensors, mesh, check_finite)
     model = Model(config, abstract_params(config, mesh), tokenizer, generation, directory, mesh)
     return model, lambda: dataclasses.replace(model, params=read())
 
@@ -166,7 +194,7 @@ def convert_model(
     if is_converted(directory):
         raise CheckpointError(f"{directory} is a converted checkpoint already; give the original to convert it anew")
     stated = _quantized(directory, stated, asked)
-    generation_defaults(directory, load_tokenizer(directory))
+    generation_defaults(directory, load_tokenizer(directory, stated.vocab_size), stated.vocab_size)
     checkpoint, config, tensors = _open_weights(directory, raw, stated, chosen)
     convert(checkpoint, config, tensors, out := Path(out).expanduser().absolute())
     return out
@@ -177,15 +205,12 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], ModelConf
     directory = BUNDLED[path] if isinstance(path, str) and path in BUNDLED else _directory(Path(path).expanduser())
     is_converted(directory)  # refuses half a conversion, whose config.json may be absent as well
     config_file = directory / "config.json"
-    if not config_file.exists():
+    if not is_there(config_file):
         raise CheckpointError(kinds.other_kind(directory) or f"{directory} has no config.json; {_instead(directory)}")
-    if (directory / "adapter_config.json").exists():
+    if is_there(directory / "adapter_config.json"):
         warnings.warn(f"{directory} also holds {kinds.adapter(directory)}", stacklevel=3)
     raw = read_config(directory)
-    try:
-        return directory, raw, config_from_hf(raw)
-    except ValueError as error:
-        raise CheckpointError(f"{config_file}: {error}") from error
+    return directory, raw, config_from_hf(raw, str(config_file))
 
 
 def _instead(directory: Path) -> str:
@@ -253,19 +278,19 @@ def dtype_name(dtype: jax.typing.DTypeLike) -> str:
 
 
 def _directory(path: Path) -> Path:
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike the path's own method, of a name that is too long too
         return kinds.snapshot(path)
-    if path.exists():
+    if os.path.lexists(path):
+        check_file(path)
         whose = kinds.foreign_file(path)
         remedy = "give the directory that holds it and config.json" if whose is None else f"in {kinds.foreign(whose)}"
         raise CheckpointError(f"{path} is a file{';' if whose is None else ''} {remedy}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
-        raise CheckpointError(
-            f"{path} is no directory here. If it is a name on the Hugging Face Hub, download it first, since Ridgeline "
-            f"opens no network: pip install huggingface_hub, then hf download {path} --local-dir {path.name} "
-            f"(huggingface-cli download in versions before 1.0), and load {path.name!r}"
-        )
+    if hub.is_hub_name(str(path)):
+        if snapshot := hub.cached(str(path)):
+            return snapshot
+        if not path.parent.exists():
+            return hub.download(str(path))
     raise CheckpointError(
-        f"no such directory: {path}; give a directory that holds config.json and model.safetensors, "
+        f"no such directory: {path!s:.1000}; give a directory that holds config.json and model.safetensors, "
         f"or one of {listing(sorted(BUNDLED))}"
     )

@@ -24,6 +24,11 @@ from ridgeline.pallas_kernels.dispatch import current_device  # noqa: E402
 from tiny import tiny_model  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--mutations", type=int, default=300, help="how many the fuzz programs try (default: %(default)s)")
+    parser.addoption("--mutation-seed", type=int, default=0, help="which (default: %(default)s)")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def memory_maps():
     """Each compiled program keeps maps of memory, and a process that needs more than Linux allows, 65,530, crashes."""

@@ -153,7 +153,7 @@ def test_chat_template_errors(tmp_path):
         Tokenizer(byte_level(), {}, {"default": "a\n{% if %}"}).apply_chat_template(TURNS)
     with pytest.raises(ValueError, match=r"refuses these messages: .*unsafe"):
         Tokenizer(byte_level(), {}, {"default": "{{ messages.__class__.__mro__ }}"}).apply_chat_template(TURNS)
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template is a int"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template is 3, expected a text or a list"):
         load_tokenizer(save(tmp_path, byte_level(), {"chat_template": 3}))
 
 
@@ -301,6 +301,48 @@ def test_reasoning_by_any_name(given, read):
 def test_every_failure_names_template_and_line(template, message, pattern):
     with pytest.raises(ValueError, match=pattern):
         chat(template, message)
+
+
+LONG = "{% set s = 'b' * 1000000 %}"
+DOUBLING = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "pattern"),
+    [
+        ("{% for i in range(99999) %}\n{% for j in range(99999) %}{% endfor %}{% endfor %}", r"than 0\.1 sec.*line 2"),
+        ("{% macro f() %}{{ f() if x else f() }}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(60) }}", r"more than 0\.1 seconds"),
+        ("{{ 'a' * 10 ** 10 }}", "a text or list of more than 10,000,000 characters or items"),
+        ("{{ [1] * 10 ** 10 }}", "a text or list"),
+        ("{{ 10 ** 9999 }}", "an integer of more than 1,000 digits"),
+        (DOUBLING, "a text or list"),
+        (DOUBLING.replace("~", "+"), "a text or list"),
+        (DOUBLING.replace("n.x ~ n.x", "[n.x, n.x]"), "a text or list|seconds"),
+        (LONG + "{% for i in range(99999) %}{{ s }}{% endfor %}", "a text or list"),
+        (LONG + "{% set x %}{% for i in range(99) %}{{ s }}{% endfor %}{% endset %}", "a text or list"),
+        (LONG + "{{ range(99) | join(s) }}{{ s.join(['a'] * 99) }}", "a text or list"),
+        (LONG + "{{ s.join(['a'] * 99) }}", "a text or list"),
+        (LONG + "{{ s | replace('b', s) }}", "a text or list"),
+        (LONG + "{{ s | indent(99) }}", "a text or list"),
+        ("{{ 'a'.ljust(10 ** 10) }}", "ljust takes numbers up to 100,000"),
+        ("{{ [1] | batch(10 ** 10, 1) | list }}", "batch takes numbers up to 100,000"),
+        ("{{ 1 .to_bytes(10 ** 10) }}", "to_bytes takes numbers up to 100,000"),
+        ("{{ 'a'.encode() }}", "it makes bytes"),
+        ("{{ '%9999999d' % 1 }}", "the format '%9999999d' has a width that is large"),
+        ("{{ '{:{}}'.format(1, 99999) }}", "has a width that is large or not written out"),
+    ],
+)
+def test_templates_are_bounded(template, pattern, monkeypatch):
+    monkeypatch.setattr("ridgeline.model.tokenizer.sandbox.SECONDS", 0.1)
+    with pytest.raises(ValueError, match=f"'default' refuses these messages: .*({pattern})"):
+        chat(template, said("x"))
+
+
+@pytest.mark.parametrize("template", ["{% for i in x %}" * 30 + "{% endfor %}" * 30, "{{ " + "9" * 5000 + " }}"])
+def test_templates_that_do_not_parse(template):
+    with pytest.raises(ValueError, match="chat template 'default' does not parse"):
+        chat(template, said("x"))
 
 
 # --- functions as tools ---

@@ -148,13 +148,18 @@ def test_newer_and_broken_formats(converted):
     edit(file, format=4, ridgeline="9.1.0")
     refused(converted, r"ridgeline\.json is of format 4, written by Ridgeline 9\.1\.0; this is .* up to 3: upgrade it")
     edit(file, format="one")
-    refused(converted, r"ridgeline\.json states format 'one' and a config of type dict, expected .* damaged, convert")
+    refused(converted, r"ridgeline\.json: format is 'one', expected a whole number")
     file.write_text("{")
     refused(converted, r"ridgeline\.json is not JSON")
     file.write_text('{"format": 2, "config": {"vocab_size": 3}}')
     refused(converted, r"ridgeline\.json, written by Ridgeline of unknown version, holds a config that is not valid")
     edit(file, config__layers=3)
     refused(converted, "holds a config that is not valid here")
+
+
+def test_fields_of_another_type(converted):
+    edit(converted / "ridgeline.json", config__tie_embeddings="false")
+    refused(converted, r"ridgeline\.json: config\.tie_embeddings is 'false', expected true or false")
 
 
 def test_fields_of_a_later_version(converted):
@@ -256,7 +261,7 @@ def test_ctrl_c_leaves_nothing_and_is_no_success(hf, monkeypatch, capsys):
 def test_bad_checkpoints_are_refused_before_anything_is_written(hf, capsys):
     (hf / "generation_config.json").write_text('{"top_p": 2}')
     assert main(["convert", str(hf), str(hf.parent / "out")]) == 1
-    assert "top_p is 2, expected a number from 0 to 1" in capsys.readouterr().err
+    assert "top_p is 2, expected a number above 0 up to 1" in capsys.readouterr().err
     (hf / "generation_config.json").unlink()
     edit(hf / "config.json", vocab_size=31)
     assert main(["convert", str(hf), str(hf.parent / "out")]) == 1

@@ -160,14 +160,19 @@ def test_default_sampling(model):
 @pytest.mark.parametrize(
     ("stated", "pattern"),
     [
-        ({"eos_token_id": "</s>"}, r"generation_config\.json: eos_token_id is '</s>', expected a token id or a list"),
-        ({"eos_token_id": [1, True]}, r"eos_token_id is \[1, True\]"),
-        ({"top_p": 1.5}, r"generation_config\.json: top_p is 1\.5, expected a number from 0 to 1"),
-        ({"top_p": 0.0}, r"generation_config\.json: top_p is 0\.0, expected a number from 0 to 1, not 0 itself"),
-        ({"temperature": -1}, r"temperature is -1, expected a number from 0 to inf"),
-        ({"top_k": 2.5}, r"top_k is 2\.5, expected an integer"),
-        ({"bad_words_ids": [3]}, r"bad_words_ids is \[3\], expected a list of lists of token ids"),
-        ({"stop_strings": [""]}, r"stop_strings is \[''\], expected a text or a list of them"),
+        (
+            {"eos_token_id": "</s>"},
+            r"generation_config\.json: eos_token_id is '</s>', expected a whole number from -1",
+        ),
+        ({"eos_token_id": [1, True]}, r"eos_token_id\[1\] is True"),
+        ({"top_p": 1.5}, r"generation_config\.json: top_p is 1\.5, expected a number above 0 up to 1"),
+        ({"top_p": 0.0}, r"generation_config\.json: top_p is 0\.0, expected a number above 0"),
+        ({"eos_token_id": 29}, r"eos_token_id has 29, expected ids below vocab_size 29"),
+        ({"do_sample": "false"}, r"do_sample is 'false', expected true or false"),
+        ({"temperature": -1}, r"temperature is -1, expected a number from 0 to 1e\+06"),
+        ({"top_k": 2.5}, r"top_k is 2\.5, expected a whole number"),
+        ({"bad_words_ids": [3]}, r"bad_words_ids\[0\] is 3, expected a list of a whole number"),
+        ({"stop_strings": [""]}, r"stop_strings\[0\] is '', expected a text that is not empty"),
         ([], r"generation_config\.json holds a JSON list, expected an object"),
     ],
 )

@@ -134,6 +134,12 @@ def test_bare_decoders_and_text_parts():
     assert config == expected
 
 
+def test_null_is_no_default_in_a_text_part_either():
+    text = _hf("mistral-7b-v0.3", architectures=..., sliding_window=None, rope_scaling=None)
+    config = config_from_hf({"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text})
+    assert {layer.window for layer in config.layers} == {None}
+
+
 def test_gemma_2():
     config = config_from_hf(_hf("gemma-2-9b"))
     assert [layer.window for layer in config.layers] == [4096, None] * 21
@@ -234,6 +240,8 @@ def test_transformers_5_dtype_key():
     assert config_from_hf(_hf("llama-3.1-8b", torch_dtype=..., dtype="bfloat16")).dtype == "bfloat16"
 
 
+LONGROPE = PRESETS["phi-4-mini"]["rope_scaling"]
+YARN = {"type": "yarn", "factor": 4.0}
 BAD = [
     ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported; supported: Llama.*Olmo2"),
     (
@@ -241,25 +249,47 @@ BAD = [
         "model_type 'gpt2' is not supported; supported: llama, .*gemma3_text",
     ),
     ({"architectures": ..., "model_type": ...}, "model_type None is not supported"),
-    ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
-    ({"rope_scaling": {"rope_type": "mrope"}}, "RoPE kind 'mrope' is not supported; supported: default, linear"),
-    ({"rope_scaling": "yarn"}, "rope_scaling in config.json is 'yarn'; it must be an object"),
-    ({"rope_scaling": {"type": "linear"}}, "'linear' needs factor, a positive number; found None"),
-    ({"rope_scaling": {"type": "linear", "factor": -2}}, "needs factor, a positive number; found -2"),
-    ({"rope_scaling": {"type": "llama3", "factor": 8}}, "'llama3' needs low_freq_factor"),
-    ({"rope_scaling": {"type": "longrope", "factor": 8}}, "'longrope' needs original_max_position_embeddings"),
-    ({"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 8}}, "'longrope' needs short_factor"),
-    ({"rope_theta": "10000"}, "needs rope_theta, a positive number; found '10000'"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in config.json is 0.5"),
+    ({"hidden_act": "relu"}, "hidden_act is 'relu', expected one of silu"),
+    ({"rope_scaling": {"rope_type": "mrope"}}, "rope_scaling.rope_type is 'mrope', expected one of default, linear"),
+    ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
+    ({"rope_scaling": {"type": "linear"}}, "has no 'rope_scaling.factor', expected a number from 0.001"),
+    ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_scaling.factor is -2, expected a number from 0.001"),
+    ({"rope_scaling": {"type": "llama3", "factor": 8}}, "has no 'rope_scaling.low_freq_factor'"),
+    ({"rope_scaling": {"type": "longrope", "factor": 8}}, "has no 'rope_scaling.original_max_position_embeddings'"),
+    (
+        {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 8}},
+        "has no 'rope_scaling.short_factor'",
+    ),
+    ({"rope_theta": "10000"}, "rope_theta is '10000', expected a number above 1"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which is not supported: llama rotates"),
     ({"hidden_size": ...}, "config.json has no 'hidden_size'"),
     ({"vocab_size": None}, "config.json has no 'vocab_size'"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers in config.json is 0; it must be a positive whole number"),
-    ({"hidden_size": "4096"}, "hidden_size in config.json is '4096'"),
-    ({"rms_norm_eps": "small"}, "rms_norm_eps in config.json is 'small'"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number from 1 to 4,096"),
+    ({"hidden_size": "4096"}, "hidden_size is '4096', expected a whole number"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', expected a number from 1e-12 to 1"),
     ({"num_key_value_heads": 5}, "num_heads 32 is not a multiple of num_kv_heads 5"),
     ({"num_attention_heads": 24, "num_key_value_heads": 8}, "hidden_size 4096 is not a multiple of"),
     ({"head_dim": 33}, "rotary_dim is 33"),
-    ({"torch_dtype": "float64"}, "dtype 'float64' in config.json is not supported; supported: float32, bfloat16"),
+    ({"torch_dtype": "float64"}, "torch_dtype is 'float64', expected one of float32, bfloat16"),
+    ({"hidden_act": []}, r"hidden_act is \[\], expected one of silu"),
+    ({"architectures": 5}, "architectures is 5, expected a list of a text"),
+    ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', expected a list"),
+    ({"layer_types": 5, "model_type": "gemma2", "architectures": ...}, "layer_types is 5, expected a list"),
+    ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, expected"),
+    ({"rms_norm_eps": -1}, "rms_norm_eps is -1, expected"),
+    ({"rms_norm_eps": 1e300}, "rms_norm_eps is 1e.300, expected"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf, expected"),
+    ({"rope_theta": 1e-300}, "rope_theta is 1e-300, expected"),
+    ({"max_position_embeddings": 10**30}, "max_position_embeddings is 1000.*, expected"),
+    ({"attention_bias": "false"}, "attention_bias is 'false', expected true or false"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
+    ({"rope_scaling": YARN | {"factor": 1e308}}, "factor is 1e.308, expected"),
+    ({"rope_scaling": YARN | {"beta_fast": [1]}}, r"beta_fast is \[1\], expected a number"),
+    ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 2}}, "beta_fast 1.0 must not be below beta_slow 2.0"),
+    ({"rope_scaling": YARN | {"mscale": "x"}}, "mscale is 'x', expected a number"),
+    ({"rope_scaling": YARN | {"attention_factor": float("nan")}}, "attention_factor is nan, expected"),
+    ({"rope_scaling": YARN | {"factor": 1e6}}, "max_position is 131072000000; positions are counted in 32 bits"),
 ]
 
 
@@ -273,21 +303,27 @@ def test_bad_config_is_refused(changes, message):
     ("name", "changes", "message"),
     [
         ("mistral-7b-v0.1", {"layer_types": ["full_attention"] * 32}, "layer_types .* not supported"),
-        ("mistral-7b-v0.1", {"sliding_window": 0}, "sliding_window in config.json is 0"),
-        ("gemma-2-9b", {"layer_types": ["full_attention"]}, "layer_types in config.json has 1 entries"),
+        ("mistral-7b-v0.1", {"sliding_window": 0}, "sliding_window is 0, expected"),
+        ("gemma-2-9b", {"layer_types": ["full_attention"]}, "layer_types has 1 entries; num_hidden_layers is 42"),
         (
             "gemma-2-9b",
             {"layer_types": ["full_attention"] * 41 + ["linear_attention"]},
             r"layer_types\[41\] is 'linear",
         ),
         ("gemma-2-9b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma-3-1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping in config.json is 50.0"),
+        ("gemma-3-1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, which is not supported"),
         (
             "gemma-3-1b",
             {"architectures": ["Gemma3ForConditionalGeneration"]},
-            "text_config in config.json is None; Gemma3ForConditionalGeneration needs it",
+            "has no 'text_config', expected an object",
         ),
-        ("llama-3.1-8b", {"rope_scaling": {"type": "yarn", "factor": float("inf")}}, "positive number; found inf"),
+        (
+            "llama-3.1-8b",
+            {"rope_scaling": {"type": "yarn", "factor": float("inf")}},
+            "rope_scaling.factor is inf, expected",
+        ),
+        ("phi-4-mini", {"rope_scaling": LONGROPE | {"long_factor": [1, None]}}, r"long_factor\[1\] is None, expected"),
+        ("phi-4-mini", {"rope_scaling": LONGROPE | {"short_factor": [0.0]}}, r"short_factor\[0\] is 0.0, expected"),
         ("phi-4-mini", {"partial_rotary_factor": 0.5}, "longrope short_factor has 48 entries; rotary_dim 64 needs 32"),
     ],
 )

@@ -237,7 +237,7 @@ def test_the_cache_of_the_hub(tmp_path):
     (cache / "refs" / "main").write_text("../../elsewhere")
     refused(cache, r"names '\.\./\.\./elsewhere'; give one of its snapshots")
     (cache / "refs" / "main").write_text("abc\n")
-    assert load_model(cache).name == "abc"
+    assert (load_model(cache).directory.name, load_model(cache).name) == ("abc", "name")
     refused(tmp_path, "is a cache of several repositories; give the directory of one: models--org--name")
 
 

@@ -63,6 +63,13 @@ def test_loaded_tree_is_that_of_param_specs(tmp_path):
     assert bool(jnp.isfinite(rl.forward(model.params, model.config, tokens)).all())
 
 
+def test_a_model_says_what_it_is_in_a_few_lines(tmp_path):
+    count = sum(tensor.size for tensor in save(tmp_path).values())
+    lines = repr(load_model(tmp_path, quantize="int8")).splitlines()
+    assert [len(line) < 160 for line in lines] == [True] * 3
+    assert lines[0].startswith(f"Model '{tmp_path.name}': llama, 2 layers, {count:,} parameters in int8 and float32, ")
+
+
 def test_fused_tensors_are_taken_apart(tmp_path):
     t = save(tmp_path, PHI3)
     layer = load_model(tmp_path).params["layers"][1]

@@ -200,13 +200,13 @@ def mixed() -> dict:
     [
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            "quant_method in config.json is 'bitsandbytes', which is not supported; supported: compressed-tensors, "
+            "quant_method is 'bitsandbytes', which is not supported; supported: compressed-tensors, "
             "awq, gptq, fp8, modelopt; load the checkpoint that it was quantized from, with quantize=",
         ),
-        ("awq", "quantization_config in config.json is 'awq'; it must be an object"),
-        (GPTQ | {"bits": 3}, r"quantization_config\.bits in config.json is 3, which is not supported: 4 or 8 is; load"),
+        ("awq", "quantization_config is 'awq', expected an object"),
+        (GPTQ | {"bits": 3}, r"config\.json: quantization_config\.bits is 3, which is not supported: 4 or 8 is; load"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format .* 'marlin', .*: 'gptq' or 'gptq_v2' is"),
-        (GPTQ | {"group_size": None}, "group_size .* is None; it must be positive or -1"),
+        (GPTQ | {"group_size": None}, r"has no 'quantization_config\.group_size', expected a whole number from -1"),
         (GPTQ | {"dynamic": {"-:.*down.*": {}}}, "dynamic .* not supported"),
         (
             GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.down_proj"]]},
@@ -216,13 +216,13 @@ def mixed() -> dict:
         (AWQ | {"version": "gemv"}, "version .* 'gemv', .*: 'gemm' is"),
         (AWQ | {"zero_point": False}, "zero_point .* False"),
         (AWQ | {"backend": "llm-awq"}, "backend .* 'llm-awq'"),
-        (BLOCK_FP8 | {"weight_block_size": [128]}, r"weight_block_size .* is \[128\]; two positive .* \[128, 128\]"),
+        (BLOCK_FP8 | {"weight_block_size": [128]}, r"weight_block_size is \[128\], expected a list of 2 times a whole"),
         (BLOCK_FP8 | {"activation_scheme": "token"}, "activation_scheme .* 'token', .*: 'dynamic' or 'static' is"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo .* 'NVFP4', .*: 'FP8' is"),
-        ({"group_size": 64, "bits": 4}, "quant_method in config.json is 'mlx', which is not supported"),
+        ({"group_size": 64, "bits": 4}, "quant_method is 'mlx', which is not supported"),
         (
             {"bits": 3, "sym": True, "file": "quantize_config.json"},
-            r"bits in quantize_config\.json is 3, .*: 4 or 8 is",
+            r"^quantize_config\.json beside config\.json: bits is 3, .*: 4 or 8 is",
         ),
         (compressed("nvfp4-pack-quantized", INT4), "format .* 'nvfp4-pack-quantized', .* 'pack-quantized' or"),
         (compressed("pack-quantized", INT4 | {"num_bits": 2}), "num_bits .* 2, .*: 4 or 8 is"),
@@ -232,7 +232,7 @@ def mixed() -> dict:
         (mixed(), "config_groups group_0, group_1 .* differ, and one scheme for all layers is supported: load"),
         (
             compressed("pack-quantized", INT4) | {"config_groups": {}},
-            "config_groups in config.json is {}; it must name",
+            "config_groups is {}, expected an object",
         ),
     ],
 )

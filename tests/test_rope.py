@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from ridgeline.model.config import ROPE_KINDS, RopeConfig
+from ridgeline.model.fields import Fields
+from ridgeline.model.hf.declared import CONFIG
 from ridgeline.model.hf.rope import rope_from_hf
 from ridgeline.model.rope import apply_rope, rope_frequencies, rope_tables
 
@@ -82,8 +84,13 @@ TRANSFORMERS = [
 ]
 
 
+def _read(parameters, head_dim=HEAD_DIM):
+    hf = Fields({"max_position_embeddings": MAX_POSITION, "rope_scaling": parameters}, CONFIG, "config.json")
+    return rope_from_hf(hf, hf["rope_scaling"], head_dim)
+
+
 def _rope(name):
-    return rope_from_hf({"max_position_embeddings": MAX_POSITION}, PARAMETERS[name], HEAD_DIM)
+    return _read(PARAMETERS[name])
 
 
 def _frequencies(rope, length):
@@ -112,7 +119,7 @@ def test_frequencies_live(name, length):
     for key in ("short_factor", "long_factor"):
         if key in parameters:
             parameters[key] = np.linspace(parameters[key][0], parameters[key][-1], head_dim // 2).tolist()
-    rope = rope_from_hf({"max_position_embeddings": MAX_POSITION}, parameters, head_dim)
+    rope = _read(parameters, head_dim)
     config = transformers.LlamaConfig(
         hidden_size=256,
         num_attention_heads=2,

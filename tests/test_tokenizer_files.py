@@ -8,10 +8,12 @@ import warnings
 from itertools import pairwise
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from backends import TEXTS, byte_level, llama2_like, save
 from ridgeline.model.checkpoint import CheckpointError
-from ridgeline.model.tokenizer import load_tokenizer
+from ridgeline.model.tokenizer import Tokenizer, load_tokenizer
 from ridgeline.model.tokenizer.converted import CONVERTED
 
 BYTES, PIECES = byte_level().get_vocab_size(), llama2_like().get_vocab_size()
@@ -126,6 +128,25 @@ def test_special_tokens_are_spelled_out_where_the_config_says_so(tmp_path):
     assert tokenizer.encode("<s>", add_special_tokens=False) != [0]
 
 
+def test_tokens_beyond_the_models_vocabulary(tmp_path):
+    directory = save(tmp_path, byte_level(), {"extra_special_tokens": ["<new>"]})
+    size = byte_level().get_vocab_size()
+    with pytest.warns(UserWarning, match=rf"1 tokens beyond the vocab_size {size} .* no prompt may have: <new>"):
+        load_tokenizer(directory, size)
+    with pytest.raises(CheckpointError, match=rf"tokenizer in .* has 2 tokens beyond the vocab_size {size - 1}"):
+        load_tokenizer(directory, size - 1)
+
+
+def test_what_the_backend_cannot_take():
+    backend = Backend(models.WordLevel({"a": 0}))  # without an unknown token
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode zebra: .*UNK"):
+        Tokenizer(backend).encode("zebra")
+    with pytest.raises(ValueError, match=r"the text has half a character, '\\udc80', at 1"):
+        Tokenizer(backend).encode("a\udc80")
+    with pytest.raises(ValueError, match=r"the tokenizer cannot decode \[-1\]"):
+        Tokenizer(backend).decode([-1])
+
+
 @pytest.mark.parametrize(
     ("name", "value", "pattern"),
     [
@@ -134,12 +155,20 @@ def test_special_tokens_are_spelled_out_where_the_config_says_so(tmp_path):
             {"added_tokens_decoder": ["<new>"]},
             r"_config\.json: added_tokens_decoder is \['<new>'\]",
         ),
-        ("tokenizer_config", {"added_tokens_decoder": {"x": token("<new>")}}, "expected an object of ids and tokens"),
-        ("tokenizer_config", {"added_tokens_decoder": {"9": 3}}, r"_config\.json: 3 is no token, expected a text, or"),
-        ("tokenizer_config", {"additional_special_tokens": [{"content": 3}]}, "is no token"),
-        ("tokenizer_config", {"extra_special_tokens": "<new>"}, "extra special tokens are '<new>', expected a list"),
-        ("tokenizer_config", {"eos_token": token("x", lstrip="no")}, "token 'x' has flags .*'no'.*, expected true or"),
-        ("added_tokens", {"<new>": "9"}, r"added_tokens\.json holds {'<new>': '9'}, expected an object of tokens and"),
+        (
+            "tokenizer_config",
+            {"added_tokens_decoder": {"x": token("<new>")}},
+            r"added_tokens_decoder has the ids \['x'\]",
+        ),
+        ("tokenizer_config", {"added_tokens_decoder": {"9": 3}}, r"added_tokens_decoder\.9 is 3, expected an object"),
+        ("tokenizer_config", {"additional_special_tokens": [{"content": 3}]}, "additional_special_tokens is .*3"),
+        ("tokenizer_config", {"extra_special_tokens": "<new>"}, "extra_special_tokens is '<new>', expected a list"),
+        (
+            "tokenizer_config",
+            {"eos_token": token("x", lstrip="no")},
+            r"eos_token\.lstrip is 'no', expected true or false",
+        ),
+        ("added_tokens", {"<new>": "9"}, r"added_tokens\.json: <new> is '9', expected a whole number"),
     ],
 )
 def test_tokens_that_are_none(tmp_path, name, value, pattern):
@@ -211,7 +240,7 @@ import importlib.util, json, pathlib, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
 sys.modules["torch"] = None
-from ridgeline.model.tokenizer import load_tokenizer
+from ridgeline.model.tokenizer import Tokenizer, load_tokenizer
 tokenizer = load_tokenizer(pathlib.Path(sys.argv[1]))
 ids = [tokenizer.encode(text) for text in json.loads(sys.argv[2])]
 print(json.dumps([ids, [tokenizer.decode(row) for row in ids], tokenizer.special_tokens]))

@@ -6,9 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..config import LayerConfig, ModelConfig, RopeConfig
+from ..config import DTYPES, LayerConfig, ModelConfig, RopeConfig
+from ..fields import Fields, Kind, an_object, flag, list_of, one_of, text, whole
 from ..schemes import Quantization, Scheme
-from .files import CheckpointError, listing, read_object
+from .files import CheckpointError, is_there, listing, read_object
 
 DESCRIPTION = "ridgeline.json"
 ARRAYS = "params"
@@ -17,6 +18,18 @@ INCOMPLETE = ".incomplete"
 """What a conversion adds to the name of the directory until it is whole."""
 FORMAT = 3
 """Raised when older versions could no longer read, or would misread, what is written."""
+
+_SCHEME: dict[str, Kind] = {
+    "dtype": one_of("int8", "int4", "float8_e4m3fn"),
+    "group": whole(),
+    "rows": whole(),
+    "scale_dtype": one_of(*DTYPES),
+    **dict.fromkeys(("zero_points", "dynamic", "sorted_inputs", "static"), flag),
+}
+_QUANTIZATION = {"layers": an_object(_SCHEME), "output": an_object(_SCHEME), "skip": list_of(text)}
+_CONFIG = {"dtype": one_of(*DTYPES), "tie_embeddings": flag, "quantization": an_object(_QUANTIZATION)}
+_DECLARED: dict[str, Kind] = {"format": whole(), "ridgeline": text, "config": an_object(_CONFIG)}
+"""What ridgeline.json may hold; of the configuration, what config.json does not say too."""
 
 _AGAIN = "convert the checkpoint again (ridgeline convert)"
 
@@ -28,7 +41,7 @@ def is_converted(directory: Path) -> bool:
       CheckpointError: it is what a conversion leaves that was killed half-way.
     """
     unfinished = directory.name.endswith(INCOMPLETE)
-    if not unfinished and (directory / DESCRIPTION).exists():
+    if not unfinished and is_there(directory / DESCRIPTION):
         return True
     if unfinished or any(path.is_dir() for path in directory.glob(ARRAYS + "*")):
         why = f"its name ends in {INCOMPLETE}" if unfinished else f"it has no {DESCRIPTION}, which is written last"
@@ -41,8 +54,8 @@ def is_converted(directory: Path) -> bool:
 
 def write_description(directory: Path, config: ModelConfig) -> None:
     """Write ridgeline.json."""
-    text = {"format": FORMAT, "ridgeline": version("ridgeline"), "config": dataclasses.asdict(config)}
-    (directory / DESCRIPTION).write_text(json.dumps(text, indent=1) + "\n")
+    content = {"format": FORMAT, "ridgeline": version("ridgeline"), "config": dataclasses.asdict(config)}
+    (directory / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_description(directory: Path, stated: ModelConfig) -> ModelConfig:
@@ -57,20 +70,17 @@ def read_description(directory: Path, stated: ModelConfig) -> ModelConfig:
       CheckpointError: a newer format, a file that is damaged, or one of the two configurations edited.
     """
     file = directory / DESCRIPTION
-    found = read_object(file)
-    written = f"Ridgeline {found.get('ridgeline', 'of unknown version')}"
-    if type(found.get("format")) is not int or not isinstance(found.get("config"), dict):
+    described = Fields(read_object(file), _DECLARED, str(file))
+    written = f"Ridgeline {described.get('ridgeline', 'of unknown version')}"
+    if described["format"] > FORMAT:
         raise CheckpointError(
-            f"{file} states format {found.get('format')!r} and a config of type {type(found.get('config')).__name__}, "
-            f"expected a whole number and an object; the file is damaged, {_AGAIN}"
-        )
-    if not 1 <= found["format"] <= FORMAT:
-        raise CheckpointError(
-            f"{file} is of format {found['format']}, written by {written}; this is Ridgeline {version('ridgeline')}, "
-            f"which reads formats up to {FORMAT}: upgrade it, or {_AGAIN}"
+            f"{file} is of format {described['format']}, written by {written}; this is Ridgeline "
+            f"{version('ridgeline')}, which reads formats up to {FORMAT}: upgrade it, or {_AGAIN}"
         )
     try:
-        config = _config(found["config"])
+        config = _config(described["config"])
+    except CheckpointError:
+        raise
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(
             f"{file}, written by {written}, holds a config that is not valid here ({error}); {_AGAIN}"
@@ -85,23 +95,27 @@ def read_description(directory: Path, stated: ModelConfig) -> ModelConfig:
             f"{file} and config.json beside it disagree about {listing(names)}{values}: one of them was edited, or "
             f"written for another version; restore it, or edit the original's config.json and {_AGAIN}"
         )
-    return config
+    return stated  # whose numbers are of the declared types: 6.0 equals 6
 
 
-def _config(fields: dict[str, Any]) -> ModelConfig:
+def _config(fields: Fields) -> ModelConfig:
     """The inverse of `dataclasses.asdict` through JSON, which knows lists and no tuples."""
     layers = tuple(
         LayerConfig(**(layer | {"rope": RopeConfig(**{k: _tuple(v) for k, v in layer["rope"].items()})}))
-        for layer in fields["layers"]
+        for layer in fields.values["layers"]
     )
-    return ModelConfig(**(fields | {"layers": layers, "quantization": _quantization(fields.get("quantization"))}))
+    checked = {name: fields.get(name) for name in ("dtype", "tie_embeddings")}
+    quantization = _quantization(fields.object("quantization")) if "quantization" in fields else None
+    return ModelConfig(**{**fields.values, **checked, "layers": layers, "quantization": quantization})
 
 
-def _quantization(fields: dict[str, Any] | None) -> Quantization | None:
-    if fields is None:
-        return None
-    schemes = {name: fields[name] and Scheme(**fields[name]) for name in ("layers", "output")}
-    return Quantization(**(fields | schemes | {"skip": tuple(fields["skip"])}))
+def _quantization(fields: Fields) -> Quantization:
+    schemes = {
+        name: Scheme(**{key: fields[name].get(key) for key in fields[name]})
+        for name in ("layers", "output")
+        if name in fields
+    }
+    return Quantization(**schemes, skip=fields["skip"])
 
 
 def _tuple(value: Any) -> Any:

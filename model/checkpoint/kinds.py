@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .files import CheckpointError, listing, read_object
+from ..fields import Fields, text
+from .files import CheckpointError, is_there, listing, read_object, read_text
 
 _FOREIGN = {
     "*.gguf": "llama.cpp's GGUF",
@@ -49,12 +50,20 @@ def foreign_file(path: Path) -> str | None:
 
 def adapter(directory: Path) -> str:
     """What a directory with an adapter_config.json is, and the remedy."""
-    base = read_object(directory / "adapter_config.json").get("base_model_name_or_path")
+    file = directory / "adapter_config.json"
+    base = Fields(read_object(file), {"base_model_name_or_path": text}, str(file)).get("base_model_name_or_path")
     return (
         f"an adapter (LoRA) of the model {base!r}, which is not applied here; merge it with peft, "
         f"AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}).merge_and_unload().save_pretrained(out), and "
         "load `out`"
     )
+
+
+def model_name(directory: Path) -> str:
+    """The name of a directory, of a snapshot that of its repository."""
+    if directory.parent.name == "snapshots":
+        return directory.parent.parent.name.split("--", 2)[-1]
+    return directory.name
 
 
 def snapshot(directory: Path) -> Path:
@@ -64,15 +73,15 @@ def snapshot(directory: Path) -> Path:
       CheckpointError: it holds no snapshot, or several and does not say which is `main`; or it is the cache itself.
     """
     repositories = sorted(path.name for path in directory.glob("models--*--*") if path.is_dir())
-    if repositories and not (directory / "config.json").exists():
+    if repositories and not is_there(directory / "config.json"):
         raise CheckpointError(
             f"{directory} is a cache of several repositories; give the directory of one: {listing(repositories)}"
         )
-    if not (directory / "snapshots").is_dir() or (directory / "config.json").exists():
+    if not (directory / "snapshots").is_dir() or is_there(directory / "config.json"):
         return directory
     main = directory / "refs" / "main"
     commits = sorted(path.name for path in (directory / "snapshots").iterdir() if path.is_dir())
-    named = main.read_text(encoding="utf-8").strip() if main.is_file() else None
+    named = read_text(main).strip() if is_there(main) else None
     if named in commits:
         return directory / "snapshots" / named
     if len(commits) == 1:

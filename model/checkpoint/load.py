@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from ..params import (
 from ..quantization import QuantizedArray, quantize
 from ..schemes import Scheme
 from .files import CheckpointError
+from .kinds import model_name
 from .safetensors import Checkpoint
 
 THREADS = 8
@@ -36,11 +38,22 @@ THREADS = 8
 BLOCK = 8 * 2**20
 """Bytes of a large shard that one thread reads."""
 
+CACHED = 2**18
+"""Bytes that are copied at once and then looked at, while they are in the cache of the core."""
+_NOT_FINITE = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00, "float8_e4m3fn": 0x7F}
+"""The first bits, without the sign, of what is no finite number."""
+
 _Ranges = list[tuple[int, int]]
 """[start, stop) on each axis."""
 
 
-def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap, mesh: Mesh | None = None) -> Params:
+def load_params(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    tensors: TensorMap,
+    mesh: Mesh | None = None,
+    check_finite: bool = True,
+) -> Params:
     """Every parameter, in the dtype of the configuration, on the default device or over a mesh.
 
     Each shard is a slice of the mapped file, read by several threads and put on its device; replicas of it are
@@ -54,9 +67,10 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
       config: the model; `config.dtype` may differ from the checkpoint's.
       tensors: where the family keeps each parameter.
       mesh: as `make_mesh` returns it, or None for the default device.
+      check_finite: whether to refuse what is not finite.
 
     Raises:
-      CheckpointError: a value that float16 cannot hold.
+      CheckpointError: a value that is not finite, or that the parameter's dtype cannot hold.
       ValueError: a parameter that the mesh does not divide; nothing has been read then.
     """
     tree = specs_read(config, tensors, 1 if mesh is None else mesh.shape["tensor"])
@@ -68,7 +82,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
 
     def load(shard: _Shard) -> list[jax.Array]:
         spec = specs[shard.parameter]
-        host = read_parameter(checkpoint, spec, tensors[names[shard.parameter]], shard.index, readers)
+        host = read_parameter(checkpoint, spec, tensors[names[shard.parameter]], shard.index, readers, check_finite)
         with jax.default_device(default):
             arrays = [jax.device_put(host, device) for device in shard.devices]
         # Transfers are queued: without waiting, the host would hold more than is accounted for.
@@ -98,7 +112,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMap,
     missing = collections.Counter(shard.parameter for shard in shards)
     finished = []
     limit = max(spec.nbytes for spec in specs)
-    title, total = f"loading {checkpoint.directory.name}", sum(map(bytes_of, shards))
+    title, total = f"loading {model_name(checkpoint.directory)}", sum(map(bytes_of, shards))
     # Readers of their own: shards that wait for their blocks must not take the threads that read them.
     with ThreadPoolExecutor(THREADS, "ridgeline-read") as readers, progress(title, total) as bar:
         for shard, loaded in _in_parallel(load, shards, limit):
@@ -146,6 +160,7 @@ def read_parameter(
     pieces: tuple[Piece, ...],
     index: tuple[slice, ...],
     pool: ThreadPoolExecutor | None = None,
+    check_finite: bool = True,
 ) -> np.ndarray:
     """A slice of one parameter, in the parameter's dtype: only the bytes of that slice are read.
 
@@ -155,20 +170,21 @@ def read_parameter(
       pieces: where its parts lie in the checkpoint.
       index: one slice an axis, of step 1, such as `jax.make_array_from_callback` asks for.
       pool: threads that share the reading of a large slice.
+      check_finite: whether to refuse what is not finite.
 
     Returns:
       An array of its own memory, never a view of the file: XLA:CPU aliases the arrays that it is given where they are
       aligned, as this one is, and parameters must not change or vanish with the file.
 
     Raises:
-      CheckpointError: a value that float16 cannot hold.
+      CheckpointError: a value that is not finite, or that the parameter's dtype cannot hold.
       ValueError: an index that is not one slice of step 1 an axis, or pieces that do not cover the slice.
     """
     wanted = _ranges(index, spec.shape)
     out = _aligned(tuple(stop - start for start, stop in wanted), jax.numpy.dtype(spec.dtype))
 
     def fill(block: _Ranges) -> None:
-        _fill(out[_within(block, wanted)], checkpoint, spec, pieces, block)
+        _fill(out[_within(block, wanted)], checkpoint, spec, pieces, block, check_finite)
 
     blocks = _blocks(wanted, out.itemsize)
     if pool is None or len(blocks) == 1:
@@ -179,7 +195,14 @@ def read_parameter(
     return out
 
 
-def _fill(out: np.ndarray, checkpoint: Checkpoint, spec: ParamSpec, pieces: tuple[Piece, ...], wanted: _Ranges) -> None:
+def _fill(
+    out: np.ndarray,
+    checkpoint: Checkpoint,
+    spec: ParamSpec,
+    pieces: tuple[Piece, ...],
+    wanted: _Ranges,
+    check_finite: bool,
+) -> None:
     """Read the ranges `wanted` of a parameter into `out`, which has their shape."""
     filled = 0
     for piece in pieces:
@@ -195,25 +218,59 @@ def _fill(out: np.ndarray, checkpoint: Checkpoint, spec: ParamSpec, pieces: tupl
             part = tensor[slice(*piece.rows)].reshape(sizes)[_within(shared, region)]
         else:
             part = tensor.reshape(sizes)[_within(shared, region)]
-        target = out[_within(shared, wanted)]
-        if part.dtype == target.dtype:
-            # numpy copies bfloat16, which is not its own, one element at a time and without letting other threads run.
-            bits = f"u{target.itemsize}"
-            target.view(bits)[...] = part.view(bits)
-        else:
-            with np.errstate(over="ignore"):
-                target[...] = part
-        if out.dtype == np.float16 and part.dtype != np.float16 and np.isinf(target).any():
-            raise CheckpointError(
-                f"{checkpoint.tensors[piece.tensor].file}: tensor {piece.tensor!r} holds values beyond float16's "
-                "65504; load it with dtype bfloat16 or float32"
-            )
+        checks = check_finite or out.dtype == np.float16 != part.dtype
+        for source, target in _pieces(part, out[_within(shared, wanted)]):
+            _copy(source, target)
+            if checks and not _is_finite(target):
+                raise _not_finite(checkpoint.tensors[piece.tensor].file, piece.tensor, source, target)
         filled += part.size
     if filled != out.size:
         raise ValueError(
             f"{[piece.tensor for piece in pieces]} cover {filled} of the {out.size} elements that were asked of a "
             f"parameter of shape {spec.shape}; the family's tensor map is wrong"
         )
+
+
+def _pieces(source: np.ndarray, target: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Both arrays in steps of about CACHED bytes."""
+    if target.nbytes <= CACHED:
+        yield source, target
+    elif (step := len(target) * CACHED // target.nbytes) > 1:
+        for start in range(0, len(target), step):
+            yield source[start : start + step], target[start : start + step]
+    else:
+        for row, target_row in zip(source, target, strict=True):
+            yield from _pieces(row, target_row)
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    if source.dtype == target.dtype:
+        # numpy copies bfloat16, which is not its own, one element at a time and without letting other threads run.
+        bits = f"u{target.itemsize}"
+        target.view(bits)[...] = source.view(bits)
+    else:
+        with np.errstate(over="ignore"):
+            target[...] = source
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Whether no value is infinite or no number; by the largest of its bits, which numpy finds at the cache's speed."""
+    first = _NOT_FINITE.get(values.dtype.name)
+    if first is None or not values.size:
+        return True
+    signed, unsigned = values.view(f"i{values.itemsize}"), values.view(f"u{values.itemsize}")
+    sign = 1 << 8 * values.itemsize - 1
+    return bool(signed.max() < first and unsigned.max() < sign | first)
+
+
+def _not_finite(file: Path, tensor: str, source: np.ndarray, target: np.ndarray) -> CheckpointError:
+    if _is_finite(source):
+        dtype = target.dtype.name
+        most = "float16's 65504; load it with dtype bfloat16 or float32"
+        what = f"values beyond {most if dtype == 'float16' else f'{dtype}; load it with dtype float32'}"
+    else:
+        what = "NaN or infinite values; fetch it again, or load it as it is with check_finite=False"
+    return CheckpointError(f"{file}: tensor {tensor!r} holds {what}")
 
 
 def _unpacked(checkpoint: Checkpoint, piece: Piece, sizes: list[int], wanted: tuple[slice, ...]) -> np.ndarray:

@@ -14,12 +14,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .files import CheckpointError, listing, parse_object, read_object
+from ..fields import Fields, object_of, shortened, text
+from .files import CheckpointError, check_file, decode, is_there, listing, parse_object, read_object
 from .kinds import other_kind
 from .settings import QUANTIZATION
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEADER = 100_000_000
+"""Bytes that a header may have, by the format."""
+AXES = 8
+"""That a tensor may have; none that is read has more than three."""
 
 FLOATS = {"F32": np.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": np.dtype("float16")}
 """The element types of parameters and of scales, by their names in the header."""
@@ -78,12 +83,12 @@ class Checkpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         single, index = directory / SINGLE, directory / INDEX
-        if single.exists():
+        if is_there(single):
             self.files, weight_map = (single,), {}
-        elif index.exists():
-            weight_map = _weight_map(index)
+        elif is_there(index):
+            weight_map = read_index(index)
             shards = sorted(set(weight_map.values()))
-            self.files = tuple(directory / shard for shard in shards if (directory / shard).is_file())
+            self.files = tuple(directory / shard for shard in shards if is_there(directory / shard))
             if not self.files:
                 raise CheckpointError(f"{index} names shards that are not there: {listing(shards)}; {_FETCH}")
         else:
@@ -107,7 +112,7 @@ class Checkpoint:
         """Raise `CheckpointError` if the index names one of these tensors and it is not there."""
         index, missing = self.directory / INDEX, [name for name in names if name in self.absent]
         shards = sorted({self.absent[name] for name in missing})
-        gone = [shard for shard in shards if not (self.directory / shard).is_file()]
+        gone = [shard for shard in shards if not is_there(self.directory / shard)]
         if gone:
             raise CheckpointError(f"{index} names shards that are not there: {listing(gone)}; {_FETCH}")
         if missing:
@@ -166,13 +171,14 @@ def check_dtype(name: str, info: TensorInfo, wanted: Collection[str], quantized:
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f'{index} has no "weight_map" from tensor names to shard files; {_REFETCH}')
+def read_index(index: Path) -> dict[str, str]:
+    """The shard of every tensor that an index names."""
+    weight_map = Fields(read_object(index), {"weight_map": object_of(text, least=1)}, str(index))["weight_map"]
     for shard in weight_map.values():
         if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names the shard {shard!r}; a shard must lie in the index's own directory")
+            raise CheckpointError(
+                f"{index} names the shard {shortened(shard)}; a shard must lie in the index's own directory"
+            )
     return weight_map
 
 
@@ -200,8 +206,8 @@ def _no_weights(directory: Path) -> str:
 
 
 def _open(file: Path) -> tuple[np.ndarray, dict[str, TensorInfo]]:
+    size = check_file(file)
     try:
-        size = file.stat().st_size
         data = np.memmap(file, np.uint8, "r") if size else None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
@@ -215,7 +221,12 @@ def _open(file: Path) -> tuple[np.ndarray, dict[str, TensorInfo]]:
             f"{file} announces a header of {length} bytes, but only {size - 8} follow; "
             "it is no safetensors file or was cut short, fetch it again"
         )
-    header = parse_object(bytes(data[8 : 8 + length]), f"the header of {file}")
+    if length > HEADER:
+        raise CheckpointError(
+            f"{file} announces a header of {length} bytes, more than the {HEADER} that the format allows; {_REFETCH}"
+        )
+    what = f"the header of {file}"
+    header = parse_object(decode(bytes(data[8 : 8 + length]), what), what)
     header.pop("__metadata__", None)
     tensors = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
     _check_layout(file, tensors, 8 + length, size)
@@ -224,14 +235,14 @@ def _open(file: Path) -> tuple[np.ndarray, dict[str, TensorInfo]]:
 
 def _entry(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if (
-            all(type(n) is int and n >= 0 for n in shape) and 0 <= start <= stop
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
+            len(shape) <= AXES and all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and start <= stop
         ):
             pass
         case _:
             raise CheckpointError(
-                f"the header of {file} describes tensor {name!r} as {entry}, expected a dtype, a shape and two "
-                f"ascending data_offsets; {_REFETCH}"
+                f"the header of {file} describes tensor {name!r} as {shortened(entry)}, expected a dtype, a shape "
+                f"of at most {AXES} whole numbers and two ascending data_offsets; {_REFETCH}"
             )
     if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise CheckpointError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .files import read_object
+from .files import is_there, read_object
 
 QUANTIZATION = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """What AutoGPTQ, AutoAWQ and ModelOpt write beside a config.json that does not say it."""
@@ -17,7 +17,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     config = read_object(directory / "config.json")
     if config.get("quantization_config") is None and config.get("compression_config") is None:
-        for name in QUANTIZATION:
-            if (directory / name).exists():
-                return config | {"quantization_config": {**read_object(directory / name), "file": name}}
+        for file in map(directory.joinpath, QUANTIZATION):
+            if is_there(file):
+                return config | {"quantization_config": {**read_object(file), "file": file.name}}
     return config

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .description import INCOMPLETE
-from .files import CheckpointError
+from .files import CheckpointError, is_there
 
 BESIDE = (
     "generation_config.json",
@@ -57,5 +57,5 @@ def copy_small_files(source: Path, target: Path, names: Iterable[str]) -> None:
     for name in names:
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name)
-        elif (source / name).exists():
+        elif is_there(source / name):
             shutil.copyfile(source / name, target / name)

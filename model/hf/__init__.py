@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: one small file a family, and the look-up over them."""
 
 from ..config import ModelConfig
+from ..fields import CheckpointError, Fields
 from . import gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3
 from .family import Family, HFConfig, Piece, TensorMap
 from .multimodal import ARCHITECTURES as MULTIMODAL
@@ -14,26 +15,30 @@ FAMILIES: dict[str, Family] = {
 """Every supported family, by name."""
 
 
-def config_from_hf(hf_config: HFConfig) -> ModelConfig:
+def config_from_hf(hf_config: HFConfig, file: str = "config.json") -> ModelConfig:
     """The model that a checkpoint's config.json describes, of a multimodal one the text decoder.
 
     Args:
       hf_config: its contents, as `json.load` returns them.
+      file: its name, for errors.
 
     Returns:
       The configuration, in the dtype that config.json states (float32 where it states none), with the weights quantized
       that it says are; the dtype of their scales, which it does not say, is the usual one.
 
     Raises:
-      ValueError: the architecture, or something that the config asks of it, is not supported, or a key is missing.
+      CheckpointError: the architecture, or something that the config asks of it, is not supported, a field is missing,
+        or one is of the wrong type or out of range.
     """
-    hf_config = text_part(hf_config)
-    family = _family_for(hf_config)
-    for key in ("rope_scaling", "rope_parameters"):
-        if hf_config.get(key) is not None and not isinstance(hf_config[key], dict):
-            raise ValueError(f"{key} in config.json is {hf_config[key]!r}; it must be an object or null")
-    config = family.config(hf_config)
-    return config.replace(quantization=stored_quantization(hf_config, config, family.tensors(config)))
+    hf = text_part(hf_config, file)
+    try:
+        family = _family_for(hf)
+        config = family.config(hf)
+        return config.replace(quantization=stored_quantization(hf, config, family.tensors(config)))
+    except CheckpointError:
+        raise
+    except ValueError as error:  # of fields that do not go together
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def tensors_of(config: ModelConfig, hf_config: HFConfig, kv_replicas: int = 1) -> TensorMap:
@@ -58,9 +63,9 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.family]
 
 
-def _family_for(hf: HFConfig) -> Family:
+def _family_for(hf: Fields) -> Family:
     families = FAMILIES.values()
-    stated = hf.get("architectures") or []
+    stated = hf.get("architectures", ())
     if stated:
         # A bare decoder, such as "LlamaModel", is saved without its head and under other names, which are looked for.
         heads = [name.removesuffix("Model") + "ForCausalLM" for name in stated if name.endswith("Model")]
@@ -69,7 +74,7 @@ def _family_for(hf: HFConfig) -> Family:
         supported += [name for name in MULTIMODAL if name.endswith("Generation")]
     else:
         found = [f for f in families if hf.get("model_type") in f.model_types]
-        what = f"config.json names no architecture, and its model_type {hf.get('model_type')!r}"
+        what = f"no architecture is named, and the model_type {hf.get('model_type')!r}"
         supported = [name for f in families for name in f.model_types]
     if not found:
         raise ValueError(f"{what} is not supported; supported: {', '.join(supported)}")

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from ..fields import Fields
 from ..schemes import Scheme
 from . import packing
-from .family import HFConfig, Implied, Piece
+from .family import Implied, Piece
 from .gptq import order_part, ordered
-from .stored import REMEDY, Stored, aliases, beside, block, group_size, only, part, where
+from .stored import REMEDY, Stored, aliases, beside, group_size, only, part
 
 _FORMATS: dict[str, tuple[dict[str, tuple[Any, ...]], tuple[str, ...]]] = {
     "pack-quantized": ({"num_bits": (4, 8), "type": ("int",)}, ("group", "channel")),
@@ -26,14 +27,11 @@ _FORMATS: dict[str, tuple[dict[str, tuple[Any, ...]], tuple[str, ...]]] = {
 """What the weights of each format must be, and what may share a scale."""
 
 
-def compressed_tensors(settings: HFConfig) -> Stored:
+def compressed_tensors(settings: Fields) -> Stored:
     """How matrices are stored by settings of compressed-tensors."""
     only(settings, "transform_config", {})
-    if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        only(settings, "sparsity_config")
-    groups = settings.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise ValueError(f"{where(settings, 'config_groups')} is {groups!r}; it must name one or more groups")
+    only(settings.object("sparsity_config"), "format", "dense")
+    groups = settings["config_groups"]
     read = [_group(group, group.get("format") or settings.get("format")) for group in groups.values()]
     if any(other[:3] != read[0][:3] for other in read):
         raise ValueError(
@@ -62,12 +60,12 @@ def plain_parts(scales: str, per_tensor: bool, scheme: Scheme, piece: Piece, ste
     return parts
 
 
-def _group(group: HFConfig, form: str | None) -> tuple[Scheme, bool, bool, list[str]]:
+def _group(group: Fields, form: str | None) -> tuple[Scheme, bool, bool, tuple[str, ...]]:
     """The scheme of a group, whether a whole tensor shares a scale, whether it is packed, and whom it is for."""
-    weights = {"num_bits": 8, "type": "int", "symmetric": True} | (group.get("weights") or {})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True} | group.object("weights")
     if form == "naive-quantized":
         form = f"{weights['type']}-quantized"
-    only({"format": form or "dense"}, "format", *_FORMATS)
+    only(group | {"format": form or "dense"}, "format", *_FORMATS)
     required, strategies = _FORMATS[form]
     for key, values in required.items():
         only(weights, key, *values)
@@ -76,8 +74,8 @@ def _group(group: HFConfig, form: str | None) -> tuple[Scheme, bool, bool, list[
     only(group, "output_activations")
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    only({"strategy": strategy}, "strategy", *strategies)
-    rows, columns = block(weights, "block_structure") if strategy == "block" else (1, None)
+    only(weights | {"strategy": strategy}, "strategy", *strategies)
+    rows, columns = weights["block_structure"] if strategy == "block" else (1, None)
     scheme = Scheme(
         {4: "int4", 8: "int8" if weights["type"] == "int" else "float8_e4m3fn"}[weights["num_bits"]],
         group=group_size(weights) if strategy == "group" else columns,
@@ -86,13 +84,13 @@ def _group(group: HFConfig, form: str | None) -> tuple[Scheme, bool, bool, list[
         scale_dtype="bfloat16",
         sorted_inputs=weights.get("actorder") == "group",
     )
-    inputs = group.get("input_activations")
+    inputs = group.object("input_activations")
     # Only these products are made in 8 bits; for the others activations are kept as they are, which is closer.
     if inputs and scheme.scales_outputs and form != "pack-quantized":
         dynamic = bool(inputs.get("dynamic"))
         one_scale = inputs.get("symmetric", True) and inputs.get("strategy") in (None, "tensor")
         scheme = dataclasses.replace(scheme, dynamic=dynamic, static=one_scale and not dynamic)
-    return scheme, strategy == "tensor", form == "pack-quantized", group.get("targets") or []
+    return scheme, strategy == "tensor", form == "pack-quantized", group.get("targets", ())
 
 
 def _matches(module: str, names: Iterable[str]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..config import ModelConfig
+from ..fields import Fields
 
 HFConfig = Mapping[str, Any]
 """The contents of a checkpoint's config.json."""
@@ -87,5 +88,5 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     model_types: tuple[str, ...]
-    config: Callable[[HFConfig], ModelConfig]
+    config: Callable[[Fields], ModelConfig]
     tensors: Callable[[ModelConfig], TensorMap]

@@ -7,28 +7,28 @@ vllm/model_executor/layers/quantization/modelopt.py.
 import functools
 from collections.abc import Iterable
 
+from ..fields import Fields
 from ..schemes import Scheme
 from .compressed import plain_parts
-from .family import HFConfig
-from .stored import Stored, all_layers_but, block, only
+from .stored import Stored, all_layers_but, only
 
 
-def fp8(settings: HFConfig) -> Stored:
+def fp8(settings: Fields) -> Stored:
     """How matrices are stored; activations are not rounded for products with blocks, which is closer."""
     only(settings, "fmt", "e4m3")
     only(settings, "activation_scheme", "dynamic", "static")
     skipped = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or ()
-    if settings.get("weight_block_size") is None:
+    if "weight_block_size" not in settings:
         return _with_one_scale(skipped, settings.get("activation_scheme"))
-    rows, columns = block(settings, "weight_block_size")
+    rows, columns = settings["weight_block_size"]
     parts = functools.partial(plain_parts, "weight_scale_inv", False)
     return Stored(Scheme("float8_e4m3fn", group=columns, rows=rows), all_layers_but(skipped), parts)
 
 
-def modelopt(settings: HFConfig) -> Stored:
+def modelopt(settings: Fields) -> Stored:
     """How matrices are stored by settings of ModelOpt, which its own file keeps under "quantization"."""
-    inner = {**settings, **(settings.get("quantization") or {})}
-    only({**inner, "quant_algo": inner.get("quant_algo") or "none"}, "quant_algo", "FP8")
+    inner = settings | settings.object("quantization").values
+    only(inner | {"quant_algo": inner.get("quant_algo", "none")}, "quant_algo", "FP8")
     return _with_one_scale(inner.get("exclude_modules") or inner.get("ignore") or (), "static")
 
 

@@ -3,8 +3,9 @@
 from typing import Any
 
 from ..config import ModelConfig
-from .common import decoder_config, layer_types, layer_windows, number, optional_number, refuse
-from .family import Family, HFConfig
+from ..fields import Fields
+from .common import decoder_config, layer_types, layer_windows
+from .family import Family
 from .tensors import decoder_tensors
 
 DEFAULTS = {
@@ -21,26 +22,26 @@ DEFAULTS = {
 }
 
 
-def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
+def config(hf: Fields) -> ModelConfig:
+    hf = DEFAULTS | hf
     windows = layer_windows(hf, layer_types(hf, lambda index: index % 2 == 0))
-    cap = optional_number(hf, "attn_logit_softcapping")
+    cap = hf.get("attn_logit_softcapping")
     return decoder_config("gemma2", hf, windows=windows, attn_soft_cap=cap, **gemma_fields(hf))
 
 
-def gemma_fields(hf: HFConfig) -> dict[str, Any]:
+def gemma_fields(hf: Fields) -> dict[str, Any]:
     """What Gemma 2 and 3 share."""
-    refuse(hf, "use_bidirectional_attention", (False,), "only causal decoders are")
-    bias = bool(hf.get("attention_bias"))
+    hf.only("use_bidirectional_attention", (False,), "only causal decoders are")
+    bias = hf.get("attention_bias", False)
     return {
         "activation_key": "hidden_activation",
         "norm_position": "sandwich",
         "norm_offset": 1.0,
         "qkv_bias": bias,
         "out_bias": bias,
-        "embed_scale": number(hf, "hidden_size") ** 0.5,
-        "query_scale": number(hf, "query_pre_attn_scalar") ** -0.5,
-        "logit_soft_cap": optional_number(hf, "final_logit_softcapping"),
+        "embed_scale": hf["hidden_size"] ** 0.5,
+        "query_scale": hf["query_pre_attn_scalar"] ** -0.5,
+        "logit_soft_cap": hf.get("final_logit_softcapping"),
     }
 
 

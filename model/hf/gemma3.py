@@ -2,8 +2,10 @@
 and a rotary embedding for each of the two types."""
 
 from ..config import ModelConfig
-from .common import FULL, SLIDING, count, decoder_config, head_dim, layer_types, layer_windows, refuse
-from .family import Family, HFConfig
+from ..fields import Fields
+from .common import decoder_config, head_dim, layer_types, layer_windows
+from .declared import FULL, SLIDING
+from .family import Family
 from .gemma2 import gemma_fields
 from .rope import rope_from_hf
 from .tensors import decoder_tensors
@@ -21,15 +23,15 @@ DEFAULTS = {
 }
 
 
-def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
-    refuse(hf, "attn_logit_softcapping", (), "Gemma 3 caps no attention scores")
-    pattern = count(hf, "sliding_window_pattern")
+def config(hf: Fields) -> ModelConfig:
+    hf = DEFAULTS | hf
+    hf.only("attn_logit_softcapping", (), "Gemma 3 caps no attention scores")
+    pattern = hf["sliding_window_pattern"]
     types = layer_types(hf, lambda index: (index + 1) % pattern != 0)
 
-    by_type = hf.get("rope_parameters") or {}
-    full = {**(by_type.get(FULL) or {}), **(hf.get("rope_scaling") or {})}
-    sliding = {"rope_theta": hf.get("rope_local_base_freq") or 10_000.0, **(by_type.get(SLIDING) or {})}
+    by_type = hf.object("rope_parameters")
+    full = by_type.object(FULL).values | hf.object("rope_scaling")
+    sliding = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)} | by_type.object(SLIDING)
     ropes = {
         FULL: rope_from_hf(hf, full, head_dim(hf), default_theta=1_000_000.0),
         SLIDING: rope_from_hf(hf, sliding, head_dim(hf)),
@@ -40,7 +42,7 @@ def config(hf: HFConfig) -> ModelConfig:
         windows=layer_windows(hf, types),
         ropes=[ropes[kind] for kind in types],
         qk_norm="head",
-        max_position=count(hf, "max_position_embeddings"),  # stated with its scaling
+        max_position=hf["max_position_embeddings"],  # stated with its scaling
         **gemma_fields(hf),
     )
 

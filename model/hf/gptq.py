@@ -10,19 +10,20 @@ import math
 
 import numpy as np
 
+from ..fields import Fields
 from ..quantization import ZERO_NIBBLE
 from ..schemes import Scheme
 from . import packing
-from .family import HFConfig, Implied, Piece
+from .family import Implied, Piece
 from .stored import REMEDY, Stored, all_layers_but, beside, group_size, is_within, only, part
 
 
-def awq(settings: HFConfig) -> Stored:
+def awq(settings: Fields) -> Stored:
     """How matrices are stored by settings of AutoAWQ; the older ones say w_bit and q_group_size."""
     bits, size = ("w_bit", "q_group_size") if "w_bit" in settings else ("bits", "group_size")
     only(settings, bits, 4)
     version = (settings.get("version") or settings.get("format") or "gemm").lower()
-    only({**settings, "version": version}, "version", "gemm")
+    only(settings | {"version": version}, "version", "gemm")
     only(settings, "zero_point", True)
     if settings.get("backend") == "llm-awq":  # which packs otherwise
         only(settings, "backend", "autoawq")
@@ -40,24 +41,24 @@ def _awq_parts(scheme: Scheme, piece: Piece, step: int) -> dict[str, Piece]:
     }
 
 
-def gptq(settings: HFConfig) -> Stored:
+def gptq(settings: Fields) -> Stored:
     """How matrices are stored by settings of AutoGPTQ and GPTQModel."""
     only(settings, "bits", 4, 8)
     only(settings, "is_marlin_format", False)
     only(settings, "dynamic", {})  # other settings for some modules
     form = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-    only({**settings, "checkpoint_format": form}, "checkpoint_format", "gptq", "gptq_v2")
+    only(settings | {"checkpoint_format": form}, "checkpoint_format", "gptq", "gptq_v2")
     chosen = [name for names in settings.get("modules_in_block_to_quantize") or () for name in names]
 
     def quantizes(module: str) -> bool:
-        return bool(settings.get("lm_head")) if module == "lm_head" else not chosen or is_within(module, chosen)
+        return settings.get("lm_head", False) if module == "lm_head" else not chosen or is_within(module, chosen)
 
     scheme = Scheme(
         "int4" if settings.get("bits", 4) == 4 else "int8",
         group=group_size(settings),
         zero_points=not settings.get("sym"),
         scale_dtype="float16",
-        sorted_inputs=bool(settings.get("desc_act")) and group_size(settings) is not None,
+        sorted_inputs=settings.get("desc_act", False) and group_size(settings) is not None,
     )
     first_format = form == "gptq"
     parts, dense = (functools.partial(pieces, first_format) for pieces in (_gptq_parts, _gptq_dense))

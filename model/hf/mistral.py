@@ -1,8 +1,10 @@
 """Mistral 7B and Nemo: Llama with a sliding window on every layer (`sliding_window`; null is none)."""
 
 from ..config import ModelConfig
-from .common import FULL, SLIDING, count, decoder_config, refuse
-from .family import Family, HFConfig
+from ..fields import Fields
+from .common import decoder_config
+from .declared import FULL, SLIDING
+from .family import Family
 from .tensors import decoder_tensors
 
 DEFAULTS = {
@@ -14,12 +16,12 @@ DEFAULTS = {
 }
 
 
-def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
-    layers = count(hf, "num_hidden_layers")
-    window = None if hf["sliding_window"] is None else count(hf, "sliding_window")
-    uniform = [FULL if window is None else SLIDING] * layers
-    refuse(hf, "layer_types", (uniform,), "Mistral's layers are all alike")
+def config(hf: Fields) -> ModelConfig:
+    hf = DEFAULTS | hf
+    layers = hf["num_hidden_layers"]
+    window = hf.get("sliding_window")
+    uniform = (FULL if window is None else SLIDING,) * layers
+    hf.only("layer_types", (uniform,), "Mistral's layers are all alike")
     return decoder_config("mistral", hf, windows=[window] * layers)
 
 

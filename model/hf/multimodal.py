@@ -1,5 +1,7 @@
 """The text decoder inside a multimodal checkpoint's config.json."""
 
+from ..fields import Fields
+from .declared import CONFIG
 from .family import HFConfig
 
 ARCHITECTURES = tuple(
@@ -19,24 +21,23 @@ _SIZES: dict[str, dict[str, int]] = {
 _SHARED = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "pad_token_id", "quantization_config")
 
 
-def is_multimodal(hf: HFConfig) -> bool:
+def is_multimodal(hf_config: HFConfig, file: str = "config.json") -> bool:
     """Whether a config.json is that of a multimodal model whose text part can be read."""
-    return bool(set(hf.get("architectures") or ()) & set(ARCHITECTURES))
+    return bool({*Fields(hf_config, CONFIG, file).get("architectures", ())} & {*ARCHITECTURES})
 
 
-def text_part(hf: HFConfig) -> HFConfig:
+def text_part(hf_config: HFConfig, file: str = "config.json") -> Fields:
     """config.json of the text decoder alone, which is the whole of a text model's.
 
     Whether its embeddings are tied, old and new files say differently: the stored tensors tell.
 
     Raises:
-      ValueError: a multimodal model's config.json without a `text_config`.
+      CheckpointError: a multimodal model's config.json without a `text_config`.
     """
-    if not is_multimodal(hf):
+    hf = Fields(hf_config, CONFIG, file)
+    if not is_multimodal(hf_config, file):
         return hf
-    text = hf.get("text_config")
-    if not isinstance(text, dict):
-        raise ValueError(f"text_config in config.json is {text!r}; {hf['architectures'][0]} needs it, an object")
-    shared = {key: hf[key] for key in _SHARED if hf.get(key) is not None}
-    tied = {key: hf[key] for key in ("tie_word_embeddings",) if key in hf}
-    return {**_SIZES.get(text.get("model_type"), {}), **text, **shared, **tied, "architectures": None}
+    text = Fields(hf["text_config"].values, CONFIG, file, "text_config.")
+    shared = {key: hf_config[key] for key in _SHARED if key in hf}
+    tied = {key: hf_config[key] for key in ("tie_word_embeddings",) if key in hf_config}
+    return _SIZES.get(text.get("model_type", ""), {}) | text | shared | tied | {"architectures": None}

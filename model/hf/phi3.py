@@ -2,22 +2,23 @@
 embeddings and longrope."""
 
 from ..config import ModelConfig
-from .common import count, decoder_config, head_dim, number, rope_parameters
-from .family import Family, HFConfig, Piece, TensorMap
+from ..fields import Fields
+from .common import decoder_config, head_dim, rope_parameters
+from .family import Family, Piece, TensorMap
 from .rope import rope_from_hf
 from .tensors import decoder_tensors, whole
 
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None}
 
 
-def config(hf: HFConfig) -> ModelConfig:
-    hf = {**DEFAULTS, **hf}
-    layers = count(hf, "num_hidden_layers")
-    window = None if hf["sliding_window"] is None else count(hf, "sliding_window")
+def config(hf: Fields) -> ModelConfig:
+    hf = DEFAULTS | hf
+    layers = hf["num_hidden_layers"]
+    window = hf.get("sliding_window")
     parameters = rope_parameters(hf)
     if "short_factor" in parameters:
-        parameters = {**parameters, "rope_type": "longrope"}  # early revisions call it "su" or "yarn"
-    fraction = number({"partial_rotary_factor": 1.0, **hf, **parameters}, "partial_rotary_factor")
+        parameters = parameters | {"rope_type": "longrope"}  # early revisions call it "su" or "yarn"
+    fraction = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
     rope = rope_from_hf(hf, parameters, int(head_dim(hf) * fraction))
     return decoder_config("phi3", hf, windows=[window] * layers, ropes=[rope] * layers)
 

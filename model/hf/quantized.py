@@ -11,16 +11,18 @@ import jax
 import numpy as np
 
 from ..config import ModelConfig
+from ..fields import CheckpointError, Fields
 from ..params import ParamSpec, float_specs, param_name
 from ..schemes import Quantization
 from . import packing
 from .compressed import compressed_tensors
-from .family import HFConfig, Implied, Piece, TensorMap
+from .declared import QUANTIZATION
+from .family import Implied, Piece, TensorMap
 from .fp8 import fp8, modelopt
 from .gptq import awq, gptq
-from .stored import REMEDY, Stored, where
+from .stored import REMEDY, Stored
 
-_METHODS: dict[str, Callable[[HFConfig], Stored]] = {
+_METHODS: dict[str, Callable[[Fields], Stored]] = {
     "compressed-tensors": compressed_tensors,
     "awq": awq,
     "gptq": gptq,
@@ -29,7 +31,7 @@ _METHODS: dict[str, Callable[[HFConfig], Stored]] = {
 }
 
 
-def stored_quantization(hf: HFConfig, config: ModelConfig, floats: TensorMap) -> Quantization | None:
+def stored_quantization(hf: Fields, config: ModelConfig, floats: TensorMap) -> Quantization | None:
     """Which parameters a checkpoint holds quantized, and how; None where config.json says nothing of it.
 
     Args:
@@ -49,7 +51,7 @@ def stored_quantization(hf: HFConfig, config: ModelConfig, floats: TensorMap) ->
     return Quantization(stored.scheme, stored.scheme if output else None, skip)
 
 
-def stored_tensors(hf: HFConfig, config: ModelConfig, floats: TensorMap) -> TensorMap:
+def stored_tensors(hf: Fields, config: ModelConfig, floats: TensorMap) -> TensorMap:
     """Where a checkpoint keeps each parameter, and each part of those that it holds quantized.
 
     Args:
@@ -78,7 +80,7 @@ def stored_tensors(hf: HFConfig, config: ModelConfig, floats: TensorMap) -> Tens
     return tensors
 
 
-def in_other_orders(hf: HFConfig, tensors: TensorMap, get: Callable[[str], np.ndarray | None]) -> tuple[str, ...]:
+def in_other_orders(hf: Fields, tensors: TensorMap, get: Callable[[str], np.ndarray | None]) -> tuple[str, ...]:
     """The parameters that have to be kept as floats: the inputs of their matrices are sorted in different orders.
 
     Args:
@@ -147,24 +149,22 @@ def _is_stored(stored: Stored, name: str, floats: TensorMap) -> bool:
     return not left
 
 
-def _stored(hf: HFConfig) -> Stored | None:
-    settings = hf.get("quantization_config")
-    if settings is None:
-        settings = hf.get("compression_config")  # the oldest checkpoints of compressed-tensors
+def _stored(hf: Fields) -> Stored | None:
+    settings = hf.get("quantization_config", hf.get("compression_config"))  # the oldest of compressed-tensors
     if settings is None:
         return None
-    if not isinstance(settings, dict):
-        raise ValueError(f"quantization_config in config.json is {settings!r}; it must be an object or null")
+    if "file" in settings:
+        settings = Fields(settings.values, QUANTIZATION, f"{settings['file']} beside {hf.file}")
     method = settings.get("quant_method") or _method(settings)
     if method not in _METHODS:
-        raise ValueError(
-            f"{where(settings, 'quant_method')} is {method!r}, which is not supported; supported: "
+        raise CheckpointError(
+            f"{settings.file}: {settings.name('quant_method')} is {method!r}, which is not supported; supported: "
             f"{', '.join(_METHODS)}; {REMEDY}"
         )
     return _METHODS[method](settings)
 
 
-def _method(settings: HFConfig) -> str | None:
+def _method(settings: Fields) -> str | None:
     """The method of settings that do not name it, by keys that no other's have."""
     if "config_groups" in settings:
         return "compressed-tensors"
@@ -174,4 +174,4 @@ def _method(settings: HFConfig) -> str | None:
         return "awq"
     if "desc_act" in settings or "sym" in settings:
         return "gptq"
-    return "mlx" if settings.keys() >= {"bits", "group_size"} else None
+    return "mlx" if "bits" in settings and "group_size" in settings else None

@@ -7,13 +7,13 @@ Before transformers 5: `rope_theta` at the top of config.json and the rest in `r
 import math
 from typing import Any
 
-from ..config import ROPE_KINDS, RopeConfig
-from .family import HFConfig
+from ..config import RopeConfig
+from ..fields import Fields
 
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def rope_from_hf(hf: HFConfig, parameters: HFConfig, rotary_dim: int, default_theta: float = 10_000.0) -> RopeConfig:
+def rope_from_hf(hf: Fields, parameters: Fields, rotary_dim: int, default_theta: float = 10_000.0) -> RopeConfig:
     """The rotary embedding that `parameters` describe.
 
     Args:
@@ -25,47 +25,42 @@ def rope_from_hf(hf: HFConfig, parameters: HFConfig, rotary_dim: int, default_th
     Raises:
       ValueError: the kind is not supported, or lacks a parameter.
     """
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"RoPE kind {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-
-    outer = {key: hf.get(key) for key in ("rope_theta", "max_position_embeddings", _ORIGINAL)}
-    given = {"rope_theta": default_theta, **_not_null(outer), **_not_null(parameters)}
-    if hf.get(_ORIGINAL) is not None:
-        given[_ORIGINAL] = hf[_ORIGINAL]  # Phi-3 states it at the top, where it takes precedence
-
+    kind = parameters.get("rope_type") or parameters.get("type", "default")
+    given = parameters | {
+        "max_position_embeddings": parameters.get("max_position_embeddings", hf.get("max_position_embeddings")),
+        _ORIGINAL: hf.get(
+            _ORIGINAL, parameters.get(_ORIGINAL)
+        ),  # Phi-3 states it at the top, where it takes precedence
+    }
     fields: dict[str, Any] = {}
     match kind:
         case "linear":
-            fields = _numbers(given, kind, "factor")
+            fields = {"factor": given["factor"]}
         case "dynamic":
-            fields = _numbers(given, kind, "factor")
-            fields["original_max_position"] = int(_number(given, kind, "max_position_embeddings"))
+            fields = {"factor": given["factor"], "original_max_position": given["max_position_embeddings"]}
         case "llama3":
-            fields = _numbers(given, kind, "factor", "low_freq_factor", "high_freq_factor")
-            fields["original_max_position"] = int(_number(given, kind, _ORIGINAL))
+            fields = {key: given[key] for key in ("factor", "low_freq_factor", "high_freq_factor")}
+            fields["original_max_position"] = given[_ORIGINAL]
         case "yarn":
             fields = _yarn(given)
         case "longrope":
             fields = _longrope(given)
-    return RopeConfig(rotary_dim=rotary_dim, theta=_number(given, kind, "rope_theta"), kind=kind, **fields)
+    theta = parameters.get("rope_theta", hf.get("rope_theta", default_theta))
+    return RopeConfig(rotary_dim=rotary_dim, theta=theta, kind=kind, **fields)
 
 
-def _yarn(given: HFConfig) -> dict[str, Any]:
-    original = int(_number({_ORIGINAL: given.get("max_position_embeddings"), **given}, "yarn", _ORIGINAL))
-    factor = _factor(given, "yarn", original)
-    attention = given.get("attention_factor")
-    if attention is None:
-        scale, scale_all = given.get("mscale"), given.get("mscale_all_dim")
-        both = scale and scale_all
-        attention = _yarn_mscale(factor, scale) / _yarn_mscale(factor, scale_all) if both else _yarn_mscale(factor, 1.0)
+def _yarn(given: Fields) -> dict[str, Any]:
+    original = given.get(_ORIGINAL) or given["max_position_embeddings"]
+    factor = _factor(given, original)
+    scale, scale_all = given.get("mscale"), given.get("mscale_all_dim")
+    usual = _yarn_mscale(factor, scale) / _yarn_mscale(factor, scale_all) if scale and scale_all else None
     return {
         "factor": factor,
         "original_max_position": original,
-        "beta_fast": float(given.get("beta_fast") or 32.0),
-        "beta_slow": float(given.get("beta_slow") or 1.0),
-        "truncate": bool(given.get("truncate", True)),
-        "attention_factor": float(attention),
+        "beta_fast": given.get("beta_fast") or 32.0,
+        "beta_slow": given.get("beta_slow") or 1.0,
+        "truncate": given.get("truncate", True),
+        "attention_factor": given.get("attention_factor", usual or _yarn_mscale(factor, 1.0)),
     }
 
 
@@ -73,39 +68,19 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _longrope(given: HFConfig) -> dict[str, Any]:
-    original = int(_number(given, "longrope", _ORIGINAL))
+def _longrope(given: Fields) -> dict[str, Any]:
+    original = given[_ORIGINAL]
     attention = given.get("attention_factor")
     if attention is None:
-        factor = _factor(given, "longrope", original)
+        factor = _factor(given, original)
         attention = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
-    for name in ("short_factor", "long_factor"):
-        if not isinstance(given.get(name), list | tuple):
-            raise ValueError(f"RoPE kind 'longrope' needs {name}, a list of numbers; found {given.get(name)!r}")
     return {
         "original_max_position": original,
-        "short_factor": tuple(map(float, given["short_factor"])),
-        "long_factor": tuple(map(float, given["long_factor"])),
-        "attention_factor": float(attention),
+        "short_factor": given["short_factor"],
+        "long_factor": given["long_factor"],
+        "attention_factor": attention,
     }
 
 
-def _factor(given: HFConfig, kind: str, original: int) -> float:
-    if "factor" in given:
-        return _number(given, kind, "factor")
-    return _number(given, kind, "max_position_embeddings") / original
-
-
-def _not_null(stated: HFConfig) -> dict[str, Any]:
-    return {key: value for key, value in stated.items() if value is not None}
-
-
-def _numbers(given: HFConfig, kind: str, *keys: str) -> dict[str, Any]:
-    return {key: _number(given, kind, key) for key in keys}
-
-
-def _number(given: HFConfig, kind: str, key: str) -> float:
-    value = given.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"RoPE kind {kind!r} needs {key}, a positive number; found {value!r} in config.json")
-    return float(value)
+def _factor(given: Fields, original: int) -> float:
+    return given["factor"] if "factor" in given else given["max_position_embeddings"] / original

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..fields import CheckpointError, Fields
 from ..schemes import Scheme
-from .common import refuse
-from .family import HFConfig, Piece
+from .family import Piece
 
 REMEDY = "load the checkpoint that it was quantized from, with quantize= where it is to be quantized while it is loaded"
 
@@ -28,34 +28,17 @@ class Stored:
     dense: Callable[[Scheme, Piece], Piece] | None = None
 
 
-def only(settings: HFConfig, key: str, *supported: Any) -> None:
-    """Raise ValueError unless a setting is one of those supported, absent, or null."""
-    reason = f"{' or '.join(map(repr, supported)) or 'null'} is; {REMEDY}"
-    refuse(settings, key, supported, reason, where(settings, key))
+def only(settings: Fields, key: str, *supported: Any) -> None:
+    """Raise `CheckpointError` unless a setting is one of those supported, or absent."""
+    settings.only(key, supported, f"{' or '.join(map(repr, supported)) or 'null'} is; {REMEDY}")
 
 
-def where(settings: HFConfig, key: str) -> str:
-    """A setting by its name and file."""
-    return f"{key} in {settings['file']}" if "file" in settings else f"quantization_config.{key} in config.json"
-
-
-def group_size(settings: HFConfig, key: str = "group_size") -> int | None:
+def group_size(settings: Fields, key: str = "group_size") -> int | None:
     """Inputs that share a scale; None is all."""
-    size = settings.get(key)
-    if type(size) is not int or (size <= 0 and size != -1):
-        raise ValueError(f"{where(settings, key)} is {size!r}; it must be positive or -1")
+    size = settings[key]
+    if size == 0:
+        raise CheckpointError(f"{settings.file}: {settings.name(key)} is 0, expected a positive whole number or -1")
     return None if size == -1 else size
-
-
-def block(settings: HFConfig, key: str) -> tuple[int, int]:
-    """Outputs and inputs that share a scale."""
-    match settings.get(key):
-        case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return rows, columns
-    raise ValueError(
-        f"{where(settings, key)} is {settings.get(key)!r}; two positive numbers are supported, such as [128, 128]: "
-        f"{REMEDY}"
-    )
 
 
 def all_layers_but(names: Iterable[str]) -> Callable[[str], bool]:

@@ -13,12 +13,14 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from .functions import function_schema
+from .sandbox import Sandbox
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """What a message's reasoning is called: by most templates, by gpt-oss, by vLLM."""
+_LENGTH = 2**20
+"""Characters of a template; published ones have some ten thousand."""
 _READS_TEXT = re.compile(r"arguments['\"\])]*\s+is\s+string")
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # the space tells whether the template trims the message
 
@@ -39,14 +41,20 @@ class ChatTemplate:
 
     def __init__(self, source: str, name: str):
         self._source, self._name = source, name
+        if len(source) > _LENGTH:
+            raise ValueError(
+                f"chat template {name!r} has {len(source):,} characters, more than the {_LENGTH:,} allowed"
+            )
         try:
             self._template, self.variables = _compiled(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
                 f"chat template {name!r} does not parse at line {error.lineno}: {error.message}"
             ) from error
-        except RecursionError as error:
+        except (RecursionError, SyntaxError) as error:  # SyntaxError of the Python that Jinja makes of it
             raise ValueError(f"chat template {name!r} does not parse: it is nested too deeply") from error
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"chat template {name!r} does not parse: {error}") from error
 
     def render(
         self,
@@ -81,7 +89,7 @@ class ChatTemplate:
 
     def _run(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         try:
-            return self._template.render({**variables, "messages": messages})
+            return _ENVIRONMENT.render(self._template, {**variables, "messages": messages})
         except Exception as error:  # of any kind: filters and tests are functions of Jinja, of json, of Python
             lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if _is_template(frame)]
             where = f" (line {lines[-1]})" if lines else ""
@@ -163,8 +171,8 @@ def _compiled(source: str) -> tuple[jinja2.Template, frozenset[str]]:
     return _ENVIRONMENT.from_string(source), frozenset(variables)
 
 
-def _environment() -> jinja2.Environment:
-    """The environment that transformers renders chat templates in; templates are untrusted, hence the sandbox."""
+def _environment() -> Sandbox:
+    """The environment that transformers renders chat templates in, and bounds besides."""
 
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)
@@ -176,10 +184,12 @@ def _environment() -> jinja2.Environment:
     def strftime_now(format: str) -> str:
         return datetime.datetime.now().strftime(format)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    environment = Sandbox(
+        filters={"tojson": tojson},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationTag, jinja2.ext.loopcontrols],
     )
-    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     return environment

@@ -1,46 +1,77 @@
 """The tokenizer in a checkpoint directory, from all of its files."""
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from ..checkpoint.files import CheckpointError, listing, read_optional
+from ..checkpoint.files import LARGE, CheckpointError, check_file, is_there, listing, read_optional, read_text
+from ..fields import Fields, Kind, an_object, any_of, flag, list_of, object_of, shortened, text, whole
 from .converted import CONVERTED, converted
-from .tokenizer import SPECIAL_TOKENS, Tokenizer
+from .tokenizer import SPECIAL_TOKENS, Tokenizer, backend_errors
 
 CONFIG = "tokenizer_config.json"
 _OTHERS = (*CONVERTED, "tiktoken.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 _ENDS = ("bos_token", "eos_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
+
+def _read_token(value: Any, file: str, name: str) -> AddedToken:
+    fields = _TOKEN_FIELDS.read({"content": value} if isinstance(value, str) else value, file, name)
+    return AddedToken(fields["content"], **{flag: fields[flag] for flag in _FLAGS if flag in fields})
+
+
+_TOKEN_FIELDS = an_object({"content": text, **dict.fromkeys(_FLAGS, flag)})
+_TOKEN = Kind("a text, or an object with content", _read_token)
+_ID = whole(0)
+_EXTRA = any_of(list_of(_TOKEN), object_of(_TOKEN))
+_DECLARED: dict[str, Kind] = {
+    **dict.fromkeys(SPECIAL_TOKENS, _TOKEN),
+    "add_bos_token": flag,
+    "add_eos_token": flag,
+    "split_special_tokens": flag,
+    "tokenizer_class": text,
+    "added_tokens_decoder": object_of(_TOKEN),
+    "extra_special_tokens": _EXTRA,
+    "additional_special_tokens": _EXTRA,
+    "chat_template": any_of(text, list_of(an_object({"name": text, "template": text}))),
+}
+
 _QWEN2 = (  # of models/qwen2/tokenization_qwen2.py of transformers
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def load_tokenizer(directory: Path) -> Tokenizer | None:
+def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory, or None where it has none.
 
     Tokens that only the smaller files name are added to it, in transformers' order and so with its ids, special or not
     as they say.
 
+    Args:
+      directory: of the checkpoint.
+      vocab_size: the model's, which ids lie within; None is any.
+
     Raises:
-      CheckpointError: a file that does not parse, or a tokenizer in files that are not read; naming it and the remedy.
+      CheckpointError: a file that does not parse, a tokenizer in files that are not read, or tokens that the model has
+        no embedding of; naming it and the remedy.
     """
-    stated = read_optional(directory / CONFIG)
+    stated = Fields(read_optional(directory / CONFIG), _DECLARED, str(directory / CONFIG))
     backend = _backend(directory, stated)
     if backend is None:
         return None
     listed, source = _listed_tokens(directory, stated)
-    named, unnamed = _special_tokens(stated, directory / CONFIG)
+    named, unnamed = _special_tokens(stated)
     _add_tokens(backend, listed, [*named.values(), *unnamed])
-    if not (directory / "tokenizer.json").exists():
+    if vocab_size is not None:
+        _check_vocabulary(backend, directory, vocab_size)
+    if not is_there(directory / "tokenizer.json"):
         _add_ends(backend, [named.get(name) if stated.get(f"add_{name}") else None for name in _ENDS])
-    backend.encode_special_tokens = bool(stated.get("split_special_tokens"))
+    backend.encode_special_tokens = stated.get("split_special_tokens", False)
     tokenizer = Tokenizer(
         backend, {name: token.content for name, token in named.items()}, _chat_templates(directory, stated)
     )
@@ -58,24 +89,23 @@ def _say(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _backend(directory: Path, stated: dict[str, Any]) -> tokenizers.Tokenizer | None:
+def _backend(directory: Path, stated: Fields) -> tokenizers.Tokenizer | None:
     file = directory / "tokenizer.json"
-    if file.exists():
-        try:
+    if is_there(file):
+        check_file(file, LARGE)
+        with _damaged(f"{file} is no tokenizer that `tokenizers` reads"):
             return tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # what the Rust side raises is a bare Exception
-            raise CheckpointError(
-                f"{file} is no tokenizer that `tokenizers` reads ({error}); fetch it again"
-            ) from error
     vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
-    others = [name for name in (*_OTHERS, vocabulary.name, merges.name) if (directory / name).exists()]
-    kind = str(stated.get("tokenizer_class")).removesuffix("Fast")
-    if vocabulary.exists() and merges.exists() and kind in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+    others = [name for name in (*_OTHERS, vocabulary.name, merges.name) if is_there(directory / name)]
+    for name in others:
+        check_file(directory / name, LARGE)
+    kind = stated.get("tokenizer_class", "").removesuffix("Fast")
+    if {vocabulary.name, merges.name} <= {*others} and kind in ("GPT2Tokenizer", "Qwen2Tokenizer"):
         return _byte_level(vocabulary, merges, kind)
     reason = ""
     if any(name in CONVERTED for name in others):
         try:
-            return converted(directory, stated)
+            return converted(directory, stated.values)
         except Exception as error:  # of any kind: the files are transformers' to read
             first_line = (str(error).strip() or repr(error)).splitlines()[0]
             reason = f", and it could not be converted ({first_line:.200})"
@@ -89,12 +119,31 @@ def _backend(directory: Path, stated: dict[str, Any]) -> tokenizers.Tokenizer | 
     return None
 
 
+@contextlib.contextmanager
+def _damaged(what: str) -> Iterator[None]:
+    try:
+        with backend_errors(what):
+            yield
+    except ValueError as error:
+        raise CheckpointError(f"{error}; fetch it again") from error
+
+
+def _check_vocabulary(backend: tokenizers.Tokenizer, directory: Path, vocab_size: int) -> None:
+    """Raise `CheckpointError` for tokens beyond a vocabulary; added ones, which Gemma 3 has one of, are said."""
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    beyond = [token for token, id in backend.get_vocab().items() if id >= vocab_size]
+    if not beyond:
+        return
+    what = f"the tokenizer in {directory} has {len(beyond)} tokens beyond the vocab_size {vocab_size} of config.json"
+    if not added.issuperset(beyond):
+        raise CheckpointError(f"{what}, {listing(beyond)}; one of the two belongs to another checkpoint")
+    _say(f"{what}, which no prompt may have: {listing(beyond)}")
+
+
 def _byte_level(vocabulary: Path, merges: Path, kind: str) -> tokenizers.Tokenizer:
     """A tokenizer of byte-level BPE whose files hold only tokens and merges: how text is split is the class's."""
-    try:
+    with _damaged(f"{vocabulary} and {merges} are no BPE"):
         backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # as above
-        raise CheckpointError(f"{vocabulary} and {merges} are no BPE ({error}); fetch them again") from error
     if kind == "Qwen2Tokenizer":
         backend.normalizer = normalizers.NFC()
         split = pre_tokenizers.Split(tokenizers.Regex(_QWEN2), "isolated")
@@ -106,51 +155,42 @@ def _byte_level(vocabulary: Path, merges: Path, kind: str) -> tokenizers.Tokeniz
     return backend
 
 
-def _listed_tokens(directory: Path, stated: dict[str, Any]) -> tuple[dict[int, AddedToken], Path]:
+def _listed_tokens(directory: Path, stated: Fields) -> tuple[dict[int, AddedToken], Path]:
     """The tokens that a file lists by id; special_tokens_map.json is taken into `stated` where it counts.
 
     As in transformers, the two older files count only beside a config that lacks the newer list.
     """
-    file = directory / CONFIG
     if (listed := stated.get("added_tokens_decoder")) is not None:
-        if not isinstance(listed, dict) or not all(id.isdecimal() for id in listed):
-            raise CheckpointError(f"{file}: added_tokens_decoder is {listed!r}, expected an object of ids and tokens")
-        tokens = {int(id): _token(token, file) for id, token in listed.items()}
-        return dict(sorted(tokens.items())), file
-    stated.update(read_optional(directory / "special_tokens_map.json"))
+        if not all(id.isdecimal() and len(id) < 10 for id in listed):
+            raise CheckpointError(f"{stated.file}: added_tokens_decoder has the ids {shortened([*listed])}")
+        return dict(sorted((int(id), token) for id, token in listed.items())), directory / CONFIG
+    stated.values.update(read_optional(directory / "special_tokens_map.json"))
     file = directory / "added_tokens.json"
-    listed = read_optional(file)
-    if not all(type(id) is int for id in listed.values()):
-        raise CheckpointError(f"{file} holds {listed!r:.200}, expected an object of tokens and ids")
-    named, extra = _special_tokens(stated, directory / CONFIG)
+    ids = {
+        text.read(token, str(file), "a token"): _ID.read(id, str(file), token)
+        for token, id in read_optional(file).items()
+    }
+    named, extra = _special_tokens(stated)
     special = {token.content for token in (*named.values(), *extra)}
-    tokens = {id: AddedToken(text, special=text in special) for text, id in listed.items()}
-    return dict(sorted(tokens.items())), file
+    return {
+        id: AddedToken(token, special=token in special) for token, id in sorted(ids.items(), key=lambda i: i[1])
+    }, file
 
 
-def _special_tokens(stated: Mapping[str, Any], file: Path) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The special tokens that have a name, and those that have none."""
-    extra = stated.get("extra_special_tokens") or stated.get("additional_special_tokens") or []
-    if not isinstance(extra, list | Mapping):
-        raise CheckpointError(f"{file}: extra special tokens are {extra!r}, expected a list or an object of tokens")
-    known, more = {}, extra if isinstance(extra, Mapping) else {}
-    for name, value in (*stated.items(), *more.items()):
-        is_token = isinstance(value, str) or (isinstance(value, Mapping) and "content" in value)
-        if is_token and (name in SPECIAL_TOKENS or name in more or name.endswith("_token")):
-            known[name] = _token(value, file, special=True)
-    return known, [_token(value, file, special=True) for value in (() if more else extra)]
-
-
-def _token(value: Any, file: Path, special: bool | None = None) -> AddedToken:
-    """An added token: its text, or an object of its text and flags."""
-    if isinstance(value, str):
-        value = {"content": value}
-    flags = {name: value[name] for name in _FLAGS if name in value} if isinstance(value, Mapping) else {}
-    if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
-        raise CheckpointError(f"{file}: {value!r:.200} is no token, expected a text, or an object with content")
-    if not all(type(flag) is bool for flag in flags.values()):
-        raise CheckpointError(f"{file}: token {value['content']!r} has flags {flags}, expected true or false")
-    return AddedToken(value["content"], **(flags | ({} if special is None else {"special": special})))
+def _special_tokens(stated: Fields) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+    """The special tokens that have a name, and those that have none; in the file's order, from which ids follow."""
+    named = {}
+    for name in stated:
+        if name in SPECIAL_TOKENS and name in stated:
+            named[name] = stated[name]
+        elif name.endswith("_token") and isinstance(stated.values[name], str | Mapping):  # others count or switch
+            named[name] = _TOKEN.read(stated.values[name], stated.file, name)
+    extra = stated.get("extra_special_tokens") or stated.get("additional_special_tokens", ())
+    named |= extra if isinstance(extra, Mapping) else {}
+    unnamed = [] if isinstance(extra, Mapping) else list(extra)
+    for token in (*named.values(), *unnamed):
+        token.special = True
+    return named, unnamed
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, listed: dict[int, AddedToken], special: list[AddedToken]) -> None:
@@ -172,23 +212,14 @@ def _add_ends(backend: tokenizers.Tokenizer, ends: list[AddedToken | None]) -> N
     backend.post_processor = processors.TemplateProcessing(f"{bos} $A:0 {eos}".strip(), special_tokens=tokens)
 
 
-def _chat_templates(directory: Path, stated: Mapping[str, Any]) -> dict[str, str]:
+def _chat_templates(directory: Path, stated: Fields) -> dict[str, str]:
     files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if (directory / "chat_template.jinja").exists():
+    if is_there(directory / "chat_template.jinja"):
         files["default"] = directory / "chat_template.jinja"
     if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return {name: read_text(path) for name, path in files.items()}
     older = directory / "chat_template.json"  # of processors, which multimodal checkpoints have
-    file = directory / CONFIG if stated.get("chat_template") is not None or not older.exists() else older
-    match (stated if file.name == CONFIG else read_optional(older)).get("chat_template"):
-        case None:
-            return {}
-        case str(template):
-            return {"default": template}
-        case [*named] if all(isinstance(t, Mapping) and {"name", "template"} <= set(t) for t in named):
-            return {t["name"]: t["template"] for t in named}
-        case other:
-            raise CheckpointError(
-                f"{file}: chat_template is a {type(other).__name__}, expected a template or a list of objects with "
-                "name and template"
-            )
+    if "chat_template" not in stated:
+        stated = Fields(read_optional(older), _DECLARED, str(older))
+    template = stated.get("chat_template", ())
+    return {"default": template} if isinstance(template, str) else {t["name"]: t["template"] for t in template}

@@ -1,15 +1,28 @@
 """A tokenizer with its special tokens and chat templates."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, no_type_check
 
 import tokenizers
 
+from ..fields import HALF, shortened
 from .chat import ChatTemplate
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that every checkpoint may name; it may name others too, such as "image_token"."""
+
+
+@contextlib.contextmanager
+def backend_errors(what: str) -> Iterator[None]:
+    """Turn what the Rust side raises, bare exceptions and panics, which are not even those, into ValueErrors."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {error}") from error
 
 
 class Tokenizer:
@@ -65,14 +78,22 @@ class Tokenizer:
           text: special tokens written out in it become their ids.
           add_special_tokens: whether the tokenizer adds those it puts around a text, such as a leading BOS; a text that
             begins with that BOS itself, as many chat templates' do, gets no second one.
+
+        Raises:
+          ValueError: half a character (a surrogate) in the text, or words that the tokenizer has no tokens for.
         """
-        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        if half := HALF.search(text):
+            raise ValueError(f"the text has half a character, {half[0]!r}, at {half.start()}: no text in UTF-8 has one")
+        with backend_errors(f"the tokenizer cannot encode {text:.50}{'...' if len(text) > 50 else ''}"):
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         ids, was_added = encoding.ids, encoding.special_tokens_mask
         return ids[1:] if len(ids) > 1 and ids[0] == ids[1] and was_added[:2] == [1, 0] else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that no token has, such as those of a padded vocabulary, give nothing."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        ids = [int(i) for i in ids]
+        with backend_errors(f"the tokenizer cannot decode {shortened(ids)}"):
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @no_type_check  # what is wrong with an argument is told in words
     def apply_chat_template(
