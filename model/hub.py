@@ -6,11 +6,11 @@ from pathlib import Path
 
 from .checkpoint import kinds
 from .checkpoint.files import CheckpointError, is_there
-from .checkpoint.orbax import COPIED
 from .checkpoint.safetensors import INDEX, SINGLE, read_index
 from .checkpoint.settings import QUANTIZATION
+from .checkpoint.writing import BESIDE
 
-FILES = (*COPIED, *QUANTIZATION, INDEX, "model*.safetensors", "additional_chat_templates/*")
+FILES = ("config.json", *BESIDE, *QUANTIZATION, INDEX, "model*.safetensors", "additional_chat_templates/*")
 """What is downloaded of a repository: the files that are read."""
 
 
