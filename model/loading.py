@@ -202,7 +202,7 @@ def convert_model(
 
 def _open(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], ModelConfig]:
     """The directory, its config.json, and what that says."""
-    directory = BUNDLED[path] if isinstance(path, str) and path in BUNDLED else _directory(Path(path).expanduser())
+    directory = BUNDLED[path] if isinstance(path, str) and path in BUNDLED else _directory(os.fspath(path))
     is_converted(directory)  # refuses half a conversion, whose config.json may be absent as well
     config_file = directory / "config.json"
     if not is_there(config_file):
@@ -277,7 +277,8 @@ def dtype_name(dtype: jax.typing.DTypeLike) -> str:
     return name
 
 
-def _directory(path: Path) -> Path:
+def _directory(name: str) -> Path:
+    path = Path(name).expanduser()
     if os.path.isdir(path):  # unlike the path's own method, of a name that is too long too
         return kinds.snapshot(path)
     if os.path.lexists(path):
@@ -285,11 +286,11 @@ def _directory(path: Path) -> Path:
         whose = kinds.foreign_file(path)
         remedy = "give the directory that holds it and config.json" if whose is None else f"in {kinds.foreign(whose)}"
         raise CheckpointError(f"{path} is a file{';' if whose is None else ''} {remedy}")
-    if hub.is_hub_name(str(path)):
-        if snapshot := hub.cached(str(path)):
+    if hub.is_hub_name(name):  # "./organization/model" is none
+        if snapshot := hub.cached(name):
             return snapshot
         if not path.parent.exists():
-            return hub.download(str(path))
+            return hub.download(name)
     raise CheckpointError(
         f"no such directory: {path!s:.1000}; give a directory that holds config.json and model.safetensors, "
         f"or one of {listing(sorted(BUNDLED))}"
