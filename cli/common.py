@@ -4,9 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -147,21 +145,7 @@ def cache_compilations() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "ridgeline" / "jax"))
-
-
-def while_compiling(compile: Callable[[], None], read: Callable[[], Model]) -> tuple[Model, float]:
-    """Load a model's weights while its programs are compiled, and say for how long that was."""
-
-    def timed() -> float:
-        started = time.perf_counter()
-        compile()
-        return time.perf_counter() - started
-
-    with ThreadPoolExecutor(1) as thread:
-        compiling = thread.submit(timed)
-        model = read()
-        with terminal(stderr=True).status("compiling"):  # shown on terminals only
-            return model, compiling.result()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def terminal(stderr: bool = False) -> Console:

@@ -1,15 +1,15 @@
 """`ridgeline generate`: continue a text."""
 
 import argparse
-import functools
 import json
 import sys
+import time
 from pathlib import Path
 
 from ..decode.generate import stream, warm_up
 from ..decode.prompts import make_requests
 from . import batch
-from .common import OK, UsageError, add_options, open_, read_text, terminal, usage_errors, while_compiling
+from .common import OK, UsageError, add_options, open_, read_text, terminal, usage_errors
 from .reply import Reply
 
 
@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
     model, params, read = open_(args)
     with usage_errors():
         (request,) = make_requests(model, prompt, params)
-    compile = functools.partial(warm_up, model, prompt, params, kv_dtype=args.kv_dtype)
-    model, compile_seconds = while_compiling(compile, read)
-    reply = Reply(not args.json, len(request.prompt), compile_seconds)
+    started = time.perf_counter()
+    model = warm_up(model, prompt, params, kv_dtype=args.kv_dtype, meanwhile=read)
+    reply = Reply(not args.json, len(request.prompt), time.perf_counter() - started)
     if not args.json and sys.stdout.isatty():
         terminal().print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
     reply.run(stream(model, prompt, params, kv_dtype=args.kv_dtype))

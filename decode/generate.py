@@ -99,17 +99,21 @@ def warm_up(
     residual: Residual | None = None,
     component: Component | None = None,
     adjust: Adjust | None = None,
-) -> None:
+    meanwhile: Callable[[], Any] = lambda: None,
+) -> Any:
     """Compile the programs that `generate` with these arguments will run, so that none is compiled while it runs.
 
     The model's parameters may be `jax.ShapeDtypeStruct`s still (`open_model`).
+
+    Returns:
+      What `meanwhile` does, which is called while XLA compiles, such as what reads the weights.
     """
     requests = make_requests(model, prompts, sampling)
     seams = {"residual": residual, "component": component, "adjust": adjust}
     with engine_for(model, requests, max_batch_size, kv_dtype, **seams) as engine, engine.rehearsal():
         for request in requests[:max_batch_size]:
             engine.add(request)
-        decoded = set()
+        decoded: set[int] = set()
         for chunk in engine.run():
             if chunk.output is not None and chunk.output.error is not None:
                 raise chunk.output.error
@@ -117,6 +121,7 @@ def warm_up(
                 decoded.add(chunk.index)
             if len(decoded) == len(requests[:max_batch_size]):
                 break
+        return meanwhile()
 
 
 def engine_for(
