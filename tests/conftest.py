@@ -29,6 +29,23 @@ def pytest_addoption(parser):
     parser.addoption("--mutation-seed", type=int, default=0, help="which (default: %(default)s)")
 
 
+COMPILED_QUICKLY = {
+    *("test_fork", "test_generate", "test_generate_parity", "test_interventions", "test_parity", "test_score"),
+    *("test_speculation", "test_transformations", "test_transformer"),
+    # On eight devices:
+    *("test_engine", "test_quantized_checkpoints", "test_quantized_kv", "test_sharded_loading", "test_tensor_parallel"),
+}
+"""Files of tests that compile many programs and run each of them a few times: XLA leaves out most optimizations there,
+which is a third of the time. Files in which programs are read, or run for long, are not among them."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimizations(request):
+    name = request.path.stem
+    quick = name in COMPILED_QUICKLY and (name != "test_engine" or request.path.parent.name == "multi_device")
+    jax.config.update("jax_disable_most_optimizations", quick)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def memory_maps():
     """Each compiled program keeps maps of memory, and a process that needs more than Linux allows, 65,530, crashes."""
