@@ -4,13 +4,11 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import operator
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from ...model.loading import Model
@@ -18,13 +16,14 @@ from ...model.transformer import Component, Residual
 from .. import buckets
 from ..prompts import Prompt, make_request
 from ..request import FinishReason, Request, StreamChunk
-from ..sampling.draw import SampleLogprobs
 from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays, top_width
 from ..sampling.params import SamplingParams
 from ..sampling.scores import Adjust
+from ..speculation.drafter import Drafter
 from .regime import regime_of
 from .rehearsal import Rehearsal
-from .runner import ANYTHING, Masks, Runner, Sampled
+from .results import Dispatch, PromptLogprobs, RowTokens, ScoredPrompts
+from .runner import ANYTHING, Masks, Runner
 from .scheduler import Chunk, Row, Scheduler
 from .sizes import PAGE_SIZE, engine_sizes
 from .stats import EngineStats, percentiles
@@ -47,24 +46,6 @@ class _Active:
     request: Request
     row: Row
     plan: SamplingPlan
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dispatch:
-    """Tokens that were asked of the device: those of each row stand in one column."""
-
-    sampled: Sampled
-    rows: Sequence[Row]
-    columns: Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class _ScoredPrompts:
-    """Log-probabilities that were asked of the device: those of each chunk's tokens stand in one row."""
-
-    logprobs: SampleLogprobs
-    chunks: Sequence[Chunk]
-    places: Sequence[int]
 
 
 class Engine:
@@ -94,9 +75,13 @@ class Engine:
         Cached keys and values depend on them as on the weights; requests share pages with those of this engine alone,
         for which they are the same.
       adjust: a pure function of the logits of every request, as in `sample`.
+      drafter: guesses tokens, several of which are then checked at once; it changes none. Each step waits for the last
+        one's tokens. Requests with constraints, and those whose keys depend on their length (dynamic RoPE), take no
+        drafts.
 
     Raises:
-      ValueError: a size that is not positive, that the mesh does not divide, or that no memory is left for.
+      ValueError: a size that is not positive, that the mesh does not divide, or that no memory is left for; a drafter
+        that cannot draft for the model, or beside `batch_invariant`.
     """
 
     def __init__(
@@ -115,8 +100,14 @@ class Engine:
         residual: Residual | None = None,
         component: Component | None = None,
         adjust: Adjust | None = None,
+        drafter: Drafter | None = None,
     ):
-        sizes = engine_sizes(model, max_batch_size, cache_tokens, max_length, prefill_tokens, kv_dtype)
+        if batch_invariant and drafter is not None:
+            raise ValueError(
+                f"batch_invariant computes each token by itself, and {drafter} has several checked at once; leave one "
+                "of them out"
+            )
+        sizes = engine_sizes(model, max_batch_size, cache_tokens, max_length, prefill_tokens, kv_dtype, drafter)
         self.model, self.sizes, self.max_waiting = model, sizes, max_waiting
         whole_batches |= batch_invariant
         width = buckets.prefill_floor(min(prefill_tokens, buckets.PREFILL_CHUNK)) if batch_invariant else None
@@ -132,16 +123,18 @@ class Engine:
             residual,
             component,
             adjust,
+            drafter,
         )
-        self._scheduler = Scheduler(
-            sizes.shards(), sizes.slots, prefill_tokens, prefix_caching, regime_of(model.config), batch_invariant
-        )
+        self._drafted = 0 if drafter is None else drafter.tokens
+        regime = regime_of(model.config)
+        policy = prefill_tokens, prefix_caching, regime, batch_invariant, self._drafted
+        self._scheduler = Scheduler(sizes.shards(), sizes.slots, *policy)
         ropes = {layer.rope for layer in model.config.layers}
         self._borders = sorted({rope.original_max_position for rope in ropes if rope.kind == "longrope"})
         self._replays = batch_invariant or any(rope.kind == "dynamic" for rope in ropes)
         self._whole_batches, self._least_plan = whole_batches, SamplingPlan()
         self._active: dict[int, _Active] = {}
-        self._in_flight: list[_Dispatch | _ScoredPrompts] = []
+        self._in_flight: list[Dispatch | ScoredPrompts] = []
         self._chunks: list[StreamChunk] = []  # made and not yet returned
         self._submitted = self._generated = self._steps = 0
         self._host_time = self._device_wait = 0.0
@@ -230,7 +223,7 @@ class Engine:
         """
         started, waited = time.perf_counter(), self._device_wait
         try:
-            if any(row.stepwise for dispatch in self._in_flight for row in dispatch.rows):
+            if self._drafted or any(row.stepwise for dispatch in self._in_flight for row in dispatch.rows):
                 self._read_in_flight()  # what may come next depends on it
             dispatched = self._dispatch()
             self._read_in_flight()
@@ -302,7 +295,7 @@ class Engine:
         self._in_flight = []
         self._runner.free()
 
-    def _dispatch(self) -> list[_Dispatch | _ScoredPrompts]:
+    def _dispatch(self) -> list[Dispatch | ScoredPrompts]:
         """Hand the next step to the device."""
         step, dispatches = self._scheduler.schedule(), []
         for row in [*step.decode, *(chunk.row for batch in step.prefills for chunk in batch)]:
@@ -312,7 +305,7 @@ class Engine:
             with self._concerning(step.decode):
                 plan, masks = self._plan(step.decode), self._masks(step.decode)
                 sampled, columns = self._runner.decode(step.decode, step.steps, plan, masks)
-            dispatches.append(_Dispatch(sampled, step.decode, columns))
+            dispatches.append(Dispatch(sampled, step.decode, columns))
         for batch in step.prefills:
             with self._concerning([chunk.row for chunk in batch]):
                 entering = [chunk.row for chunk in batch if chunk.last]
@@ -324,10 +317,10 @@ class Engine:
                 masks, top = self._masks(entering), self._prompt_logprobs(batch)
                 sampled, columns, logprobs = self._runner.prefill(batch, plan, masks, top)
             if logprobs is not None:
-                dispatches.append(_ScoredPrompts(logprobs, batch, columns))
+                dispatches.append(ScoredPrompts(logprobs, batch, columns))
             if entering:
                 columns = [column for column, chunk in zip(columns, batch, strict=True) if chunk.last]
-                dispatches.append(_Dispatch(sampled, entering, columns))
+                dispatches.append(Dispatch(sampled, entering, columns))
         return dispatches
 
     def _plan(self, rows: Sequence[Row]) -> SamplingPlan:
@@ -344,7 +337,7 @@ class Engine:
         if row.stepwise:
             request.constraints.restart(output)
         arrays = request_arrays([request.params], [request.prompt], [request.seed], eos, [output])
-        self._runner.insert(row.slot, arrays)
+        self._runner.insert(row.slot, arrays, row.tokens[: row.context])
 
     def _masks(self, rows: Sequence[Row]) -> Masks | None:
         """What may come next in rows that are to be asked before each token, if there are any."""
@@ -361,34 +354,25 @@ class Engine:
         """Wait for tokens and log-probabilities, and give each request its own."""
         dispatches, self._in_flight = self._in_flight, []
         for dispatch in dispatches:
-            if isinstance(dispatch, _ScoredPrompts):
-                self._read_prompts(dispatch)
-                continue
             with self._concerning(dispatch.rows):
                 started = time.perf_counter()
-                tokens, logprobs = jax.device_get(dispatch.sampled)
+                results = dispatch.read()
                 self._device_wait += time.perf_counter() - started
-                for row, column in zip(dispatch.rows, dispatch.columns, strict=True):
+            for row, result in results:
+                with self._concerning([row]):
                     if not row.done:
-                        self._take(row, tokens[:, column].tolist(), logprobs, column)
+                        self._take(row, result)
 
-    def _read_prompts(self, scored: _ScoredPrompts) -> None:
-        with self._concerning([chunk.row for chunk in scored.chunks]):
-            started = time.perf_counter()
-            logprobs = jax.device_get(scored.logprobs)
-            self._device_wait += time.perf_counter() - started
-        for chunk, place in zip(scored.chunks, scored.places, strict=True):
-            if not chunk.row.done:
-                with self._concerning([chunk.row]):
-                    request, part = self._active[chunk.row.index].request, np.s_[place, : chunk.count]
-                    request.score_prompt(chunk.start, jax.tree.map(operator.itemgetter(part), logprobs))
-
-    def _take(self, row: Row, tokens: list[int], logprobs: SampleLogprobs | None, column: int) -> None:
+    def _take(self, row: Row, made: RowTokens | PromptLogprobs) -> None:
         request = self._active[row.index].request
-        known, again = len(request.tokens), row.known_again(len(tokens))
-        request.extend(tokens[again:], logprobs, column, again)
+        if isinstance(made, PromptLogprobs):
+            request.score_prompt(made.start, made.logprobs)
+            return
+        known, again = len(request.tokens), row.known_again(len(made.tokens))
+        request.extend(made.tokens[again:], made.logprobs, again)
         new = request.tokens[known:]
-        request.constrain(tokens)
+        request.count_drafts(*made.speculation(again + len(new)))
+        request.constrain(made.tokens)
         self._generated += len(new)
         self._scheduler.advance(row, new, again)
         if request.finished:

@@ -29,7 +29,8 @@ class Rehearsal(Runner):
         vars(self).update(vars(runner))
         self._token = token
         self.model = dataclasses.replace(runner.model, params=jax.tree.map(_abstract, runner.model.params))
-        self.pages, self.state = jax.tree.map(_abstract, (runner.pages, runner.state))
+        held = runner.pages, runner.draft_pages, runner.state
+        self.pages, self.draft_pages, self.state = jax.tree.map(_abstract, held)
         self._compiled: set[Any] = set()
         self._running: set[Future] = set()
         self._threads = ThreadPoolExecutor(_THREADS, "ridgeline-compile")
