@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 from flax import struct
@@ -48,7 +48,7 @@ class Drafter(abc.ABC):
     tokens: int
     configs: Sequence[ModelConfig] = ()
 
-    def bind(self, target: Model) -> tuple[Any, Self]:
+    def bind(self, target: Model) -> tuple[Any, "Drafter"]:
         """Its parameters, and what drafts for a target with them.
 
         Raises:
