@@ -1,10 +1,8 @@
 """Many requests on one model: continuous batching over a shared pool of pages."""
 
-import collections
 import contextlib
 import dataclasses
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,9 +24,7 @@ from .results import Dispatch, PromptLogprobs, RowTokens, ScoredPrompts
 from .runner import ANYTHING, Masks, Runner
 from .scheduler import Chunk, Row, Scheduler
 from .sizes import PAGE_SIZE, engine_sizes
-from .stats import EngineStats, percentiles
-
-_RECENT = 1000  # requests that percentiles are of
+from .stats import Counters, EngineStats
 
 
 class EngineFull(RuntimeError):
@@ -104,8 +100,8 @@ class Engine:
     ):
         if batch_invariant and drafter is not None:
             raise ValueError(
-                f"batch_invariant computes each token by itself, and {drafter} has several checked at once; leave one "
-                "of them out"
+                f"batch_invariant computes each token by itself, and drafter {type(drafter).__name__} has several "
+                "checked at once; leave one of them out"
             )
         sizes = engine_sizes(model, max_batch_size, cache_tokens, max_length, prefill_tokens, kv_dtype, drafter)
         self.model, self.sizes, self.max_waiting = model, sizes, max_waiting
@@ -136,9 +132,7 @@ class Engine:
         self._active: dict[int, _Active] = {}
         self._in_flight: list[Dispatch | ScoredPrompts] = []
         self._chunks: list[StreamChunk] = []  # made and not yet returned
-        self._submitted = self._generated = self._steps = 0
-        self._host_time = self._device_wait = 0.0
-        self._times = {name: collections.deque(maxlen=_RECENT) for name in ("ttft", "tpot", "queue_time")}
+        self._submitted, self._counters = 0, Counters()
 
     def __enter__(self) -> "Engine":
         return self
@@ -221,7 +215,12 @@ class Engine:
         A failure on the way ends the requests that it concerns, with "error" for their `finish_reason`; the others are
         read again, and give the tokens that they would have given. So they do after Ctrl-C, should anybody step again.
         """
-        started, waited = time.perf_counter(), self._device_wait
+        with self._counters.step():
+            self._step()
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+    def _step(self) -> None:
         try:
             if self._drafted or any(row.stepwise for dispatch in self._in_flight for row in dispatch.rows):
                 self._read_in_flight()  # what may come next depends on it
@@ -233,10 +232,6 @@ class Engine:
         except BaseException:
             self._recover()
             raise
-        chunks, self._chunks = self._chunks, []
-        self._steps += 1
-        self._host_time += time.perf_counter() - started - (self._device_wait - waited)
-        return chunks
 
     def warm_up(self, progress: bool = False, sampling: Sequence[SamplingParams] | None = None) -> None:
         """Compile every program that any mix of requests can need (with more than 32 log-probabilities a token, one
@@ -268,25 +263,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine is doing, and has done."""
-        scheduler, steps = self._scheduler, max(self._steps, 1)
-        pools = [max(shard.pools, key=lambda pool: pool.size) for shard in scheduler.shards]
-        return EngineStats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            finished=self._submitted - len(self._active),
-            preemptions=scheduler.preemptions,
-            prompt_tokens=scheduler.prompt_tokens,
-            cached_prompt_tokens=scheduler.found_tokens,
-            generated_tokens=self._generated,
-            prefix_hit_rate=scheduler.found_tokens / scheduler.prompt_tokens if scheduler.prompt_tokens else None,
-            pages=sum(pool.size for pool in pools),
-            pages_used=sum(pool.size - pool.free for pool in pools),
-            pages_cached=sum(pool.cached for pool in pools),
-            **{name: percentiles(values) for name, values in self._times.items()},
-            steps=self._steps,
-            host_time=self._host_time / steps,
-            device_wait=self._device_wait / steps,
-        )
+        return self._counters.stats(self._scheduler, finished=self._submitted - len(self._active))
 
     def close(self) -> None:
         """Abort what is left, and free the pool's memory."""
@@ -354,10 +331,8 @@ class Engine:
         """Wait for tokens and log-probabilities, and give each request its own."""
         dispatches, self._in_flight = self._in_flight, []
         for dispatch in dispatches:
-            with self._concerning(dispatch.rows):
-                started = time.perf_counter()
+            with self._concerning(dispatch.rows), self._counters.waiting():
                 results = dispatch.read()
-                self._device_wait += time.perf_counter() - started
             for row, result in results:
                 with self._concerning([row]):
                     if not row.done:
@@ -373,7 +348,7 @@ class Engine:
         new = request.tokens[known:]
         request.count_drafts(*made.speculation(again + len(new)))
         request.constrain(made.tokens)
-        self._generated += len(new)
+        self._counters.generated += len(new)
         self._scheduler.advance(row, new, again)
         if request.finished:
             self._end(row, new=new)
@@ -394,9 +369,7 @@ class Engine:
             request.finish(reason, error)
         output = request.output()
         self._chunks.append(StreamChunk(row.index, list(new), request.take_text(), request.finish_reason, output))
-        for name, times in self._times.items():
-            if request.tokens and getattr(output, name) is not None:
-                times.append(getattr(output, name))
+        self._counters.ended(output)
 
     @contextlib.contextmanager
     def _concerning(self, rows: Sequence[Row]) -> Iterator[None]:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .runner import READ, Runner
+from .runner import Runner
+from .slots import READ
 
 _THREADS = min(8, os.cpu_count() or 1)
 

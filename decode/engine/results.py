@@ -9,8 +9,8 @@ import numpy as np
 
 from ..sampling.draw import SampleLogprobs
 from ..speculation.loop import NOTHING
-from .runner import Sampled
 from .scheduler import Chunk, Row
+from .slots import Sampled
 
 
 @dataclasses.dataclass(frozen=True)
