@@ -27,6 +27,8 @@ from .decode.sampling.params import SamplingParams
 from .decode.sampling.scores import TokenContext
 from .decode.sampling.state import make_sampling_state
 from .decode.score import Score, score
+from .decode.speculation.draft_model import ModelDrafter
+from .decode.speculation.ngram import NGramDrafter
 from .decode.step import decode_step
 from .model.checkpoint import CheckpointError
 from .model.config import LayerConfig, ModelConfig, RopeConfig
@@ -62,6 +64,8 @@ __all__ = [
     "LayerConfig",
     "Model",
     "ModelConfig",
+    "ModelDrafter",
+    "NGramDrafter",
     "RequestOutput",
     "RopeConfig",
     "SamplingParams",

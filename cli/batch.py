@@ -19,7 +19,7 @@ from ..decode.prompts import Prompt, make_request
 from ..decode.request import Request, RequestOutput
 from ..decode.sampling.params import SamplingParams
 from ..model.loading import Model
-from .common import FAILURE, OK, UsageError, load, read_text, terminal, usage_errors
+from .common import FAILURE, OK, UsageError, drafter_for, load, read_text, terminal, usage_errors
 from .formats import duration, number, percent
 from .reply import as_json, ctrl_c
 
@@ -48,10 +48,11 @@ def run(args: argparse.Namespace) -> int:
     lines = read_lines(args.file)
     model, params = load(args)
     requests = make_requests(model, lines, params)
+    drafter = drafter_for(model, args)
     as_texts = sys.stdout.isatty() and not args.json
     results: list[RequestOutput] = []
     with usage_errors():
-        engine = engine_for(model, requests, MAX_BATCH, args.kv_dtype)
+        engine = engine_for(model, requests, MAX_BATCH, args.kv_dtype, drafter)
         for request in requests:
             engine.add(request)
     with engine:

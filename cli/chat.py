@@ -9,7 +9,7 @@ from ..decode.buckets import PREFILL_CHUNK
 from ..decode.engine.engine import Engine
 from ..decode.prompts import make_request
 from ..decode.sampling.params import SamplingParams
-from .common import OK, UsageError, add_options, load, terminal, usage_errors
+from .common import OK, UsageError, add_options, drafter_for, load, terminal, usage_errors
 from .reply import Reply
 
 
@@ -28,8 +28,9 @@ def run(args: argparse.Namespace) -> int:
     model, params = load(args)
     if model.tokenizer is None:
         raise UsageError("this model has no tokenizer; chat needs one")
+    options = {"kv_dtype": args.kv_dtype, "drafter": drafter_for(model, args)}
     with usage_errors():
-        engine = Engine(model, 1, prefill_tokens=PREFILL_CHUNK, kv_dtype=args.kv_dtype, whole_batches=True)
+        engine = Engine(model, 1, prefill_tokens=PREFILL_CHUNK, whole_batches=True, **options)
     with engine:
         return _talk(engine, params, args)
 

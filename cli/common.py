@@ -12,9 +12,12 @@ from rich.console import Console
 
 from ..decode.prompts import default_sampling
 from ..decode.sampling.params import SamplingParams
+from ..decode.speculation.draft_model import ModelDrafter
+from ..decode.speculation.drafter import Drafter
+from ..decode.speculation.ngram import NGramDrafter
 from ..model.config import DTYPES
 from ..model.kv_specs import KV_DTYPES
-from ..model.loading import Model, open_model
+from ..model.loading import Model, load_model, open_model
 from ..model.schemes import SCHEMES
 from ..sharding.mesh import make_mesh
 
@@ -56,6 +59,11 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     help = "a Hugging Face checkpoint directory or Hub name, or 'bundled' for the included model (default)"
     add("--model", default="bundled", metavar="DIR", help=help)
     add_format_options(model)
+    help = (
+        "guess tokens ahead, which changes none: 'ngram', from the text itself; 'bundled-draft' or a directory, a model"
+    )
+    add("--draft", metavar="DIR", help=help)
+    add("--draft-tokens", type=int, default=4, metavar="N", help="tokens guessed at once (default: %(default)s)")
     add("--tensor", type=int, default=1, metavar="N", help="devices that share every layer (default: 1)")
     add("--data", type=int, default=1, metavar="N", help="copies that share out the rows (default: 1)")
 
@@ -125,6 +133,17 @@ def open_(args: argparse.Namespace) -> tuple[Model, SamplingParams, Callable[[],
         mesh = None if args.tensor == args.data == 1 else make_mesh(data=args.data, tensor=args.tensor)
     model, read = open_model(args.model, mesh=mesh, dtype=args.dtype, **schemes(args))
     return model, default_sampling(model, **given), read
+
+
+def drafter_for(model: Model, args: argparse.Namespace) -> Drafter | None:
+    """What `--draft` asks for."""
+    if args.draft is None:
+        return None
+    draft = None if args.draft == "ngram" else load_model(args.draft, mesh=model.mesh, dtype=args.dtype)
+    with usage_errors():
+        drafter = NGramDrafter(args.draft_tokens) if draft is None else ModelDrafter(draft, args.draft_tokens)
+        drafter.bind(model)  # refused before anything is compiled
+    return drafter
 
 
 def read_text(option: str, file: Path) -> str:

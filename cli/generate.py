@@ -9,7 +9,7 @@ from pathlib import Path
 from ..decode.generate import stream, warm_up
 from ..decode.prompts import make_requests
 from . import batch
-from .common import OK, UsageError, add_options, open_, read_text, terminal, usage_errors
+from .common import OK, UsageError, add_options, drafter_for, open_, read_text, terminal, usage_errors
 from .reply import Reply
 
 
@@ -36,12 +36,13 @@ def run(args: argparse.Namespace) -> int:
     model, params, read = open_(args)
     with usage_errors():
         (request,) = make_requests(model, prompt, params)
+    options = {"kv_dtype": args.kv_dtype, "drafter": drafter_for(model, args)}
     started = time.perf_counter()
-    model = warm_up(model, prompt, params, kv_dtype=args.kv_dtype, meanwhile=read)
+    model = warm_up(model, prompt, params, **options, meanwhile=read)
     reply = Reply(not args.json, len(request.prompt), time.perf_counter() - started)
     if not args.json and sys.stdout.isatty():
         terminal().print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
-    reply.run(stream(model, prompt, params, kv_dtype=args.kv_dtype))
+    reply.run(stream(model, prompt, params, **options))
     print(json.dumps({"prompt": prompt, **reply.as_dict()}, ensure_ascii=False) if args.json else "", flush=True)
     reply.print_summary()
     return OK

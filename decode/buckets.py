@@ -11,6 +11,9 @@ SMALLEST_PREFILL = 16
 DECODE_STEPS = 8
 """Decode steps a dispatch: tokens reach the host in blocks of this many."""
 
+SPECULATION_ROUNDS = 4
+"""Rounds of speculation a dispatch, each of which makes one token a row and those of its draft that are right."""
+
 
 def batch_bucket(rows: int) -> int:
     """Rows of a compiled batch that holds `rows` requests: the next power of two."""

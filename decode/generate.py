@@ -14,6 +14,7 @@ from .prompts import Prompts, make_requests
 from .request import Request, RequestOutput, StreamChunk
 from .sampling.params import SamplingParams
 from .sampling.scores import Adjust
+from .speculation.drafter import Drafter
 
 
 def generate(
@@ -27,6 +28,7 @@ def generate(
     residual: Residual | None = None,
     component: Component | None = None,
     adjust: Adjust | None = None,
+    drafter: Drafter | None = None,
 ) -> list[RequestOutput]:
     """Complete every prompt.
 
@@ -41,16 +43,18 @@ def generate(
         is made is what recomputing everything at each step would make. Static, as the next: pass the same function
         again, not an equal new one, or it compiles again.
       adjust: a pure function of the logits, as in `sample`.
+      drafter: guesses tokens, several of which are then checked at once; it changes none.
 
     Returns:
       One output a prompt, in order. A request's tokens do not depend on what it is batched with.
 
     Raises:
       ValueError: an empty prompt, token ids outside the vocabulary, a prompt as long as the model's longest sequence,
-        stop strings without a tokenizer, an unknown `kv_dtype`; all before any device work.
+        stop strings without a tokenizer, an unknown `kv_dtype`, a drafter that cannot draft for the model; all before
+        any device work.
     """
     outputs: dict[int, RequestOutput] = {}
-    seams = {"residual": residual, "component": component, "adjust": adjust}
+    seams = {"residual": residual, "component": component, "adjust": adjust, "drafter": drafter}
     for chunk in stream(model, prompts, sampling, max_batch_size=max_batch_size, kv_dtype=kv_dtype, **seams):
         if callback is not None:
             callback(chunk)
@@ -71,13 +75,14 @@ def stream(
     residual: Residual | None = None,
     component: Component | None = None,
     adjust: Adjust | None = None,
+    drafter: Drafter | None = None,
 ) -> Iterator[StreamChunk]:
     """Like `generate`, but yields the output as it comes, in blocks of a few tokens a request.
 
     The arguments are checked when it is called, before the first chunk is asked for.
     """
     requests = make_requests(model, prompts, sampling)
-    seams = {"residual": residual, "component": component, "adjust": adjust}
+    seams = {"residual": residual, "component": component, "adjust": adjust, "drafter": drafter}
     engine = engine_for(model, requests, max_batch_size, kv_dtype, **seams)
     for request in requests:
         engine.add(request)
@@ -99,6 +104,7 @@ def warm_up(
     residual: Residual | None = None,
     component: Component | None = None,
     adjust: Adjust | None = None,
+    drafter: Drafter | None = None,
     meanwhile: Callable[[], Any] = lambda: None,
 ) -> Any:
     """Compile the programs that `generate` with these arguments will run, so that none is compiled while it runs.
@@ -109,7 +115,7 @@ def warm_up(
       What `meanwhile` does, which is called while XLA compiles, such as what reads the weights.
     """
     requests = make_requests(model, prompts, sampling)
-    seams = {"residual": residual, "component": component, "adjust": adjust}
+    seams = {"residual": residual, "component": component, "adjust": adjust, "drafter": drafter}
     with engine_for(model, requests, max_batch_size, kv_dtype, **seams) as engine, engine.rehearsal():
         for request in requests[:max_batch_size]:
             engine.add(request)
@@ -129,6 +135,7 @@ def engine_for(
     requests: Sequence[Request],
     max_batch_size: int,
     kv_dtype: jax.typing.DTypeLike | None,
+    drafter: Drafter | None = None,
     **seams: Any,
 ) -> Engine:
     """An engine for these requests, of sizes that few calls differ in: they are those of compiled programs."""
@@ -139,7 +146,7 @@ def engine_for(
     prefill_tokens = slots * buckets.PREFILL_CHUNK
     # Who names a number of tokens gets room for them; others take what there is.
     least = max((len(r.prompt) + (1 if r.params.max_tokens is None else r.max_tokens) for r in requests), default=1)
-    tokens = default_cache_tokens(model, slots, longest, prefill_tokens, kv_dtype)
+    tokens = default_cache_tokens(model, slots, longest, prefill_tokens, kv_dtype, drafter)
     return Engine(
         model,
         max_batch_size=slots,
@@ -148,5 +155,6 @@ def engine_for(
         prefill_tokens=prefill_tokens,
         kv_dtype=kv_dtype,
         whole_batches=True,
+        drafter=drafter,
         **seams,
     )

@@ -52,6 +52,7 @@ class RequestOutput:
       tpot: seconds a token after the first; None for fewer than two.
       queue_time: seconds from submission until it was begun.
       error: what failed, where `finish_reason` is "error".
+      drafted, accepted: tokens that a drafter guessed, and those of them that the model drew too.
     """
 
     prompt_tokens: list[int]
@@ -66,6 +67,8 @@ class RequestOutput:
     queue_time: float = 0.0
     error: Exception | None = None
     prompt_logprobs: list[Mapping[int, float] | None] | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Request:
             _WholeText(tokenizer, prompt) if any(token in stop for stop in params.stop for token in special) else None
         )
         self._shown = 0
+        self.drafted = self.accepted = 0  # as in `RequestOutput`
         self.error: Exception | None = None
         self._started = time.perf_counter()
         self._begun: float | None = None
@@ -148,16 +152,13 @@ class Request:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def extend(
-        self, tokens: Sequence[int], logprobs: SampleLogprobs | None = None, column: int = 0, step: int = 0
-    ) -> None:
+    def extend(self, tokens: Sequence[int], logprobs: SampleLogprobs | None = None, first_logprobs: int = 0) -> None:
         """Take the next sampled tokens, as far as the request goes.
 
         Args:
           tokens: their ids; those after the request's end are dropped.
-          logprobs: of a dispatch that made them, step by step, on the host.
-          column: the request's row of it.
-          step: that of the first of the tokens.
+          logprobs: theirs, on the host.
+          first_logprobs: the place in them of the first of the tokens.
         """
         first = len(self.tokens)
         block = 1 if self.params.stop else max(1, len(tokens))  # stop strings are looked for token by token
@@ -165,8 +166,8 @@ class Request:
             if not self.finished:
                 self._push(tokens[at : at + block])
         if self.logprobs is not None and logprobs is not None:
-            for at, token in enumerate(self.tokens[first:], step):
-                self.logprobs.append(_token_logprobs(logprobs, at, column, token, self.params.logprobs))
+            for at, token in enumerate(self.tokens[first:], first_logprobs):
+                self.logprobs.append(_token_logprobs(logprobs, at, token, self.params.logprobs))
 
     def score_prompt(self, start: int, logprobs: SampleLogprobs) -> None:
         """Take the log-probabilities of what follows the prompt's tokens from number `start` on, if they are asked for.
@@ -196,6 +197,11 @@ class Request:
                 self.finish("stop")
         except Exception as error:
             self.finish("error", error)
+
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        """Take note of what was drafted for the last tokens."""
+        self.drafted += drafted
+        self.accepted += accepted
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request before it ends itself."""
@@ -244,6 +250,8 @@ class Request:
             queue_time=(self._begun or self._last_token) - self._started,
             error=self.error,
             prompt_logprobs=self.prompt_logprobs,
+            drafted=self.drafted,
+            accepted=self.accepted,
         )
 
     def _add_text(self, tokens: list[int], last: bool, stops: bool = False) -> None:
@@ -267,12 +275,12 @@ class Request:
             self.text = self.text[: cut(at + len(stop) if self.params.include_stop_str_in_output else at)]
 
 
-def _token_logprobs(logprobs: SampleLogprobs, step: int, row: int, token: int, count: int) -> TokenLogprobs:
-    ids, values = logprobs.top_ids[step, row, :count], logprobs.top[step, row, :count]
+def _token_logprobs(logprobs: SampleLogprobs, at: int, token: int, count: int) -> TokenLogprobs:
+    ids, values = logprobs.top_ids[at, :count], logprobs.top[at, :count]
     return TokenLogprobs(
         token=token,
-        logprob=float(logprobs.chosen[step, row]),
-        rank=int(logprobs.rank[step, row]),
+        logprob=float(logprobs.chosen[at]),
+        rank=int(logprobs.rank[at]),
         top={int(i): float(v) for i, v in zip(ids, values, strict=True)},
     )
 

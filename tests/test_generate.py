@@ -10,7 +10,7 @@ import pytest
 import ridgeline as rl
 from ridgeline.benchmarks.replay import counted_compilations
 from ridgeline.decode import buckets
-from ridgeline.decode.engine import runner
+from ridgeline.decode.engine import slots
 from ridgeline.decode.generate import warm_up
 from ridgeline.model.generation import GenerationDefaults
 from ridgeline.model.params import abstract_params
@@ -162,11 +162,11 @@ def test_a_changing_mix_of_requests_takes_three_programs():
         {"repetition_penalty": 1.2, "top_p": 0.5},
         {"logit_bias": {3: 1.0}, "top_k": 280},
     ]
-    counts = runner._decode._cache_size(), runner._enter._cache_size()
+    counts = slots.decode_slots._cache_size(), slots.enter_slots._cache_size()
     for params in mix:
         rl.generate(model, [[1, 2, 3], [4]], [rl.SamplingParams(seed=1, max_tokens=3, **params), GREEDY])
-    assert runner._decode._cache_size() - counts[0] == 3
-    assert runner._enter._cache_size() - counts[1] <= 3  # others may have compiled one
+    assert slots.decode_slots._cache_size() - counts[0] == 3
+    assert slots.enter_slots._cache_size() - counts[1] <= 3  # others may have compiled one
 
 
 def test_shapes_fall_in_few_buckets():

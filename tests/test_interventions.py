@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ridgeline as rl
-from ridgeline.decode.engine import runner
+from ridgeline.decode.engine import slots
 from tiny import tiny_config, tiny_model
 
 rng = np.random.default_rng(5)
@@ -105,7 +105,7 @@ def test_adjust_is_told_of_each_token_what_it_is(model):
 
 def test_the_same_functions_compile_once(model):
     def programs():
-        return rl.prefill._cache_size(), runner._decode._cache_size(), runner._enter._cache_size()
+        return rl.prefill._cache_size(), slots.decode_slots._cache_size(), slots.enter_slots._cache_size()
 
     seams = {"residual": steered, "component": ablated, "adjust": adjusted}
     rl.generate(model, PROMPTS, GREEDY, **seams)

@@ -1,16 +1,12 @@
 """Many requests on one model: continuous batching over a shared pool of pages."""
 
-import collections
 import contextlib
 import dataclasses
 import itertools
-import operator
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from ...model.loading import Model
@@ -18,18 +14,17 @@ from ...model.transformer import Component, Residual
 from .. import buckets
 from ..prompts import Prompt, make_request
 from ..request import FinishReason, Request, StreamChunk
-from ..sampling.draw import SampleLogprobs
 from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays, top_width
 from ..sampling.params import SamplingParams
 from ..sampling.scores import Adjust
+from ..speculation.drafter import Drafter
 from .regime import regime_of
 from .rehearsal import Rehearsal
-from .runner import ANYTHING, Masks, Runner, Sampled
+from .results import Dispatch, PromptLogprobs, RowTokens, ScoredPrompts
+from .runner import ANYTHING, Masks, Runner
 from .scheduler import Chunk, Row, Scheduler
 from .sizes import PAGE_SIZE, engine_sizes
-from .stats import EngineStats, percentiles
-
-_RECENT = 1000  # requests that percentiles are of
+from .stats import Counters, EngineStats
 
 
 class EngineFull(RuntimeError):
@@ -47,24 +42,6 @@ class _Active:
     request: Request
     row: Row
     plan: SamplingPlan
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dispatch:
-    """Tokens that were asked of the device: those of each row stand in one column."""
-
-    sampled: Sampled
-    rows: Sequence[Row]
-    columns: Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class _ScoredPrompts:
-    """Log-probabilities that were asked of the device: those of each chunk's tokens stand in one row."""
-
-    logprobs: SampleLogprobs
-    chunks: Sequence[Chunk]
-    places: Sequence[int]
 
 
 class Engine:
@@ -94,9 +71,13 @@ class Engine:
         Cached keys and values depend on them as on the weights; requests share pages with those of this engine alone,
         for which they are the same.
       adjust: a pure function of the logits of every request, as in `sample`.
+      drafter: guesses tokens, several of which are then checked at once; it changes none. Each step waits for the last
+        one's tokens. Requests with constraints, and those whose keys depend on their length (dynamic RoPE), take no
+        drafts.
 
     Raises:
-      ValueError: a size that is not positive, that the mesh does not divide, or that no memory is left for.
+      ValueError: a size that is not positive, that the mesh does not divide, or that no memory is left for; a drafter
+        that cannot draft for the model, or beside `batch_invariant`.
     """
 
     @jax.transfer_guard("allow")  # what requests are and what comes out is moved on purpose, here and below
@@ -116,8 +97,14 @@ class Engine:
         residual: Residual | None = None,
         component: Component | None = None,
         adjust: Adjust | None = None,
+        drafter: Drafter | None = None,
     ):
-        sizes = engine_sizes(model, max_batch_size, cache_tokens, max_length, prefill_tokens, kv_dtype)
+        if batch_invariant and drafter is not None:
+            raise ValueError(
+                f"batch_invariant computes each token by itself, and drafter {type(drafter).__name__} has several "
+                "checked at once; leave one of them out"
+            )
+        sizes = engine_sizes(model, max_batch_size, cache_tokens, max_length, prefill_tokens, kv_dtype, drafter)
         self.model, self.sizes, self.max_waiting = model, sizes, max_waiting
         whole_batches |= batch_invariant
         width = buckets.prefill_floor(min(prefill_tokens, buckets.PREFILL_CHUNK)) if batch_invariant else None
@@ -133,20 +120,20 @@ class Engine:
             residual,
             component,
             adjust,
+            drafter,
         )
-        self._scheduler = Scheduler(
-            sizes.shards(), sizes.slots, prefill_tokens, prefix_caching, regime_of(model.config), batch_invariant
-        )
+        self._drafted = 0 if drafter is None else drafter.tokens
+        regime = regime_of(model.config)
+        policy = prefill_tokens, prefix_caching, regime, batch_invariant, self._drafted
+        self._scheduler = Scheduler(sizes.shards(), sizes.slots, *policy)
         ropes = {layer.rope for layer in model.config.layers}
         self._borders = sorted({rope.original_max_position for rope in ropes if rope.kind == "longrope"})
         self._replays = batch_invariant or any(rope.kind == "dynamic" for rope in ropes)
         self._whole_batches, self._least_plan = whole_batches, SamplingPlan()
         self._active: dict[int, _Active] = {}
-        self._in_flight: list[_Dispatch | _ScoredPrompts] = []
+        self._in_flight: list[Dispatch | ScoredPrompts] = []
         self._chunks: list[StreamChunk] = []  # made and not yet returned
-        self._submitted = self._generated = self._steps = 0
-        self._host_time = self._device_wait = 0.0
-        self._times = {name: collections.deque(maxlen=_RECENT) for name in ("ttft", "tpot", "queue_time")}
+        self._submitted, self._counters = 0, Counters()
 
     def __enter__(self) -> "Engine":
         return self
@@ -230,9 +217,14 @@ class Engine:
         A failure on the way ends the requests that it concerns, with "error" for their `finish_reason`; the others are
         read again, and give the tokens that they would have given. So they do after Ctrl-C, should anybody step again.
         """
-        started, waited = time.perf_counter(), self._device_wait
+        with self._counters.step():
+            self._step()
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+    def _step(self) -> None:
         try:
-            if any(row.stepwise for dispatch in self._in_flight for row in dispatch.rows):
+            if self._drafted or any(row.stepwise for dispatch in self._in_flight for row in dispatch.rows):
                 self._read_in_flight()  # what may come next depends on it
             dispatched = self._dispatch()
             self._read_in_flight()
@@ -242,10 +234,6 @@ class Engine:
         except BaseException:
             self._recover()
             raise
-        chunks, self._chunks = self._chunks, []
-        self._steps += 1
-        self._host_time += time.perf_counter() - started - (self._device_wait - waited)
-        return chunks
 
     @jax.transfer_guard("allow")
     def warm_up(self, progress: bool = False, sampling: Sequence[SamplingParams] | None = None) -> None:
@@ -278,25 +266,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine is doing, and has done."""
-        scheduler, steps = self._scheduler, max(self._steps, 1)
-        pools = [max(shard.pools, key=lambda pool: pool.size) for shard in scheduler.shards]
-        return EngineStats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            finished=self._submitted - len(self._active),
-            preemptions=scheduler.preemptions,
-            prompt_tokens=scheduler.prompt_tokens,
-            cached_prompt_tokens=scheduler.found_tokens,
-            generated_tokens=self._generated,
-            prefix_hit_rate=scheduler.found_tokens / scheduler.prompt_tokens if scheduler.prompt_tokens else None,
-            pages=sum(pool.size for pool in pools),
-            pages_used=sum(pool.size - pool.free for pool in pools),
-            pages_cached=sum(pool.cached for pool in pools),
-            **{name: percentiles(values) for name, values in self._times.items()},
-            steps=self._steps,
-            host_time=self._host_time / steps,
-            device_wait=self._device_wait / steps,
-        )
+        return self._counters.stats(self._scheduler, finished=self._submitted - len(self._active))
 
     def close(self) -> None:
         """Abort what is left, and free the pool's memory."""
@@ -305,7 +275,7 @@ class Engine:
         self._in_flight = []
         self._runner.free()
 
-    def _dispatch(self) -> list[_Dispatch | _ScoredPrompts]:
+    def _dispatch(self) -> list[Dispatch | ScoredPrompts]:
         """Hand the next step to the device."""
         step, dispatches = self._scheduler.schedule(), []
         for row in [*step.decode, *(chunk.row for batch in step.prefills for chunk in batch)]:
@@ -315,7 +285,7 @@ class Engine:
             with self._concerning(step.decode):
                 plan, masks = self._plan(step.decode), self._masks(step.decode)
                 sampled, columns = self._runner.decode(step.decode, step.steps, plan, masks)
-            dispatches.append(_Dispatch(sampled, step.decode, columns))
+            dispatches.append(Dispatch(sampled, step.decode, columns))
         for batch in step.prefills:
             with self._concerning([chunk.row for chunk in batch]):
                 entering = [chunk.row for chunk in batch if chunk.last]
@@ -327,10 +297,10 @@ class Engine:
                 masks, top = self._masks(entering), self._prompt_logprobs(batch)
                 sampled, columns, logprobs = self._runner.prefill(batch, plan, masks, top)
             if logprobs is not None:
-                dispatches.append(_ScoredPrompts(logprobs, batch, columns))
+                dispatches.append(ScoredPrompts(logprobs, batch, columns))
             if entering:
                 columns = [column for column, chunk in zip(columns, batch, strict=True) if chunk.last]
-                dispatches.append(_Dispatch(sampled, entering, columns))
+                dispatches.append(Dispatch(sampled, entering, columns))
         return dispatches
 
     def _plan(self, rows: Sequence[Row]) -> SamplingPlan:
@@ -347,7 +317,7 @@ class Engine:
         if row.stepwise:
             request.constraints.restart(output)
         arrays = request_arrays([request.params], [request.prompt], [request.seed], eos, [output])
-        self._runner.insert(row.slot, arrays)
+        self._runner.insert(row.slot, arrays, row.tokens[: row.context])
 
     def _masks(self, rows: Sequence[Row]) -> Masks | None:
         """What may come next in rows that are to be asked before each token, if there are any."""
@@ -364,35 +334,24 @@ class Engine:
         """Wait for tokens and log-probabilities, and give each request its own."""
         dispatches, self._in_flight = self._in_flight, []
         for dispatch in dispatches:
-            if isinstance(dispatch, _ScoredPrompts):
-                self._read_prompts(dispatch)
-                continue
-            with self._concerning(dispatch.rows):
-                started = time.perf_counter()
-                tokens, logprobs = jax.device_get(dispatch.sampled)
-                self._device_wait += time.perf_counter() - started
-                for row, column in zip(dispatch.rows, dispatch.columns, strict=True):
+            with self._concerning(dispatch.rows), self._counters.waiting():
+                results = dispatch.read()
+            for row, result in results:
+                with self._concerning([row]):
                     if not row.done:
-                        self._take(row, tokens[:, column].tolist(), logprobs, column)
+                        self._take(row, result)
 
-    def _read_prompts(self, scored: _ScoredPrompts) -> None:
-        with self._concerning([chunk.row for chunk in scored.chunks]):
-            started = time.perf_counter()
-            logprobs = jax.device_get(scored.logprobs)
-            self._device_wait += time.perf_counter() - started
-        for chunk, place in zip(scored.chunks, scored.places, strict=True):
-            if not chunk.row.done:
-                with self._concerning([chunk.row]):
-                    request, part = self._active[chunk.row.index].request, np.s_[place, : chunk.count]
-                    request.score_prompt(chunk.start, jax.tree.map(operator.itemgetter(part), logprobs))
-
-    def _take(self, row: Row, tokens: list[int], logprobs: SampleLogprobs | None, column: int) -> None:
+    def _take(self, row: Row, made: RowTokens | PromptLogprobs) -> None:
         request = self._active[row.index].request
-        known, again = len(request.tokens), row.known_again(len(tokens))
-        request.extend(tokens[again:], logprobs, column, again)
+        if isinstance(made, PromptLogprobs):
+            request.score_prompt(made.start, made.logprobs)
+            return
+        known, again = len(request.tokens), row.known_again(len(made.tokens))
+        request.extend(made.tokens[again:], made.logprobs, again)
         new = request.tokens[known:]
-        request.constrain(tokens)
-        self._generated += len(new)
+        request.count_drafts(*made.speculation(again + len(new)))
+        request.constrain(made.tokens)
+        self._counters.generated += len(new)
         self._scheduler.advance(row, new, again)
         if request.finished:
             self._end(row, new=new)
@@ -413,9 +372,7 @@ class Engine:
             request.finish(reason, error)
         output = request.output()
         self._chunks.append(StreamChunk(row.index, list(new), request.take_text(), request.finish_reason, output))
-        for name, times in self._times.items():
-            if request.tokens and getattr(output, name) is not None:
-                times.append(getattr(output, name))
+        self._counters.ended(output)
 
     @contextlib.contextmanager
     def _concerning(self, rows: Sequence[Row]) -> Iterator[None]:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .runner import READ, Runner
+from .runner import Runner
+from .slots import READ
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -29,7 +30,8 @@ class Rehearsal(Runner):
         vars(self).update(vars(runner))
         self._token = token
         self.model = dataclasses.replace(runner.model, params=jax.tree.map(_abstract, runner.model.params))
-        self.pages, self.state = jax.tree.map(_abstract, (runner.pages, runner.state))
+        held = runner.pages, runner.draft_pages, runner.state
+        self.pages, self.draft_pages, self.state = jax.tree.map(_abstract, held)
         self._compiled: set[Any] = set()
         self._running: set[Future] = set()
         self._threads = ThreadPoolExecutor(_THREADS, "ridgeline-compile")

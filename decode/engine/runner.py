@@ -6,53 +6,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, UInt32
 
-from ...model.config import ModelConfig
 from ...model.kv_specs import kinds_by_layer
 from ...model.loading import Model
-from ...model.params import Params
 from ...model.transformer import Component, Residual
-from ...sharding.rules import constrain, put_rows
+from ...sharding.rules import put_rows
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages
-from ..loop import decode_steps, for_host, settle
+from ..loop import settle
 from ..prefill import prefill, scored_prefill
-from ..sampling.draw import SampleLogprobs, sample
+from ..sampling.draw import SampleLogprobs
 from ..sampling.layout import RequestArrays, SamplingPlan, make_plan, request_arrays
 from ..sampling.params import SamplingParams
 from ..sampling.scores import Adjust
-from ..sampling.state import SamplingState, empty_state, insert
+from ..sampling.state import empty_state, insert
+from ..speculation.drafter import Drafter
+from ..speculation.loop import read_text, set_history
 from .pages import ABSENT
 from .scheduler import Chunk, Row
-
-Sampled = tuple[Int[Array, "N B"], SampleLogprobs | None]
-"""New tokens, step by step, and their log-probabilities where the plan has any; on the device."""
+from .slots import Sampled, SlotState, decode_slots, empty_slots, enter_slots, speculate_slots
 
 Masks = Mapping[int, UInt32[np.ndarray, "W"]]
 """By slot, the tokens that may be drawn, as `sample` takes them. Programs without any mask are others: None."""
 
 ANYTHING = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0), SamplingParams(logprobs=1)
 """Requests that together need every program of sampling but those with masks."""
-
-
-@struct.dataclass
-class SlotState:
-    """What the device keeps of the rows that run, by slot.
-
-    Attributes:
-      tokens: [B] int32, the last sampled token of each.
-      lengths, contexts: as in `Rows`.
-      sampling: what each asks for, and what penalties need of its output; None of rows that are just read.
-    """
-
-    tokens: Any
-    lengths: Any
-    contexts: Any
-    sampling: SamplingState | None
 
 
 class Runner:
@@ -67,7 +47,7 @@ class Runner:
       kv_dtype: of cached keys and values, as `init_cache` takes it.
       whole_batches: as in `Engine`.
       width: of every prefill; None for the bucket of the longest chunk.
-      residual, component, adjust: as in `Engine`.
+      residual, component, adjust, drafter: as in `Engine`.
     """
 
     def __init__(
@@ -83,28 +63,37 @@ class Runner:
         residual: Residual | None = None,
         component: Component | None = None,
         adjust: Adjust | None = None,
+        drafter: Drafter | None = None,
     ):
         self.model, self.slots, self._max_length = model, slots, max_length
+        self._draft_params, self._drafter = (None, None) if drafter is None else drafter.bind(model)
+        self._steps = buckets.DECODE_STEPS if drafter is None else buckets.SPECULATION_ROUNDS
         self._width, self._adjust = width, adjust
         self._forward_seams = {"residual": residual, "component": component}
         # On data shards rows stay with the devices that have their pages.
         self._whole_batches = whole_batches or (model.mesh is not None and model.mesh.shape["data"] > 1)
         self.shards = 1 if model.mesh is None else model.mesh.shape["data"]
         self._pages_per_shard = [n // self.shards for n in pages]
-        self._tables = [np.zeros((slots, -(-max_length // page_size)), np.int32) for _ in pages]
+        # Drafts are verified together, at positions past the last of a row too, of which nothing is kept.
+        entries = -(-(max_length + (0 if drafter is None else drafter.tokens)) // page_size)
+        shards = np.arange(slots)[:, None] * self.shards // slots
+        self._tables = [(shards * n).astype(np.int32).repeat(entries, axis=1) for n in self._pages_per_shard]
         self._vocab_size = model.config.vocab_size
-        self._empty_pages = functools.partial(init_pages, model.config, pages, page_size, model.mesh, kv_dtype)
+        layout = pages, page_size, model.mesh, kv_dtype
+        self._empty_pages = functools.partial(init_pages, model.config, *layout)
+        self._empty_draft_pages = functools.partial(self._drafter.init_pages, *layout) if drafter else lambda: None
         self.restart()
 
     def restart(self) -> None:
         """Empty pages and slots, in place of those that there were, if any."""
         self.free()
-        self.pages = self._empty_pages()
-        self.state = _empty(self.slots, self._vocab_size, self.model.mesh)
+        self.pages, self.draft_pages = self._empty_pages(), self._empty_draft_pages()
+        history = None if self._drafter is None else self._max_length
+        self.state = empty_slots(self.slots, self._vocab_size, history, self.model.mesh)
 
     def free(self) -> None:
         """Give the memory back."""
-        self.pages = self.state = None
+        self.pages = self.draft_pages = self.state = None
 
     def set_pages(self, row: Row) -> None:
         """Copy a row's pages into the block tables. What its window has left behind is some page of its shard."""
@@ -114,10 +103,15 @@ class Runner:
             table[row.slot, : len(pages)] = np.where(entries == ABSENT, shard * per_shard, entries)
         row.pages.changed = False
 
-    def insert(self, slot: int, request: RequestArrays) -> None:
-        """What the row that is about to enter a slot asks of sampling."""
+    def insert(self, slot: int, request: RequestArrays, text: Sequence[int]) -> None:
+        """What the row that is about to enter a slot asks of sampling, and its text."""
         sampling = self._run(insert, self.state.sampling, np.array([slot], np.int32), request)
         self.state = self.state.replace(sampling=sampling)
+        if self._drafter is not None:
+            padded = np.zeros(self._max_length, np.int32)
+            padded[: len(text)] = text
+            history = self._run(set_history, self.state.history, np.int32(slot), padded)
+            self.state = self.state.replace(history=history)
 
     def make_tables(self) -> None:
         """Have what "full" plans need of the slots."""
@@ -156,6 +150,9 @@ class Runner:
             kinds=kinds_by_layer(self.model.config),
         )
         tokens, new = self._put(tokens), self._put(new)
+        if self.draft_pages is not None:
+            text = tokens, new, batch
+            self.draft_pages = self._run(read_text, self._drafter, self._draft_params, self.draft_pages, *text)
         arguments = self.model.params, self.model.config, tokens, new, KVCache(self.pages, batch)
         if top is None:
             (logits, cache), scored = self._run(prefill, *arguments, **self._forward_seams), None
@@ -167,13 +164,17 @@ class Runner:
         if any(chunk.last for chunk in chunks):
             read = SlotState(last, cache.lengths, cache.contexts, None)
             allowed = self._allowed(masks, places, len(slots), [chunk.row.slot for chunk in chunks])
-            made, self.state = self._run(_enter, logits, self.state, slots, read, plan, self._adjust, allowed)
+            made, self.state = self._run(enter_slots, logits, self.state, slots, read, plan, self._adjust, allowed)
         return made, places, scored
 
     def decode(
         self, rows: Sequence[Row], steps: int, plan: SamplingPlan, masks: Masks | None = None
     ) -> tuple[Sampled, list[int]]:
-        """Make the next tokens of rows that have entered; the new ones, and the row of the program that each was."""
+        """Make the next tokens of rows that have entered, in so many steps, or rounds where there is a drafter.
+
+        Returns:
+          The new tokens, and the row of the program that each row was.
+        """
         slots = [row.slot for row in rows]
         if self._whole_batches:
             places, count, taken = slots, self.slots, None
@@ -182,22 +183,19 @@ class Runner:
             taken = np.full(count, self.slots, np.int32)
             taken[: len(rows)] = slots
         max_lengths = np.zeros(count, np.int32)
-        max_lengths[places] = [row.max_length - 1 for row in rows]  # the last token is not cached
-        made, self.pages, self.state = self._run(
-            _decode,
-            self.model.params,
-            self.model.config,
-            self.pages,
-            self.state,
-            taken,
-            self._put(max_lengths),
-            self._tables_of(places, count, slots),
-            plan,
-            steps,
-            adjust=self._adjust,
-            allowed=self._allowed(masks, places, count, slots),
-            **self._forward_seams,
-        )
+        max_lengths[places] = [row.limit for row in rows]
+        where = taken, self._put(max_lengths), self._tables_of(places, count, slots)
+        seams = {"adjust": self._adjust, "allowed": self._allowed(masks, places, count, slots), **self._forward_seams}
+        weights = self.model.params, self.model.config
+        if self._drafter is None:
+            out = self._run(decode_slots, *weights, self.pages, self.state, *where, plan, steps, **seams)
+            made, self.pages, self.state = out
+            return made, places
+        speculates = np.zeros(count, bool)
+        speculates[places] = [row.speculates for row in rows]
+        drafting = self._draft_params, self._drafter, self.draft_pages, self._put(speculates)
+        out = self._run(speculate_slots, *weights, *drafting, self.pages, self.state, *where, plan, steps, **seams)
+        made, self.draft_pages, self.pages, self.state = out
         return made, places
 
     def shapes(self, prefill_tokens: int, sampling: Sequence[SamplingParams]) -> Iterator[Callable[[], Any]]:
@@ -216,7 +214,7 @@ class Runner:
 
         for length in {buckets.token_list_bucket(n): n for n in range(longest if full else 1)}.values():
             request = request_arrays([SamplingParams(repetition_penalty=2.0)], [[0] * length], [0])
-            yield functools.partial(self.insert, 0, request)
+            yield functools.partial(self.insert, 0, request, [])
         most = min(longest, prefill_tokens, buckets.PREFILL_CHUNK)
         widths = sorted({buckets.prefill_bucket(n): n for n in range(1, most + 1)}.items())
         for count in sorted({buckets.batch_bucket(n + 1) for n in range(per_shard)}):
@@ -227,7 +225,7 @@ class Runner:
                     for case in itertools.product(plans, masks) if n == 0 else [(plans[0], None)]:
                         yield functools.partial(self.prefill, chunks, *case)
             for plan in plans if count == 1 or not self._whole_batches else []:
-                for case in [(buckets.DECODE_STEPS, plan), *((1, plan, mask) for mask in masks)]:
+                for case in [(self._steps, plan), *((1, plan, mask) for mask in masks)]:
                     yield functools.partial(self.decode, some, *case)
 
     def _run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -270,83 +268,3 @@ class Runner:
 
     def _put(self, rows: np.ndarray) -> Array | np.ndarray:
         return put_rows(rows, self.model.mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("slots", "vocab_size", "mesh"))
-def _empty(slots: int, vocab_size: int, mesh: Any) -> SlotState:
-    def zeros() -> Array:
-        return constrain(jnp.zeros(slots, jnp.int32), "batch", mesh=mesh)
-
-    return SlotState(zeros(), zeros(), zeros(), empty_state(slots, vocab_size, False, mesh))
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "plan", "steps", "residual", "component", "adjust"),
-    donate_argnames=("pages", "state"),
-)
-def _decode(
-    params: Params,
-    config: ModelConfig,
-    pages: Any,
-    state: SlotState,
-    slots: Int[Array, "b"] | None,
-    max_lengths: Int[Array, "b"],
-    tables: tuple[Int[Array, "b E"], ...],
-    plan: SamplingPlan,
-    steps: int,
-    **seams: Any,
-) -> tuple[Sampled, Any, SlotState]:
-    """`decode_steps` of the rows in some slots; None is all of them, in order. Slots out of bounds are nobody's."""
-    rows = _rows_of(state, slots, plan)
-    cache = KVCache(pages, Rows(rows.lengths, max_lengths, rows.contexts, tables, kinds_by_layer(config)))
-    made, logprobs, tokens, cache, sampling = decode_steps(
-        params, config, rows.tokens, cache, rows.sampling, plan, steps, **seams
-    )
-    rows = rows.replace(tokens=tokens, lengths=cache.lengths, sampling=sampling)
-    return (made, logprobs), cache.pages, _with_rows(state, slots, rows)
-
-
-@functools.partial(jax.jit, static_argnames=("plan", "adjust"), donate_argnames="state")
-def _enter(
-    logits: Float[Array, "b V"],
-    state: SlotState,
-    slots: Int[Array, "b"],
-    read: SlotState,
-    plan: SamplingPlan,
-    adjust: Adjust | None,
-    allowed: UInt32[Array, "b W"] | None,
-) -> tuple[Sampled, SlotState]:
-    """Draw the tokens that follow texts, and put the rows into their slots; those out of bounds enter none.
-
-    `read` has the last tokens of the texts, and their lengths.
-    """
-    sampling = _rows_of(state, slots, plan).sampling
-    tokens, logprobs, sampling = sample(logits, sampling, read.lengths, plan, None, adjust, read.tokens, allowed)
-    made = for_host(jax.tree.map(lambda x: x[None], (tokens, logprobs)))
-    return made, _with_rows(state, slots, read.replace(tokens=tokens, sampling=sampling))
-
-
-READ = {_decode: 0, _enter: 0, scored_prefill: 2}
-"""Which result of a program the host reads."""
-
-
-def _rows_of(state: SlotState, slots: Int[Array, "b"] | None, plan: SamplingPlan) -> SlotState:
-    if plan.kind != "full":
-        state = state.replace(sampling=SamplingState(state.sampling.settings))
-    return state if slots is None else jax.tree.map(lambda x: x.at[slots].get(mode="clip"), state)
-
-
-def _with_rows(state: SlotState, slots: Int[Array, "b"] | None, rows: SlotState) -> SlotState:
-    """The state with the tokens and lengths of some rows, and with what their output counts in penalties."""
-    counts = state.sampling.output_counts
-    if rows.sampling.output_counts is not None:
-        counts = _at(counts, slots, rows.sampling.output_counts)
-    tokens, lengths, contexts = (
-        _at(getattr(state, name), slots, getattr(rows, name)) for name in ("tokens", "lengths", "contexts")
-    )
-    return SlotState(tokens, lengths, contexts, state.sampling.replace(output_counts=counts))
-
-
-def _at(old: Array, slots: Int[Array, "b"] | None, new: Array) -> Array:
-    return new if slots is None else old.at[slots].set(new, mode="drop")

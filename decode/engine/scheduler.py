@@ -76,6 +76,16 @@ class Row:
         return max(0, min(count, len(self.tokens) - self.made))
 
     @property
+    def limit(self) -> int:
+        """Positions that it may cache before it is read again or done; the last token is not cached."""
+        return min([self.max_length - 1, *(border for border in self.borders if border >= self.context)])
+
+    @property
+    def speculates(self) -> bool:
+        """Whether it may take drafts: else each token depends on the host, or on the length it is made at."""
+        return not (self.stepwise or self.replays)
+
+    @property
     def goes_on(self) -> bool:
         """Whether it has tokens to make that were not dispatched; the last is not cached."""
         return self.computed < self.max_length - 1
@@ -93,7 +103,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a step dispatches: `steps` decode steps of some rows, then batches of chunks, one after the other."""
+    """What a step dispatches: `steps` decode steps, or rounds, of some rows, then batches of chunks, one by one."""
 
     decode: list[Row]
     steps: int
@@ -111,6 +121,8 @@ class Scheduler:
       regime: of a row that is read with some length; see `Regime`.
       one_shape: whether every step decodes once and every prefill has one chunk, and pages are shared that a prefill
         has filled, so that all is computed by programs of one shape.
+      drafted: most tokens that a round of speculation drafts a row, where there is a drafter. How many a row gets is
+        known when they are read, which is before the next step then.
     """
 
     def __init__(
@@ -121,12 +133,14 @@ class Scheduler:
         prefix_caching: bool = True,
         regime: Callable[[int], Regime] = lambda context: (b"", sys.maxsize),
         one_shape: bool = False,
+        drafted: int = 0,
     ):
         self.shards = shards
         self.prefill_tokens = prefill_tokens
         self.prefix_caching = prefix_caching
         self.regime = regime
         self.one_shape = one_shape
+        self._drafted = drafted
         self.page_size = shards[0].page_size
         self.waiting: list[Row] = []  # both in order
         self.running: list[Row] = []
@@ -176,9 +190,9 @@ class Scheduler:
         steps = self._decode_steps()
         decode = []
         for row in [row for row in self.running if not row.reading and row.goes_on]:
-            end = min(row.computed + steps, row.max_length - 1)
             if row.slot is None:  # it made room for one of the rows before
                 continue
+            end = min(row.computed + steps * (1 + self._drafted), row.limit)
             if row.computed in row.borders:
                 if not row.in_flight:
                     self._requeue(row)
@@ -195,11 +209,13 @@ class Scheduler:
         row.made += again + len(tokens)
         row.tokens += tokens
         if row.slot is not None:
+            if self._drafted:
+                row.computed = row.made - 1
             self._register(row)
 
     def _decode_steps(self) -> int:
         """One where somebody waits, a row is stepwise, or one comes to a border before the host has its tokens."""
-        most = buckets.DECODE_STEPS
+        most = buckets.SPECULATION_ROUNDS if self._drafted else buckets.DECODE_STEPS
         near = any(0 < border - row.computed < most for row in self.running for border in row.borders)
         alone = not (self.waiting or any(row.reading or row.stepwise for row in self.running))
         return most if alone and not near and not self.one_shape else 1

@@ -15,6 +15,7 @@ from ...model.params import abstract_params
 from .. import buckets
 from ..cache import KVCache, Rows, init_pages, page_dtype
 from ..prefill import prefill
+from ..speculation.drafter import Drafter
 from .pages import PagePool, ShardPages
 
 PAGE_SIZE = 64
@@ -57,6 +58,7 @@ def engine_sizes(
     max_length: int | None,
     prefill_tokens: int,
     kv_dtype: jax.typing.DTypeLike | None,
+    drafter: Drafter | None = None,
 ) -> Sizes:
     """Arguments and errors as of `Engine`."""
     sizes = {"max_batch_size": max_batch_size, "cache_tokens": cache_tokens, "max_length": max_length}
@@ -70,17 +72,22 @@ def engine_sizes(
     longest = min(max_length or config.max_position, config.max_position)
     windows = page_kinds(config)
     if cache_tokens is None:
-        cache_tokens = default_cache_tokens(model, slots, longest, prefill_tokens, kv_dtype)
+        cache_tokens = default_cache_tokens(model, slots, longest, prefill_tokens, kv_dtype, drafter)
     a_shard = max(1, cache_tokens // data // PAGE_SIZE)
     pages = tuple(data * _share(window, a_shard, slots // data, prefill_tokens) for window in windows)
     return Sizes(slots, data * a_shard * PAGE_SIZE, min(longest, a_shard * PAGE_SIZE), windows, pages, data)
 
 
 def default_cache_tokens(
-    model: Model, slots: int, max_length: int, prefill_tokens: int, kv_dtype: jax.typing.DTypeLike | None = None
+    model: Model,
+    slots: int,
+    max_length: int,
+    prefill_tokens: int,
+    kv_dtype: jax.typing.DTypeLike | None = None,
+    drafter: Drafter | None = None,
 ) -> int:
     """Positions of a pool that memory has room for, and no more than all rows at full length take."""
-    return min(slots * _whole(max_length), _room(model, slots, prefill_tokens, kv_dtype))
+    return min(slots * _whole(max_length), _room(model, slots, prefill_tokens, kv_dtype, drafter))
 
 
 def _whole(length: int) -> int:
@@ -96,17 +103,21 @@ def _share(window: int | None, pages: int, slots: int, prefill_tokens: int) -> i
     return min(pages, -(-max(prefill_tokens, buckets.PREFILL_CHUNK) // PAGE_SIZE) + (2 * held + 1) * slots)
 
 
-def _room(model: Model, slots: int, prefill_tokens: int, kv_dtype: jax.typing.DTypeLike | None) -> int:
+def _room(
+    model: Model, slots: int, prefill_tokens: int, kv_dtype: jax.typing.DTypeLike | None, drafter: Drafter | None
+) -> int:
     """Positions for which the devices have memory, of all data shards together."""
     config, mesh = model.config, model.mesh
     data, tensor = (1, 1) if mesh is None else (mesh.shape["data"], mesh.shape["tensor"])
-    specs = jax.tree.leaves(kv_specs(config, page_dtype(kv_dtype, config, mesh), tensor))
+    configs = [config, *(() if drafter is None else drafter.configs)]
+    specs = jax.tree.leaves([kv_specs(c, page_dtype(kv_dtype, c, mesh), tensor) for c in configs])
     a_position = sum(jnp.dtype(s.dtype).itemsize * math.prod(s.shape(pages=1, page_size=1)) for s in specs)
     devices = [jax.local_devices()[0]] if mesh is None else list(mesh.local_devices)
     if devices[0].platform == "cpu":
         return data * max(PAGE_SIZE, _CPU_BYTES // a_position)
     left = min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in (d.memory_stats() for d in devices))
-    left = int(_SHARE * (left - _temporaries(config, mesh, slots, prefill_tokens, kv_dtype)))
+    scored = slots * (1 if drafter is None else drafter.tokens + 1)
+    left = int(_SHARE * (left - _temporaries(config, mesh, scored, prefill_tokens, kv_dtype)))
     room = left * tensor // a_position
     if room < PAGE_SIZE:
         raise ValueError(
@@ -118,9 +129,10 @@ def _room(model: Model, slots: int, prefill_tokens: int, kv_dtype: jax.typing.DT
 
 @functools.cache
 def _temporaries(
-    config: ModelConfig, mesh: Mesh | None, slots: int, prefill_tokens: int, kv_dtype: jax.typing.DTypeLike | None
+    config: ModelConfig, mesh: Mesh | None, scored: int, prefill_tokens: int, kv_dtype: jax.typing.DTypeLike | None
 ) -> int:
-    """Bytes a device of what the largest prefill needs besides its arguments, as XLA has compiled it."""
+    """Bytes a device of what the largest prefill needs besides its arguments, as XLA has compiled it, and of the scores
+    of so many tokens."""
     data, kinds = 1 if mesh is None else mesh.shape["data"], len(page_kinds(config))
     width = buckets.prefill_floor(prefill_tokens)
     rows = data * max(1, prefill_tokens // width // data)
@@ -131,4 +143,4 @@ def _temporaries(
     compiled = prefill.lower(
         abstract_params(config, mesh), config, jnp.zeros((rows, width), jnp.int32), zeros, cache
     ).compile()
-    return compiled.memory_analysis().temp_size_in_bytes + 3 * slots * config.vocab_size * 4  # logits and scores
+    return compiled.memory_analysis().temp_size_in_bytes + 3 * scored * config.vocab_size * 4  # logits and scores

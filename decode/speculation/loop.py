@@ -1,0 +1,114 @@
+"""Rounds of speculation on the device: draft, verify, accept, several times in one dispatch.
+
+The target draws at every position of the draft with that position's own noise, and the draft is accepted as long as it
+is what the target draws (drafter-invariant speculation: Daliri, Musco and Suresh 2024, arXiv 2408.07978). So the output
+is, token for token, that of decoding without a draft.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int, UInt32
+
+from ...model.config import ModelConfig
+from ...model.params import Params
+from ...model.transformer import Component, Residual
+from ..cache import KVCache
+from ..extend import extend
+from ..loop import for_host
+from ..sampling.draw import SampleLogprobs, sample
+from ..sampling.layout import SamplingPlan
+from ..sampling.scores import Adjust
+from ..sampling.state import SamplingState, count
+from .drafter import Drafter, Texts
+
+REJECTED, NOTHING = -1, -2
+"""In place of a token: a draft was wrong here, or before; and there was no draft."""
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "drafter", "plan", "rounds", "residual", "component", "adjust"),
+    donate_argnames=("cache", "draft_pages", "history", "state"),
+)
+def speculate(
+    params: Params,
+    config: ModelConfig,
+    draft_params: Any,
+    drafter: Drafter,
+    tokens: Int[Array, "B"],
+    cache: KVCache,
+    draft_pages: Any,
+    history: Int[Array, "B C"],
+    state: SamplingState,
+    speculates: Bool[Array, "B"],
+    plan: SamplingPlan,
+    rounds: int,
+    residual: Residual | None = None,
+    component: Component | None = None,
+    adjust: Adjust | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
+) -> tuple[Int[Array, "N B T"], SampleLogprobs | None, Int[Array, "B"], KVCache, Any, Int[Array, "B C"], SamplingState]:
+    """`decode_steps` that makes 1 to T = `drafter.tokens` + 1 tokens a row and round, for one read of the weights.
+
+    What a rejected draft has cached is left behind by the row's length, and written over. A row that fills up makes as
+    many tokens as it has room for.
+
+    Args:
+      params, config, tokens, cache, state, plan, residual, component, adjust: as in `decode_steps`.
+      draft_params, drafter: as `Drafter.bind` returned them (the second is static).
+      draft_pages, history: as `Drafter.init_pages` returned them, and as in `Texts`.
+      speculates: rows that take drafts; the others make one token a round.
+      rounds: N (static).
+      allowed: as in `sample`, for rows that take no drafts: with it, `rounds` is 1.
+
+    Returns:
+      The sampled tokens and their log-probabilities (None where no row asks), round by round, `REJECTED` and `NOTHING`
+      where there is none; then what the next call takes: the last tokens, cache, draft pages, history and state.
+    """
+    places = jnp.arange(drafter.tokens + 1)
+
+    def round_(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        tokens, cache, draft_pages, history, state = carry
+        starts = cache.lengths
+        texts = Texts(cache.rows, history, state)
+        drafts, drafted, draft_pages = drafter.propose(draft_params, draft_pages, texts, plan, adjust)
+        room = jnp.maximum(cache.max_lengths - starts, 0)
+        new = jnp.minimum(jnp.where(speculates, drafted, 0) + 1, room)
+        read = jnp.concatenate([tokens[:, None], drafts], axis=1)
+        seams = {"residual": residual, "component": component}
+        logits, cache = extend(params, config, read, new, cache, form="decode", logits="all", **seams)
+        positions = starts[:, None] + 1 + places
+        guess = jnp.pad(drafts, ((0, 0), (0, 1)))
+        made, logprobs, _ = sample(logits, state, positions, plan, guess, adjust, read, allowed)
+        right = (made == guess) & (places < new[:, None] - 1)
+        kept = jnp.minimum(jnp.cumprod(right, axis=1).sum(axis=1) + 1, new)
+        last = jnp.take_along_axis(made, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
+        history = history.at[jnp.arange(len(made))[:, None], positions].set(made, mode="drop")
+        carry = (
+            jnp.where(kept > 0, last, tokens),
+            cache.replace(lengths=starts + kept),
+            draft_pages,
+            history,
+            count(state, made, kept),
+        )
+        missing = jnp.where(places < new[:, None], REJECTED, NOTHING)
+        return carry, (jnp.where(places < kept[:, None], made, missing), logprobs)
+
+    carry, made = lax.scan(round_, (tokens, cache, draft_pages, history, state), length=rounds)
+    return *for_host(made), *carry
+
+
+@functools.partial(jax.jit, static_argnames="drafter", donate_argnames="pages")
+def read_text(drafter: Drafter, params: Any, pages: Any, *text: Any) -> Any:
+    """`Drafter.read` as a program, which consumes the pages."""
+    return drafter.read(params, pages, *text)
+
+
+@functools.partial(jax.jit, donate_argnames="history")
+def set_history(history: Int[Array, "B C"], row: Int[Array, ""], text: Int[Array, "C"]) -> Int[Array, "B C"]:
+    """The history with the text of a row that begins."""
+    return history.at[row].set(text)

@@ -1,0 +1,254 @@
+"""Speculation: whatever a drafter guesses, the tokens are those of plain decoding, and more of them come at once."""
+
+import dataclasses
+import functools
+import random
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ridgeline as rl
+from ridgeline.benchmarks.replay import counted_compilations
+from ridgeline.decode.cache import Rows
+from ridgeline.decode.sampling.state import make_sampling_state
+from ridgeline.decode.speculation.drafter import Drafter, Texts
+from tiny import byte_tokenizer, tiny_config, tiny_model
+
+SMALL = {"max_batch_size": 4, "max_length": 192, "prefill_tokens": 64, "cache_tokens": 64 * 5, "whole_batches": True}
+ROPE = rl.RopeConfig(rotary_dim=20)
+
+
+def target(**rope):
+    """One token a byte, a window of 9, and room for 192 tokens."""
+    rope = dataclasses.replace(ROPE, **rope)
+    config = tiny_config(
+        vocab_size=256, max_position=192, layers=(rl.LayerConfig(rope, window=9), rl.LayerConfig(rope))
+    )
+    return dataclasses.replace(tiny_model(config), tokenizer=byte_tokenizer())
+
+
+LONG = {"original_max_position": 80, "factor": 4.0}
+LONG["short_factor"], LONG["long_factor"] = (1.0,) * 10, tuple(1.0 + n for n in range(10))
+TARGETS = {"": target(), "longrope": target(kind="longrope", **LONG), "dynamic": target(kind="dynamic", **LONG)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistaken(Drafter):
+    """Guesses of another drafter, all of them wrong, or at random some wrong and some left out."""
+
+    drafter: Drafter
+    always: bool
+
+    @property
+    def tokens(self):
+        return self.drafter.tokens
+
+    def bind(self, target):
+        params, drafter = self.drafter.bind(target)
+        return params, dataclasses.replace(self, drafter=drafter)
+
+    def init_pages(self, *layout):
+        return self.drafter.init_pages(*layout)
+
+    def read(self, *text):
+        return self.drafter.read(*text)
+
+    def propose(self, params, pages, texts, plan, adjust):
+        guesses, count, pages = self.drafter.propose(params, pages, texts, plan, adjust)
+        positions = texts.rows.lengths[:, None] + jnp.arange(self.tokens)
+        chance = (positions * 48271 + guesses * 16807) % 127
+        wrong = jnp.where(self.always | (chance < 30), (guesses + 1) % 256, guesses)
+        return wrong, count if self.always else chance[:, 0] % (self.tokens + 1), pages
+
+
+def drafter_of(name, model):
+    right = rl.ModelDrafter(model, tokens=3)
+    return {
+        "right": right,
+        "wrong": Mistaken(right, always=True),
+        "random": Mistaken(right, always=False),
+        "n-gram": rl.NGramDrafter(tokens=5),
+    }[name]
+
+
+def make_requests():
+    """Prompts that share beginnings, with every option of sampling; rows that end full too."""
+    rng = random.Random(0)
+    shared = [rng.randrange(256) for _ in range(128)]
+    prompts = [shared[:length] + [rng.randrange(256) for _ in range(n)] for length in (0, 64, 128) for n in (1, 9, 30)]
+    asked = [
+        {"temperature": 0.0, "logprobs": 2, "max_tokens": None},
+        {"seed": 1, "max_tokens": 40},
+        {"seed": 2, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_tokens": 30},
+        {"seed": 3, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3, "logprobs": 0},
+        {"temperature": 0.0, "frequency_penalty": 1.0, "min_tokens": 9, "stop_token_ids": list(range(0, 256, 3))},
+        {"seed": 4, "logit_bias": {7: 4.0, 9: 3.0}, "suppress_tokens": [3, 4], "prompt_logprobs": 1},
+        {"seed": 5, "stop": [" ", "a", "Q"], "logit_bias": {32: 3.0}, "max_tokens": 60},
+        {"temperature": 0.0, "bad_words": ["ab", "cd"], "max_tokens": 12},  # asked before each token: no drafts
+        {"seed": 6, "allowed_token_ids": [65, 66, 67], "max_tokens": 30},
+    ]
+    return [(prompt, rl.SamplingParams(**params)) for prompt, params in zip(prompts, asked, strict=True)]
+
+
+REQUESTS = make_requests()
+
+
+@functools.cache
+def plain(kind):
+    """Each request alone, without a drafter."""
+    outputs = []
+    with rl.Engine(TARGETS[kind], **SMALL) as engine:
+        for request in REQUESTS:
+            engine.submit(*request)
+            outputs += [chunk.output for chunk in engine.run() if chunk.output]
+    return outputs
+
+
+def check(output, expected):
+    if output.error is not None:
+        raise output.error
+    for name in ("tokens", "text", "finish_reason", "stop_reason"):
+        assert getattr(output, name) == getattr(expected, name)
+    assert 0 <= output.accepted <= output.drafted
+    if expected.logprobs is not None:
+        assert [entry.rank for entry in output.logprobs] == [entry.rank for entry in expected.logprobs]
+        for entry, other in zip(output.logprobs, expected.logprobs, strict=True):
+            assert list(entry.top) == list(other.top)
+            np.testing.assert_allclose([entry.logprob, *entry.top.values()], [other.logprob, *other.top.values()], 1e-4)
+
+
+def play(engine, rng, kind=""):
+    """Requests that come at random times, each checked as it ends; tokens that were drafted, and accepted."""
+    places, to_come, drafted, accepted = {}, rng.sample(range(len(REQUESTS)), len(REQUESTS)), 0, 0
+    while to_come or engine.has_work:
+        while to_come and rng.random() < 0.4:
+            place = to_come.pop()
+            places[engine.submit(*REQUESTS[place], priority=rng.choice((0, 0, 1)))] = place
+        for chunk in engine.step():
+            if chunk.output:
+                check(chunk.output, plain(kind)[places[chunk.index]])
+                drafted, accepted = drafted + chunk.output.drafted, accepted + chunk.output.accepted
+    assert engine.stats().pages_used == 0
+    return drafted, accepted
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("", name) for name in ("right", "wrong", "random", "n-gram")), ("longrope", "random")]
+)
+def test_any_mix_gives_the_tokens_of_plain_decoding(kind, name):
+    """In chunks, with shared beginnings, and pages so few that rows are preempted."""
+    model, rng = TARGETS[kind], random.Random(1)
+    assert {output.finish_reason for output in plain(kind)} == {"stop", "length"}
+    with rl.Engine(model, drafter=drafter_of(name, model), **SMALL) as engine:
+        counts = [play(engine, rng, kind) for _ in range(5)]
+        stats = engine.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_rate > 0.05
+    drafted, accepted = map(sum, zip(*counts, strict=True))
+    assert drafted > 100
+    if name == "right":
+        assert accepted > 0.95 * drafted
+    else:
+        assert (accepted == 0) == (name == "wrong")
+
+
+def test_keys_that_depend_on_the_length_take_no_drafts():
+    model = TARGETS["dynamic"]
+    with rl.Engine(model, drafter=drafter_of("right", model), **SMALL) as engine:
+        assert play(engine, random.Random(2), "dynamic") == (0, 0)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"seed": 8, "presence_penalty": 0.7}])
+def test_a_drafter_that_is_right_gives_the_most_tokens_a_round(sampling):
+    model = TARGETS[""]
+    params = rl.SamplingParams(max_tokens=1 + 6 * 5, **sampling)  # the first comes with the prompt
+    (expected,) = rl.generate(model, [[1, 2, 3]], params)
+    (output,) = rl.generate(model, [[1, 2, 3]], params, drafter=rl.ModelDrafter(model, tokens=4))
+    check(output, expected)
+    assert (output.drafted, output.accepted) == (6 * 4, 6 * 4)
+
+
+def test_nothing_is_compiled_after_warm_up():
+    model, rng = TARGETS[""], random.Random(3)
+    options = SMALL | {"max_batch_size": 2, "whole_batches": False}
+    with rl.Engine(model, drafter=drafter_of("random", model), **options) as engine:
+        engine.warm_up()
+        with counted_compilations() as compilations:
+            for _ in range(3):
+                play(engine, rng)
+        assert compilations() == 0
+
+
+def follows(text, tokens, longest):
+    """What prompt lookup guesses, in plain Python."""
+    for length in range(min(longest, len(text) - 1), 0, -1):
+        for end in range(len(text) - 2, length - 2, -1):
+            if text[end - length + 1 : end + 1] == text[-length:]:
+                period = len(text) - 1 - end
+                return [text[end + 1 + n % period] for n in range(tokens)]
+    return None
+
+
+def test_n_grams_are_looked_up_as_in_plain_python():
+    rng, (B, C) = random.Random(3), (200, 40)
+    drafter = rl.NGramDrafter(tokens=6, longest=3)
+    texts = [[rng.randrange(rng.choice((2, 4, 20))) for _ in range(rng.randint(1, C))] for _ in range(B)]
+    history = np.array([text + [rng.randrange(3) for _ in range(C - len(text))] for text in texts], np.int32)
+    lengths = np.array([len(text) - 1 for text in texts], np.int32)
+    sampling, plan = make_sampling_state([rl.SamplingParams()] * B, None, [0] * B, 20)
+    rows = Rows(jnp.asarray(lengths), None, None)
+    guesses, count, _ = drafter.propose(None, None, Texts(rows, jnp.asarray(history), sampling), plan, None)
+    expected = [follows(text, 6, 3) for text in texts]
+    assert 0 < expected.count(None) < B / 2
+    for row, guess in enumerate(expected):
+        assert count[row] == (0 if guess is None else 6)
+        assert guess is None or guesses[row].tolist() == guess
+
+
+def seven_again(logits, context):
+    """Every seventh token is the same."""
+    return logits.at[jnp.arange(len(logits)), 40 + context.positions % 7].add(1e4)
+
+
+def test_n_grams_in_a_text_that_repeats(model):
+    asked = {"sampling": rl.SamplingParams(max_tokens=100, seed=1), "adjust": seven_again}
+    (expected,), (output,) = (
+        rl.generate(model, [[1]], drafter=drafter, **asked) for drafter in (None, rl.NGramDrafter())
+    )
+    assert output.tokens == expected.tokens == [40 + n % 7 for n in range(1, 101)]
+    assert output.accepted > 70
+
+
+def test_the_bundled_pair(bundled):
+    draft = rl.load_model("bundled-draft", dtype="float32")
+    asked = [
+        rl.SamplingParams(max_tokens=50, temperature=0.0),
+        rl.SamplingParams(max_tokens=50, temperature=0.8, seed=2),
+    ]
+    texts = ["Once upon a time", "The old king"]
+    for output, expected in zip(
+        rl.generate(bundled, texts, asked, drafter=rl.ModelDrafter(draft)),
+        rl.generate(bundled, texts, asked),
+        strict=True,
+    ):
+        check(output, expected)
+        assert output.accepted > 0.15 * output.drafted
+
+
+def test_what_is_refused(model, bundled):
+    for tokens in (0, 16):
+        for drafter in (lambda tokens: rl.ModelDrafter(model, tokens), rl.NGramDrafter):
+            with pytest.raises(ValueError, match=f"tokens is {tokens}; a drafter guesses 1 to 15"):
+                drafter(tokens)
+    with pytest.raises(ValueError, match="longest is 0"):
+        rl.NGramDrafter(longest=0)
+    with pytest.raises(ValueError, match="batch_invariant"):
+        rl.Engine(model, batch_invariant=True, drafter=rl.NGramDrafter())
+    with pytest.raises(ValueError, match="target tiny has a vocabulary of 509 and draft tiny of 256, and not both"):
+        rl.Engine(model, drafter=rl.ModelDrafter(TARGETS[""]))
+    with pytest.raises(ValueError, match="target story and draft tiny have other tokens"):
+        rl.Engine(bundled, drafter=rl.ModelDrafter(TARGETS[""]))
+    narrow = tiny_model(tiny_config(layers=(rl.LayerConfig(ROPE, window=9),)))
+    with pytest.raises(ValueError, match="a layer that sees all positions, and target tiny keeps 9"):
+        rl.Engine(narrow, drafter=rl.ModelDrafter(model))
