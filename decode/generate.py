@@ -48,6 +48,7 @@ def generate(
     Raises:
       ValueError: an empty prompt, token ids outside the vocabulary, a prompt as long as the model's longest sequence,
         stop strings without a tokenizer, an unknown `kv_dtype`; all before any device work.
+      FloatingPointError: a prompt after which the logits are not finite, naming it.
     """
     outputs: dict[int, RequestOutput] = {}
     seams = {"residual": residual, "component": component, "adjust": adjust}
@@ -74,7 +75,8 @@ def stream(
 ) -> Iterator[StreamChunk]:
     """Like `generate`, but yields the output as it comes, in blocks of a few tokens a request.
 
-    The arguments are checked when it is called, before the first chunk is asked for.
+    The arguments are checked when it is called, before the first chunk is asked for. A request that fails ends with
+    "error" for its `finish_reason`, and what failed in its output; the others go on.
     """
     requests = make_requests(model, prompts, sampling)
     seams = {"residual": residual, "component": component, "adjust": adjust}

@@ -18,7 +18,8 @@ from ...model.transformer import Component, Residual
 from .. import buckets
 from ..prompts import Prompt, make_request
 from ..request import FinishReason, Request, StreamChunk
-from ..sampling.draw import SampleLogprobs
+from ..logprobs import not_finite
+from ..sampling.draw import NO_TOKEN, SampleLogprobs
 from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays, top_width
 from ..sampling.params import SamplingParams
 from ..sampling.scores import Adjust
@@ -65,6 +66,10 @@ class _ScoredPrompts:
     logprobs: SampleLogprobs
     chunks: Sequence[Chunk]
     places: Sequence[int]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [chunk.row for chunk in self.chunks]
 
 
 class Engine:
@@ -144,6 +149,7 @@ class Engine:
         self._active: dict[int, _Active] = {}
         self._in_flight: list[_Dispatch | _ScoredPrompts] = []
         self._chunks: list[StreamChunk] = []  # made and not yet returned
+        self._spoiled = False  # whether pages hold what is no number
         self._submitted = self._generated = self._steps = 0
         self._host_time = self._device_wait = 0.0
         self._times = {name: collections.deque(maxlen=_RECENT) for name in ("ttft", "tpot", "queue_time")}
@@ -237,6 +243,8 @@ class Engine:
             dispatched = self._dispatch()
             self._read_in_flight()
             self._in_flight = dispatched
+            if self._spoiled:  # what is no number would reach whoever gets the same pages next
+                self._recover()
         except _StepFailed:
             self._recover()
         except BaseException:
@@ -371,12 +379,13 @@ class Engine:
                 started = time.perf_counter()
                 tokens, logprobs = jax.device_get(dispatch.sampled)
                 self._device_wait += time.perf_counter() - started
+                self._spoiled |= NO_TOKEN in tokens[:, dispatch.columns]
                 for row, column in zip(dispatch.rows, dispatch.columns, strict=True):
                     if not row.done:
                         self._take(row, tokens[:, column].tolist(), logprobs, column)
 
     def _read_prompts(self, scored: _ScoredPrompts) -> None:
-        with self._concerning([chunk.row for chunk in scored.chunks]):
+        with self._concerning(scored.rows):
             started = time.perf_counter()
             logprobs = jax.device_get(scored.logprobs)
             self._device_wait += time.perf_counter() - started
@@ -384,10 +393,12 @@ class Engine:
             if not chunk.row.done:
                 with self._concerning([chunk.row]):
                     request, part = self._active[chunk.row.index].request, np.s_[place, : chunk.count]
-                    request.score_prompt(chunk.start, jax.tree.map(operator.itemgetter(part), logprobs))
+                    whose = f"prompt {chunk.row.index}", self.model.config.dtype
+                    request.score_prompt(chunk.start, jax.tree.map(operator.itemgetter(part), logprobs), *whose)
 
     def _take(self, row: Row, tokens: list[int], logprobs: SampleLogprobs | None, column: int) -> None:
-        request = self._active[row.index].request
+        request, is_broken = self._active[row.index].request, NO_TOKEN in tokens
+        tokens = tokens[: tokens.index(NO_TOKEN)] if is_broken else tokens
         known, again = len(request.tokens), row.known_again(len(tokens))
         request.extend(tokens[again:], logprobs, column, again)
         new = request.tokens[known:]
@@ -396,6 +407,9 @@ class Engine:
         self._scheduler.advance(row, new, again)
         if request.finished:
             self._end(row, new=new)
+        elif is_broken:
+            what = f"prompt {row.index}: no token can be drawn after {len(request.prompt)} and {len(request.tokens)} new"
+            self._end(row, "error", not_finite(what, self.model.config.dtype), new)
         else:
             self._chunks.append(StreamChunk(row.index, new, request.take_text(), None, None))
 
@@ -430,6 +444,6 @@ class Engine:
 
     def _recover(self) -> None:
         """Begin anew with what is known on the host: nothing on the device, or on its way from there, is relied on."""
-        self._in_flight = []
+        self._in_flight, self._spoiled = [], False
         self._scheduler.restart()
         self._runner.restart()
