@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ..model import arguments
 from ..model.loading import Model
 from . import buckets
 from .cache import init_cache
@@ -47,6 +48,13 @@ class BeamSearchOutput:
 
 
 @jax.transfer_guard("allow")
+@arguments.arguments(
+    model=arguments.instance(Model, hint="as load_model returns it"),
+    beam_width=arguments.whole,
+    max_tokens=arguments.whole,
+    length_penalty=arguments.number,
+    ignore_eos=arguments.flag,
+)
 def beam_search(
     model: Model,
     prompts: Prompts,

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from ..model import arguments
 from ..model.loading import Model
 from ..model.transformer import Component, Residual
 from . import buckets
@@ -16,6 +17,14 @@ from .sampling.params import SamplingParams
 from .sampling.scores import Adjust
 
 
+@arguments.arguments(
+    model=arguments.instance(Model, hint="as load_model returns it"),
+    callback=arguments.optional(arguments.function),
+    max_batch_size=arguments.whole,
+    residual=arguments.optional(arguments.function),
+    component=arguments.optional(arguments.function),
+    adjust=arguments.optional(arguments.function),
+)
 def generate(
     model: Model,
     prompts: Prompts,
@@ -32,7 +41,8 @@ def generate(
 
     Args:
       model: as `load_model` returns it.
-      prompts: texts or token-id lists (one text alone is a list of one).
+      prompts: texts, lists of token ids, and chats, which are lists of messages, {"role": ..., "content": ...}, to which
+        the tokenizer's template is applied; or one prompt of a kind alone.
       sampling: one for all prompts, or one a prompt; None takes the model's own defaults.
       callback: called with every `StreamChunk` as it comes.
       max_batch_size: rows decoded together; more prompts run in turns.
@@ -46,7 +56,7 @@ def generate(
       One output a prompt, in order. A request's tokens do not depend on what it is batched with.
 
     Raises:
-      ValueError: an empty prompt, token ids outside the vocabulary, a prompt as long as the model's longest sequence,
+      TypeError, ValueError: an argument of another type or out of range, a prompt that is empty or becomes no tokens, token ids outside the vocabulary, a prompt as long as the model's longest sequence,
         stop strings without a tokenizer, an unknown `kv_dtype`; all before any device work.
       FloatingPointError: a prompt after which the logits are not finite, naming it.
     """
@@ -62,6 +72,13 @@ def generate(
     return [outputs[index] for index in range(len(outputs))]
 
 
+@arguments.arguments(
+    model=arguments.instance(Model, hint="as load_model returns it"),
+    max_batch_size=arguments.whole,
+    residual=arguments.optional(arguments.function),
+    component=arguments.optional(arguments.function),
+    adjust=arguments.optional(arguments.function),
+)
 def stream(
     model: Model,
     prompts: Prompts,

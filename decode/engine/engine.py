@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ...model import arguments
 from ...model.loading import Model
 from ...model.transformer import Component, Residual
 from .. import buckets
@@ -105,6 +106,20 @@ class Engine:
     """
 
     @jax.transfer_guard("allow")  # what requests are and what comes out is moved on purpose, here and below
+    @arguments.arguments(
+        model=arguments.instance(Model, hint="as load_model returns it"),
+        max_batch_size=arguments.whole,
+        cache_tokens=arguments.optional(arguments.whole),
+        max_length=arguments.optional(arguments.whole),
+        prefill_tokens=arguments.whole,
+        prefix_caching=arguments.flag,
+        max_waiting=arguments.optional(arguments.whole),
+        whole_batches=arguments.flag,
+        batch_invariant=arguments.flag,
+        residual=arguments.optional(arguments.function),
+        component=arguments.optional(arguments.function),
+        adjust=arguments.optional(arguments.function),
+    )
     def __init__(
         self,
         model: Model,
@@ -149,6 +164,7 @@ class Engine:
         self._active: dict[int, _Active] = {}
         self._in_flight: list[_Dispatch | _ScoredPrompts] = []
         self._chunks: list[StreamChunk] = []  # made and not yet returned
+        self._closed = False
         self._spoiled = False  # whether pages hold what is no number
         self._submitted = self._generated = self._steps = 0
         self._host_time = self._device_wait = 0.0
@@ -160,6 +176,7 @@ class Engine:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
+    @arguments.arguments(priority=arguments.whole)
     def submit(
         self,
         prompt: Prompt,
@@ -175,7 +192,8 @@ class Engine:
           priority: lower ones run first, and give up their pages last; of equals, the first submitted.
 
         Raises:
-          ValueError: what `generate` refuses, or more tokens than the pool holds.
+          TypeError, ValueError: what `generate` refuses, or more tokens than the pool holds.
+          RuntimeError: the engine is closed.
           EngineFull: `max_waiting` requests wait.
         """
         waiting = len(self._scheduler.waiting)
@@ -186,6 +204,8 @@ class Engine:
 
     def add(self, request: Request, priority: int = 0) -> int:
         """`submit` for a request that has been checked."""
+        if self._closed:
+            raise RuntimeError("the engine is closed, and its memory given back; make another")
         if request.params.max_tokens is None:  # as many as fit
             request.max_tokens = min(request.max_tokens, max(1, self.sizes.max_length - len(request.prompt)))
         total = len(request.prompt) + request.max_tokens
@@ -310,7 +330,7 @@ class Engine:
         """Abort what is left, and free the pool's memory."""
         for active in list(self._active.values()):
             self._end(active.row, "abort")
-        self._in_flight = []
+        self._in_flight, self._closed = [], True
         self._runner.free()
 
     def _dispatch(self) -> list[_Dispatch | _ScoredPrompts]:
