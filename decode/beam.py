@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ..model import arguments
 from ..model.loading import Model
 from . import buckets
 from .cache import init_cache
 from .fork import fork
+from .logprobs import not_finite
 from .prefill import prefill
 from .prompts import Prompts, make_requests
 from .request import Request
@@ -46,6 +48,13 @@ class BeamSearchOutput:
 
 
 @jax.transfer_guard("allow")
+@arguments.arguments(
+    model=arguments.instance(Model, hint="as load_model returns it"),
+    beam_width=arguments.whole,
+    max_tokens=arguments.whole,
+    length_penalty=arguments.number,
+    ignore_eos=arguments.flag,
+)
 def beam_search(
     model: Model,
     prompts: Prompts,
@@ -72,16 +81,20 @@ def beam_search(
 
     Raises:
       ValueError: what `generate` refuses, or a size below 1.
+      FloatingPointError: logits that are not finite, naming the prompt.
     """
     if beam_width < 1:
         raise ValueError(f"beam_search: beam_width is {beam_width}; it must be at least 1")
     requests = make_requests(model, prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens))
     ends = frozenset() if ignore_eos else frozenset(model.generation.eos_token_ids)
-    return [_search(model, request, beam_width, length_penalty, ends, kv_dtype) for request in requests]
+    sizes = beam_width, length_penalty, ends, kv_dtype
+    return [_search(model, index, request, *sizes) for index, request in enumerate(requests)]
 
 
-def _search(model: Model, request: Request, width: int, penalty: float, ends: frozenset[int], kv_dtype: Any):
-    prompt, room = request.prompt, request.max_tokens
+def _search(
+    model: Model, index: int, request: Request, width: int, penalty: float, ends: frozenset[int], kv_dtype: Any
+) -> BeamSearchOutput:
+    prompt, room, dtype = request.prompt, request.max_tokens, model.config.dtype
     capacity = buckets.cache_bucket(len(prompt) + room)
     cache = init_cache(model.config, width, capacity, mesh=model.mesh, kv_dtype=kv_dtype)
     for start in range(0, len(prompt), buckets.PREFILL_CHUNK):  # into the first row; the others have nothing yet
@@ -106,6 +119,8 @@ def _search(model: Model, request: Request, width: int, penalty: float, ends: fr
 
     for step in range(1, room + 1):
         best, offers = map(np.asarray, _best(logits, scores))
+        if not np.isfinite(best[0]):
+            raise not_finite(f"prompt {index}: no token can be told after {len(prompt)} and {step - 1} new", dtype)
         offers = [
             (total, *divmod(offer, logits.shape[1]))
             for total, offer in zip(best.tolist(), offers.tolist(), strict=True)

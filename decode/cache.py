@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
+from ..model import arguments
 from ..model.config import ModelConfig
 from ..model.kv_specs import PREFILL_CHUNK, KVSpec, kinds_by_layer, kv_dtype_of, kv_specs, page_kinds, pages_per_row
 from ..model.quantization import rounded
 from ..pallas_kernels.dispatch import current_device
 from ..pallas_kernels.pages import Pages
 from ..sharding.rules import mesh_of, named_sharding, shard_map
+from .consume import telling_what_was_consumed
 
 
 @struct.dataclass
@@ -123,12 +126,15 @@ class KVCache:
         """Bytes of the pool, scales included."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.pages))
 
+    @telling_what_was_consumed("KVCache.read")
     def read(self, layer: int) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"]]:
         """A layer's keys and values, float32, of all C positions that a row's table can hold, in the row's order.
 
         Those at lengths[b] and after are not row b's: zeros, or what an earlier row left in the page; where the layer
         has a window, so are those before it.
         """
+        if not isinstance(layer, numbers.Integral) or not -len(self.pages) <= layer < len(self.pages):
+            raise ValueError(f"KVCache.read: layer is {layer!r}; it must be a number below {len(self.pages)}")
         table = self._in_row_order() if self.rows.block_tables is None else self.rows.table(layer)
 
         def rows(numbers: Array, scales: Array | None) -> Array:
@@ -143,6 +149,14 @@ class KVCache:
 
 
 @jax.transfer_guard("allow")
+@arguments.arguments(
+    config=arguments.config,
+    batch_size=arguments.whole,
+    max_length=arguments.whole,
+    page_size=arguments.whole,
+    mesh=arguments.optional(arguments.instance(Mesh, hint="as make_mesh returns it")),
+    num_pages=arguments.optional(arguments.whole),
+)
 def init_cache(
     config: ModelConfig,
     batch_size: int,

@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from ..model import arguments
 from ..model.loading import Model
+from .prompts import each_prompt, naming
 from .score import Score, encode, make_score
 from .stretches import Text
 from .teacher_forced import Figures, TeacherForced
@@ -87,6 +89,15 @@ class Evaluation:
 
 
 @jax.transfer_guard("allow")
+@arguments.arguments(
+    model=arguments.instance(Model, hint="as load_model returns it"),
+    context=arguments.optional(arguments.whole),
+    stride=arguments.optional(arguments.whole),
+    batch_size=arguments.whole,
+    limit=arguments.optional(arguments.whole),
+    against=arguments.optional(arguments.instance(Model, hint="as load_model returns it")),
+    progress=arguments.optional(arguments.function),
+)
 def evaluate(
     model: Model,
     texts: str | Sequence[str] | Sequence[Sequence[int]],
@@ -107,7 +118,7 @@ def evaluate(
 
     Args:
       model: as `load_model` returns it.
-      texts: a text or several, each scored from its own beginning, or lists of token ids.
+      texts: one or several, as text or as token ids, each scored from its own beginning.
       context: tokens a window, at most the model's `max_position`; 1,024 or that by default.
       stride: tokens from one window to the next, 1 to `context`; half of it by default.
       batch_size: windows that run together.
@@ -118,13 +129,13 @@ def evaluate(
       progress: called after every batch with the tokens scored so far and those to score in all.
 
     Raises:
-      ValueError: a text of fewer than two tokens, text without a tokenizer, token ids outside the vocabulary, a size
+      TypeError, ValueError: a text of fewer than two tokens, text without a tokenizer, token ids outside the vocabulary, a size
         out of range, an unknown `kv_dtype`, or vocabularies that differ; all before any device work.
       FloatingPointError: a log-probability that is not finite, naming the text and the token.
     """
     models = [model] if against is None else [model, against]
     context, stride = _sizes(models, context, stride, batch_size, limit)
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = each_prompt(texts)
     left, sizes, windows = math.inf if limit is None else limit, [], []
     for index, text in enumerate(texts):
         ids, nbytes = _encode(model, index, text, left)
@@ -176,7 +187,8 @@ def _encode(
     if isinstance(text, str):
         if model.tokenizer is None:
             raise ValueError(f"text {index} is text, but the model has no tokenizer; give token ids")
-        encoding = model.tokenizer.backend.encode(text)
+        with naming(f"text {index}"):
+            encoding = model.tokenizer.encoding(text)
         ids, offsets = encoding.ids, encoding.offsets  # of a BOS, (0, 0)
         if len(ids) >= 2:
             stop = offsets[int(limit)][1] if limit < len(ids) - 1 else len(text)

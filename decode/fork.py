@@ -10,13 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from ..model import arguments
 from ..model.promotion import own_promotion
 from ..sharding.rules import constrain, mesh_of
 from .cache import KVCache, Rows
+from .consume import telling_what_was_consumed
 
 
 @own_promotion
 @jax.transfer_guard("allow")
+@arguments.arguments(cache=arguments.instance(KVCache, hint="as init_cache makes one"))
+@telling_what_was_consumed("fork")
 def fork(cache: KVCache, rows: Sequence[int] | Int[np.ndarray, "R"] | Int[Array, "R"]) -> KVCache:
     """A cache whose row r continues what row `rows[r]` holds. The cache that is given is consumed.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from ..model import arguments
 from ..model.loading import Model
 from ..model.transformer import Component, Residual
 from . import buckets
@@ -17,6 +18,14 @@ from .sampling.scores import Adjust
 from .speculation.drafter import Drafter
 
 
+@arguments.arguments(
+    model=arguments.instance(Model, hint="as load_model returns it"),
+    callback=arguments.optional(arguments.function),
+    max_batch_size=arguments.whole,
+    residual=arguments.optional(arguments.function),
+    component=arguments.optional(arguments.function),
+    adjust=arguments.optional(arguments.function),
+)
 def generate(
     model: Model,
     prompts: Prompts,
@@ -34,7 +43,8 @@ def generate(
 
     Args:
       model: as `load_model` returns it.
-      prompts: texts or token-id lists (one text alone is a list of one).
+      prompts: texts, lists of token ids, and chats, which are lists of messages, {"role": ..., "content": ...}, to which
+        the tokenizer's template is applied; or one prompt of a kind alone.
       sampling: one for all prompts, or one a prompt; None takes the model's own defaults.
       callback: called with every `StreamChunk` as it comes.
       max_batch_size: rows decoded together; more prompts run in turns.
@@ -49,9 +59,10 @@ def generate(
       One output a prompt, in order. A request's tokens do not depend on what it is batched with.
 
     Raises:
-      ValueError: an empty prompt, token ids outside the vocabulary, a prompt as long as the model's longest sequence,
-        stop strings without a tokenizer, an unknown `kv_dtype`, a drafter that cannot draft for the model; all before
-        any device work.
+      TypeError, ValueError: an argument of another type or out of range, a prompt that is empty or becomes no tokens,
+        token ids outside the vocabulary, a prompt as long as the model's longest sequence, stop strings without a
+        tokenizer, an unknown `kv_dtype`, a drafter that cannot draft for the model; all before any device work.
+      FloatingPointError: a prompt after which the logits are not finite, naming it.
     """
     outputs: dict[int, RequestOutput] = {}
     seams = {"residual": residual, "component": component, "adjust": adjust, "drafter": drafter}
@@ -65,6 +76,13 @@ def generate(
     return [outputs[index] for index in range(len(outputs))]
 
 
+@arguments.arguments(
+    model=arguments.instance(Model, hint="as load_model returns it"),
+    max_batch_size=arguments.whole,
+    residual=arguments.optional(arguments.function),
+    component=arguments.optional(arguments.function),
+    adjust=arguments.optional(arguments.function),
+)
 def stream(
     model: Model,
     prompts: Prompts,
@@ -79,7 +97,8 @@ def stream(
 ) -> Iterator[StreamChunk]:
     """Like `generate`, but yields the output as it comes, in blocks of a few tokens a request.
 
-    The arguments are checked when it is called, before the first chunk is asked for.
+    The arguments are checked when it is called, before the first chunk is asked for. A request that fails ends with
+    "error" for its `finish_reason`, and what failed in its output; the others go on.
     """
     requests = make_requests(model, prompts, sampling)
     seams = {"residual": residual, "component": component, "adjust": adjust, "drafter": drafter}

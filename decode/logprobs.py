@@ -82,22 +82,27 @@ def _in_slices(function: Callable[..., Any], arrays: Any) -> Any:
 
 
 def check_finite(
-    name: str, tokens: Sequence[int] | Int[np.ndarray, "_"], start: int, logprobs: Float[np.ndarray, "N"]
+    name: str, dtype: str, tokens: Sequence[int] | Int[np.ndarray, "_"], start: int, logprobs: Float[np.ndarray, "N"]
 ) -> None:
     """Refuse what JSON cannot hold, and sums cannot use.
 
     Args:
       name: of the text.
+      dtype: of the model.
       tokens: the whole of it.
       start: place of the first token that `logprobs` are of.
       logprobs: on the host.
 
     Raises:
-      FloatingPointError: one is not finite, naming the text and the token.
+      FloatingPointError: one is not finite, naming the text, the token and the dtype.
     """
     if not np.isfinite(logprobs).all():
         at = int(np.argmin(np.isfinite(logprobs)))
-        raise FloatingPointError(
-            f"{name}: the log-probability of token {start + at} (id {tokens[start + at]}) is {logprobs[at]}, as the "
-            "model has logits there that are not finite; load it in float32, and look at its weights"
-        )
+        what = f"{name}: the log-probability of token {start + at} (id {tokens[start + at]}) is {logprobs[at]}"
+        raise not_finite(what, dtype)
+
+
+def not_finite(what: str, dtype: str) -> FloatingPointError:
+    """The error for what logits that are no numbers have led to, in a model of that dtype."""
+    remedy = "look at its weights, and at what intervenes" if dtype == "float32" else "load it in float32"
+    return FloatingPointError(f"{what}, as the model, in {dtype}, has logits there that are not finite; {remedy}")

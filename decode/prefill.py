@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..model import arguments
 from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import Component, Residual
@@ -18,6 +19,13 @@ from .sampling.draw import SampleLogprobs
 
 
 @functools.partial(jit_consuming, static_argnames=("config", "residual", "component"), donate_argnames="cache")
+@arguments.arguments(
+    params=arguments.parameters,
+    config=arguments.config,
+    tokens=arguments.array("iu", "B T"),
+    lengths=arguments.array("iu", "B"),
+    cache=arguments.instance(KVCache, hint="as init_cache makes one"),
+)
 def prefill(
     params: Params,
     config: ModelConfig,
@@ -36,7 +44,7 @@ def prefill(
     Args:
       params: as `param_specs(config)`.
       config: the model (static).
-      tokens: token ids, padded on the right.
+      tokens: token ids, padded on the right by any; those outside the vocabulary are refused as in `decode_step`.
       lengths: how many of the T tokens of each row count; 0 leaves a row as it is.
       cache: as `init_cache` or an earlier call returned it.
       residual, component: as in `transformer` (static).
@@ -47,7 +55,7 @@ def prefill(
       and length stay as they were.
 
     Raises:
-      ValueError: batch sizes differ.
+      TypeError, ValueError: batch sizes differ, an id outside the vocabulary, or a cache that was consumed before.
     """
     return extend(params, config, tokens, lengths, cache, residual=residual, component=component)
 

@@ -1,17 +1,21 @@
 """What callers ask for: prompts and sampling, checked and tokenized before any device work."""
 
+import contextlib
 import dataclasses
 import functools
+import numbers
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ..model.fields import shortened
 from ..model.loading import Model
+from ..model.tokenizer import Tokenizer
 from .constraints import BadWords, Constraints, bad_word_tokens
 from .request import Request
 from .sampling.params import SamplingParams
@@ -19,7 +23,9 @@ from .sampling.params import SamplingParams
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a chat."""
 
-Prompts = str | Sequence[Prompt]
+Prompts = Prompt | Sequence[Prompt]
+
+_PROMPT = "a text, token ids, or the messages of a chat"
 
 
 def default_sampling(model: Model, **changes: Any) -> SamplingParams:
@@ -33,14 +39,33 @@ def make_requests(
     model: Model, prompts: Prompts, sampling: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[Request]:
     """Check and tokenize prompts: everything that can be refused is refused here, before any device work."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = each_prompt(prompts)
     if sampling is None:
         sampling = default_sampling(model)
+    if not isinstance(sampling, SamplingParams | Sequence) or isinstance(sampling, str):
+        raise TypeError(f"sampling is {shortened(sampling)}; it must be SamplingParams, a list of them, or None")
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
     if len(params) != len(prompts):
         raise ValueError(f"got {len(prompts)} prompts and {len(params)} SamplingParams; give one, or one a prompt")
     rows = zip(prompts, params, _new_seeds(len(prompts)), strict=True)
     return [make_request(model, index, *row) for index, row in enumerate(rows)]
+
+
+def each_prompt(prompts: Prompts) -> list[Prompt]:
+    """Several prompts, or one alone in a list of its own."""
+    return [prompts] if is_one(prompts) else each_item("prompts", prompts)
+
+
+def is_one(prompts: Prompts) -> bool:
+    """Whether this is a prompt by itself: a text, token ids, or the messages of a chat."""
+    if isinstance(prompts, np.ndarray | jax.Array):
+        return prompts.ndim == 1
+    first = prompts[0] if isinstance(prompts, Sequence) and not isinstance(prompts, bytes) and len(prompts) else None
+    return isinstance(prompts, str) or isinstance(first, Mapping) or _is_id(first)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _new_seeds(count: int) -> list[int]:
@@ -71,6 +96,8 @@ def make_request(
     """
     config = model.config
     params = default_sampling(model) if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"the sampling of prompt {index} is {shortened(params)}; it must be SamplingParams, or None")
     (seed,) = _new_seeds(1) if seed is None else (seed,)
     longest = min(max_length or config.max_position, config.max_position)
     tokens = _tokens(model, index, prompt)
@@ -89,6 +116,8 @@ def make_request(
     if params.bad_words and model.tokenizer is None:
         raise ValueError("bad_words need a tokenizer, and the model has none; use suppress_tokens or a constraint")
     params.validate(config.vocab_size)
+    every = {name: config.vocab_size for name in ("logprobs", "prompt_logprobs") if getattr(params, name) == -1}
+    params = dataclasses.replace(params, **every)
     if params.max_tokens is not None and params.max_tokens > room:
         _say_once(
             f"prompt {index} has {len(tokens)} tokens of the {longest} that {who} takes: it ends "
@@ -130,15 +159,57 @@ def _constraints(index: int, params: SamplingParams, prompt: Sequence[int], mode
 
 
 def _tokens(model: Model, index: int, prompt: Prompt) -> list[int]:
+    prompt = prompt if isinstance(prompt, str) else each_item(f"prompt {index}", prompt)
     if len(prompt) == 0:
         raise ValueError(f"prompt {index} is empty; give it at least one token")
-    text = isinstance(prompt, str)
-    if not text and not isinstance(prompt[0], Mapping):
-        return [int(token) for token in prompt]
+    if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+        return whole_ids(f"prompt {index}", prompt)
     if model.tokenizer is None:
-        kind = "text" if text else "a chat"
+        kind = "text" if isinstance(prompt, str) else "a chat"
         raise ValueError(f"prompt {index} is {kind}, but the model has no tokenizer; give token ids")
-    return model.tokenizer.encode(prompt) if text else model.tokenizer.apply_chat_template(list(prompt), tokenize=True)
+    tokens = encoded(f"prompt {index}", model.tokenizer, prompt)
+    if not tokens:
+        raise ValueError(
+            f"prompt {index} has no tokens, as the tokenizer makes none of {shortened(prompt)}; write more"
+        )
+    return tokens
+
+
+def each_item(name: str, prompt: Any) -> list[Any]:
+    """What a prompt that is no text, or a list of prompts, holds."""
+    if isinstance(prompt, np.ndarray | jax.Array) and np.ndim(prompt):
+        prompt = np.asarray(prompt).tolist()
+    if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping | bytes | str):
+        several = ", or a list of such" if name == "prompts" else ""
+        raise TypeError(f"{name} is {shortened(prompt)}; it must be {_PROMPT}{several}")
+    return list(prompt)
+
+
+def whole_ids(name: str, ids: Sequence[Any]) -> list[int]:
+    """Token ids as Python's integers; TypeError for what is none."""
+    for token in ids:
+        if not _is_id(token) and not (isinstance(token, jax.Array) and token.shape == () and token.dtype.kind in "iu"):
+            raise TypeError(f"{name} has {shortened(token)} among its token ids; they must be whole numbers")
+    return [int(token) for token in ids]
+
+
+def encoded(
+    name: str, tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]], special: bool = True
+) -> list[int]:
+    """Token ids of a text or a chat; errors say whose."""
+    with naming(name):
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt, add_special_tokens=special)
+        return tokenizer.apply_chat_template(prompt, tokenize=True)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Have a tokenizer's errors say whose text it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 @functools.lru_cache(256)

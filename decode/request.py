@@ -169,16 +169,16 @@ class Request:
             for at, token in enumerate(self.tokens[first:], first_logprobs):
                 self.logprobs.append(_token_logprobs(logprobs, at, token, self.params.logprobs))
 
-    def score_prompt(self, start: int, logprobs: SampleLogprobs) -> None:
+    def score_prompt(self, start: int, logprobs: SampleLogprobs, name: str, dtype: str) -> None:
         """Take the log-probabilities of what follows the prompt's tokens from number `start` on, if they are asked for.
 
         Raises:
-          FloatingPointError: one that is not finite, naming the token.
+          FloatingPointError: one that is not finite, as of `check_finite`, for which `name` and `dtype` are.
         """
         if self.prompt_logprobs is None:
             return
         count, following = self.params.prompt_logprobs, self.prompt[start + 1 :][: len(logprobs.chosen)]
-        check_finite("the prompt", self.prompt, start + 1, logprobs.chosen[: len(following)])
+        check_finite(name, dtype, self.prompt, start + 1, logprobs.chosen[: len(following)])
         for at, token in enumerate(following):
             if self.prompt_logprobs[start + 1 + at] is None:  # or it is read again, now with some output
                 ids, values = logprobs.top_ids[at, :count].tolist(), logprobs.top[at, :count].tolist()

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from ..model import arguments
 from ..model.loading import Model
 from ..model.transformer import Residual
+from .prompts import each_item, encoded, is_one, whole_ids
 from .sampling.layout import top_width
 from .stretches import Text
 from .teacher_forced import Figures, TeacherForced
@@ -50,6 +52,13 @@ class Score:
 
 
 @jax.transfer_guard("allow")
+@arguments.arguments(
+    model=arguments.instance(Model, hint="as load_model returns it"),
+    top=arguments.whole,
+    residual=arguments.optional(arguments.function),
+    max_batch_size=arguments.whole,
+    progress=arguments.optional(arguments.function),
+)
 def score(
     model: Model,
     prompts: Tokens | Sequence[Tokens],
@@ -68,7 +77,7 @@ def score(
 
     Args:
       model: as `load_model` returns it.
-      prompts: texts or token-id lists (one text alone is a list of one). The tokenizer puts a BOS before a text where
+      prompts: texts or token-id lists, or one of them alone. The tokenizer puts a BOS before a text where
         it does so for `generate`; that is then the first token.
       continuations: for each prompt a text or token ids, or a list of several; for one text alone just that. None
         scores the prompts. Of two texts the prompt is encoded without blanks at its end, and the continuation's tokens
@@ -84,23 +93,23 @@ def score(
       For each prompt its `Score`; and where it has a list of continuations, a list of theirs.
 
     Raises:
-      ValueError: text without a tokenizer, nothing to score or nothing before it, token ids outside the vocabulary,
+      TypeError, ValueError: text without a tokenizer, nothing to score or nothing before it, token ids outside the vocabulary,
         more tokens than the model takes, counts that differ, a size out of range, an unknown `kv_dtype`; all before
         any device work.
       FloatingPointError: a log-probability that is not finite, naming the prompt and the token.
     """
-    if isinstance(prompts, str):
+    if is_one(prompts):
         prompts, continuations = [prompts], None if continuations is None else [continuations]
+    prompts = each_item("prompts", prompts)
     if max_batch_size < 1:
         raise ValueError(f"max_batch_size is {max_batch_size}; it must be positive")
     if not 0 <= top <= model.config.vocab_size:
         raise ValueError(f"top is {top}; it must be between 0 and {model.config.vocab_size}, the vocabulary")
-    prompts = list(prompts)
     if continuations is None:
         texts = [[_text(model, f"prompt {n}", encode(model, f"prompt {n}", p), 1)] for n, p in enumerate(prompts)]
         several = [False] * len(prompts)
     else:
-        continuations = list(continuations)
+        continuations = each_item("continuations", continuations)
         if len(continuations) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts and {len(continuations)} continuations; give one a prompt")
         several = [not _is_one(own) for own in continuations]
@@ -129,13 +138,13 @@ def encode(model: Model, name: str, text: Tokens, special: bool = True) -> list[
     """Token ids, of a text or as they are given, checked against the vocabulary.
 
     Raises:
-      ValueError: naming the text.
+      TypeError, ValueError: naming the text.
     """
     if isinstance(text, str):
         if model.tokenizer is None:
             raise ValueError(f"{name} is text, but the model has no tokenizer; give token ids")
-        return model.tokenizer.encode(text, add_special_tokens=special)
-    ids, V = [int(token) for token in text], model.config.vocab_size
+        return encoded(name, model.tokenizer, text, special)
+    ids, V = whole_ids(name, each_item(name, text)), model.config.vocab_size
     outside = [token for token in ids if not 0 <= token < V]
     if outside:
         raise ValueError(f"{name} has token id {outside[0]}; the vocabulary is 0 to {V - 1}")

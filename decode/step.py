@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..model import arguments
 from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.transformer import Component, Residual
@@ -14,6 +15,12 @@ from .extend import extend
 
 
 @functools.partial(jit_consuming, static_argnames=("config", "residual", "component"), donate_argnames="cache")
+@arguments.arguments(
+    params=arguments.parameters,
+    config=arguments.config,
+    tokens=arguments.array("iu", "B"),
+    cache=arguments.instance(KVCache, hint="as init_cache makes one"),
+)
 def decode_step(
     params: Params,
     config: ModelConfig,
@@ -29,7 +36,8 @@ def decode_step(
     Args:
       params: as `param_specs(config)`.
       config: the model (static).
-      tokens: the next token id of each row.
+      tokens: the next token id of each row. One outside the vocabulary is refused where the array is on the host or a
+        CPU; under a trace, or on an accelerator, where to look would be to wait, ids are the caller's.
       cache: as `prefill` or an earlier step returned it.
       residual, component: as in `transformer` (static).
 
@@ -38,7 +46,7 @@ def decode_step(
       for each of its logits, and its cache and length stay as they were.
 
     Raises:
-      ValueError: batch sizes differ.
+      TypeError, ValueError: batch sizes differ, an id outside the vocabulary, or a cache that was consumed before.
     """
     new = jnp.ones_like(tokens)
     return extend(params, config, tokens[:, None], new, cache, form="decode", residual=residual, component=component)

@@ -87,7 +87,7 @@ class TeacherForced:
             made = jax.device_get(made)
             for place, text, count in pieces:
                 parts[text].append(jax.tree.map(lambda x, p=place, n=count: x[p, :n], made))
-                _check_finite(self._texts[text], parts[text])
+                self._check_finite(self._texts[text], parts[text])
                 done += count
             if progress is not None:
                 progress(done, total)
@@ -141,14 +141,14 @@ class TeacherForced:
         settle(self._models[0], made[0].chosen)
         return made, pieces
 
-
-def _check_finite(text: Text, parts: Sequence[Figures]) -> None:
-    """Check the newest part of a text's figures."""
-    logprobs, compared = parts[-1]
-    start = text.first + sum(len(part[0].chosen) for part in parts[:-1])
-    check_finite(text.name, text.tokens, start, logprobs.chosen)
-    if compared:
-        check_finite(f"{text.name}, by the reference", text.tokens, start, compared["reference"])
+    def _check_finite(self, text: Text, parts: Sequence[Figures]) -> None:
+        """Check the newest part of a text's figures."""
+        logprobs, compared = parts[-1]
+        start = text.first + sum(len(part[0].chosen) for part in parts[:-1])
+        dtypes = [model.config.dtype for model in self._models]
+        check_finite(text.name, dtypes[0], text.tokens, start, logprobs.chosen)
+        if compared:
+            check_finite(f"{text.name}, by the reference", dtypes[1], text.tokens, start, compared["reference"])
 
 
 @functools.partial(jax.jit, static_argnames=("configs", "top", "residual"), donate_argnames="pages")

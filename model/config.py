@@ -1,6 +1,10 @@
 """The static description of a model: everything that shapes its compiled programs."""
 
 import dataclasses
+import functools
+import math
+import numbers
+import typing
 from typing import Any, Literal
 
 from .schemes import Quantization
@@ -41,6 +45,7 @@ class RopeConfig:
     attention_factor: float = 1.0
 
     def __post_init__(self):
+        _check_types(self)
         _one_of("RoPE kind", self.kind, ROPE_KINDS)
         if self.rotary_dim <= 0 or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim is {self.rotary_dim}; it must be positive and even")
@@ -82,6 +87,7 @@ class LayerConfig:
     mlp: Literal["dense"] = "dense"
 
     def __post_init__(self):
+        _check_types(self)
         _one_of("attention", self.attention, ("grouped",))
         _one_of("mlp", self.mlp, ("dense",))
         if self.window is not None and self.window <= 0:
@@ -135,6 +141,7 @@ class ModelConfig:
     quantization: Quantization | None = None
 
     def __post_init__(self):
+        _check_types(self)
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("norm_position", self.norm_position, ("pre", "post", "sandwich"))
         _one_of("qk_norm", self.qk_norm, (None, "head", "full"))
@@ -173,6 +180,30 @@ class ModelConfig:
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with the named fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+
+_ABSTRACT = {int: numbers.Integral, float: numbers.Real}
+
+
+def _check_types(config: Any) -> None:
+    """Raise TypeError, or ValueError for a number that is not finite, naming the field; choices have their own check."""
+    for name, types in _field_types(type(config)).items():
+        value = getattr(config, name)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            allowed = " or ".join(one.__name__ for one in types)
+            raise TypeError(f"{type(config).__name__}: {name} is {value!r:.80}; it must be {allowed}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{type(config).__name__}: {name} is {value}; it must be finite")
+
+
+@functools.cache
+def _field_types(config: type) -> dict[str, tuple[type, ...]]:
+    hints = {name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(config).items()}
+    hints |= {
+        name: (tuple,) for name, hint in typing.get_type_hints(config).items() if typing.get_origin(hint) is tuple
+    }
+    types = {name: tuple(_ABSTRACT.get(one, one) for one in hint) for name, hint in hints.items()}
+    return {name: hint for name, hint in types.items() if all(isinstance(one, type) for one in hint)}
 
 
 def _one_of(what: str, value: Any, supported: tuple) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ..pallas_kernels.attention import causal_attention
 from ..pallas_kernels.pages import AttentionOptions
+from . import arguments
 from .config import ModelConfig
 from .layers import gated_mlp, linear, rms_norm, soft_cap
 from .params import Params, float_specs
@@ -84,6 +85,7 @@ def attend_to_tokens(
 
 
 @own_promotion
+@arguments.arguments(params=arguments.parameters, config=arguments.config, tokens=arguments.array("iu", "B T"))
 def transformer(
     params: Params,
     config: ModelConfig,
@@ -149,6 +151,7 @@ def final_norm(params: Params, config: ModelConfig, x: Float[Array, "... D"]) ->
 
 
 @own_promotion
+@arguments.arguments(params=arguments.parameters, config=arguments.config, x=arguments.array("f", "..."))
 def unembed(
     params: Params, config: ModelConfig, x: Float[Array, "... D"], product: Product = weight_product
 ) -> Float[Array, "... V"]:
@@ -206,7 +209,9 @@ _MLP = {"dense": gated_mlp}
 """What computes its MLP, by `LayerConfig.mlp`."""
 
 
+@arguments.known_ids
 @functools.partial(jax.jit, static_argnames=("config", "residual", "component"))
+@arguments.arguments(params=arguments.parameters, config=arguments.config, tokens=arguments.array("iu", "B T"))
 def forward(
     params: Params,
     config: ModelConfig,
@@ -219,7 +224,8 @@ def forward(
     Args:
       params: as `param_specs(config)`.
       config: the model.
-      tokens: token ids; shorter rows are padded on the right, which no earlier position sees.
+      tokens: token ids; shorter rows are padded on the right, which no earlier position sees. Ids outside the vocabulary
+        are refused where the array is on the host or a CPU; under a trace, or on an accelerator, they are the caller's.
       residual, component: as in `transformer` (static).
     """
     x, _ = transformer(params, config, tokens, residual=residual, component=component)

@@ -1,6 +1,7 @@
 """Device meshes with the project's three axes."""
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -27,6 +28,8 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Seque
     """
     sizes = {"data": data, "expert": expert, "tensor": tensor}
     for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+            raise TypeError(f"make_mesh: {name} is {size!r}; it must be a whole number")
         if size < 1:
             raise ValueError(f"make_mesh: {name} is {size}; it must be at least 1")
     devices = jax.devices() if devices is None else list(devices)

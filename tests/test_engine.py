@@ -289,6 +289,29 @@ def test_a_failure_ends_those_it_concerns_alone(model, monkeypatch, where):
         )
 
 
+def test_logits_that_are_no_numbers_end_their_request_and_reach_no_other(model):
+    """Not even through the pages that it leaves, which others get."""
+    embedding = model.params["embedding"].at[7].set(jnp.nan)
+    broken = dataclasses.replace(model, params={**model.params, "embedding": embedding})
+    others = [(list(range(8, 60)), GREEDY), ([1, 2, 3], GREEDY)]
+    expected = [output.tokens for output in alone(model, others)]
+    with rl.Engine(broken, **SMALL, cache_tokens=256) as engine:
+        engine.submit([7] * 150, GREEDY)
+        for request in others:
+            engine.submit(*request)
+        outputs = [chunk.output for chunk in engine.run() if chunk.output]
+    assert {output.finish_reason for output in outputs} == {"error", "length"}
+    assert sorted(output.tokens for output in outputs if output.error is None) == sorted(expected)
+    for call in (
+        lambda: rl.generate(broken, [[1, 2], [7, 7]], GREEDY),
+        lambda: rl.generate(broken, [[1, 2], [7, 7]], rl.SamplingParams(prompt_logprobs=0)),
+        lambda: rl.generate(model, [[1, 2], [3, 7]], GREEDY, adjust=lambda logits, _: logits.at[1].set(jnp.nan)),
+        lambda: rl.beam_search(broken, [[1, 2], [7, 7]]),
+    ):
+        with pytest.raises(FloatingPointError, match=r"prompt 1: .* in float32, has logits there that are not finite"):
+            call()
+
+
 def test_ctrl_c_loses_nothing(model, monkeypatch):
     requests = [([n + 1] * 5, rl.SamplingParams(max_tokens=30, seed=n)) for n in range(3)]
     expected = [output.tokens for output in alone(model, requests)]

@@ -152,7 +152,7 @@ def test_a_row_with_every_token_masked_gives_the_lowest_id():
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("everywhere", [True, False])
-def test_a_broken_row_gives_token_0_and_leaves_the_others_alone(bad, everywhere):
+def test_a_broken_row_gives_no_token_and_leaves_the_others_alone(bad, everywhere):
     V = 16
     logits = np.random.default_rng(0).normal(size=(3, V)).astype(np.float32)
     for params in (SamplingParams(temperature=0, logprobs=2), SamplingParams(top_p=0.8, logprobs=2, min_p=0.01)):
@@ -162,7 +162,7 @@ def test_a_broken_row_gives_token_0_and_leaves_the_others_alone(bad, everywhere)
         broken = logits.copy()
         broken[1, slice(None) if everywhere else 5] = bad
         tokens, broken_reported, _ = sample(jnp.asarray(broken), state, positions, plan=plan)
-        assert tokens.tolist() == [whole[0], 0, whole[2]]
+        assert tokens.tolist() == [whole[0], -1, whole[2]]
         assert np.isnan(broken_reported.chosen[1])
         np.testing.assert_array_equal(broken_reported.chosen[::2], reported.chosen[::2])
         np.testing.assert_array_equal(broken_reported.top[::2], reported.top[::2])
@@ -173,7 +173,7 @@ def test_a_nan_row_is_not_counted_against_its_neighbors():
     state, plan = make_sampling_state([params] * 2, [[1]] * 2, [0, 0], 4)
     logits = jnp.array([[NAN] * 4, [0.0, 1.0, 3.0, 2.0]])
     _, _, state = sample(logits, state, jnp.array([1, 1]), plan=plan)
-    assert state.output_counts.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
+    assert state.output_counts.tolist() == [[0, 0, 0, 0], [0, 0, 1, 0]]
 
 
 # Greedy, penalties, biases, min_tokens

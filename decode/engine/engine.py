@@ -9,11 +9,14 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from ...model import arguments
 from ...model.loading import Model
 from ...model.transformer import Component, Residual
 from .. import buckets
+from ..logprobs import not_finite
 from ..prompts import Prompt, make_request
 from ..request import FinishReason, Request, StreamChunk
+from ..sampling.draw import NO_TOKEN
 from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays, top_width
 from ..sampling.params import SamplingParams
 from ..sampling.scores import Adjust
@@ -81,6 +84,20 @@ class Engine:
     """
 
     @jax.transfer_guard("allow")  # what requests are and what comes out is moved on purpose, here and below
+    @arguments.arguments(
+        model=arguments.instance(Model, hint="as load_model returns it"),
+        max_batch_size=arguments.whole,
+        cache_tokens=arguments.optional(arguments.whole),
+        max_length=arguments.optional(arguments.whole),
+        prefill_tokens=arguments.whole,
+        prefix_caching=arguments.flag,
+        max_waiting=arguments.optional(arguments.whole),
+        whole_batches=arguments.flag,
+        batch_invariant=arguments.flag,
+        residual=arguments.optional(arguments.function),
+        component=arguments.optional(arguments.function),
+        adjust=arguments.optional(arguments.function),
+    )
     def __init__(
         self,
         model: Model,
@@ -133,6 +150,8 @@ class Engine:
         self._active: dict[int, _Active] = {}
         self._in_flight: list[Dispatch | ScoredPrompts] = []
         self._chunks: list[StreamChunk] = []  # made and not yet returned
+        self._closed = False
+        self._spoiled = False  # whether pages hold what is no number
         self._submitted, self._counters = 0, Counters()
 
     def __enter__(self) -> "Engine":
@@ -141,6 +160,7 @@ class Engine:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
+    @arguments.arguments(priority=arguments.whole)
     def submit(
         self,
         prompt: Prompt,
@@ -156,7 +176,8 @@ class Engine:
           priority: lower ones run first, and give up their pages last; of equals, the first submitted.
 
         Raises:
-          ValueError: what `generate` refuses, or more tokens than the pool holds.
+          TypeError, ValueError: what `generate` refuses, or more tokens than the pool holds.
+          RuntimeError: the engine is closed.
           EngineFull: `max_waiting` requests wait.
         """
         waiting = len(self._scheduler.waiting)
@@ -167,6 +188,8 @@ class Engine:
 
     def add(self, request: Request, priority: int = 0) -> int:
         """`submit` for a request that has been checked."""
+        if self._closed:
+            raise RuntimeError("the engine is closed, and its memory given back; make another")
         if request.params.max_tokens is None:  # as many as fit
             request.max_tokens = min(request.max_tokens, max(1, self.sizes.max_length - len(request.prompt)))
         total = len(request.prompt) + request.max_tokens
@@ -229,6 +252,8 @@ class Engine:
             dispatched = self._dispatch()
             self._read_in_flight()
             self._in_flight = dispatched
+            if self._spoiled:  # what is no number would reach whoever gets the same pages next
+                self._recover()
         except _StepFailed:
             self._recover()
         except BaseException:
@@ -272,7 +297,7 @@ class Engine:
         """Abort what is left, and free the pool's memory."""
         for active in list(self._active.values()):
             self._end(active.row, "abort")
-        self._in_flight = []
+        self._in_flight, self._closed = [], True
         self._runner.free()
 
     def _dispatch(self) -> list[Dispatch | ScoredPrompts]:
@@ -337,24 +362,31 @@ class Engine:
             with self._concerning(dispatch.rows), self._counters.waiting():
                 results = dispatch.read()
             for row, result in results:
+                self._spoiled |= result.is_broken
                 with self._concerning([row]):
                     if not row.done:
                         self._take(row, result)
 
     def _take(self, row: Row, made: RowTokens | PromptLogprobs) -> None:
-        request = self._active[row.index].request
+        request, dtype = self._active[row.index].request, self.model.config.dtype
         if isinstance(made, PromptLogprobs):
-            request.score_prompt(made.start, made.logprobs)
+            request.score_prompt(made.start, made.logprobs, f"prompt {row.index}", dtype)
             return
-        known, again = len(request.tokens), row.known_again(len(made.tokens))
-        request.extend(made.tokens[again:], made.logprobs, again)
+        tokens = made.tokens[: made.tokens.index(NO_TOKEN)] if made.is_broken else made.tokens
+        known, again = len(request.tokens), row.known_again(len(tokens))
+        request.extend(tokens[again:], made.logprobs, again)
         new = request.tokens[known:]
         request.count_drafts(*made.speculation(again + len(new)))
-        request.constrain(made.tokens)
+        request.constrain(tokens)
         self._counters.generated += len(new)
         self._scheduler.advance(row, new, again)
         if request.finished:
             self._end(row, new=new)
+        elif is_broken:
+            what = (
+                f"prompt {row.index}: no token can be drawn after {len(request.prompt)} and {len(request.tokens)} new"
+            )
+            self._end(row, "error", not_finite(what, self.model.config.dtype), new)
         else:
             self._chunks.append(StreamChunk(row.index, new, request.take_text(), None, None))
 
@@ -387,6 +419,6 @@ class Engine:
 
     def _recover(self) -> None:
         """Begin anew with what is known on the host: nothing on the device, or on its way from there, is relied on."""
-        self._in_flight = []
+        self._in_flight, self._spoiled = [], False
         self._scheduler.restart()
         self._runner.restart()

@@ -3,11 +3,12 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import numpy as np
 
-from ..sampling.draw import SampleLogprobs
+from ..sampling.draw import NO_TOKEN, SampleLogprobs
 from ..speculation.loop import NOTHING
 from .scheduler import Chunk, Row
 from .slots import Sampled
@@ -28,6 +29,11 @@ class RowTokens:
     rounds: np.ndarray
     drafted: np.ndarray
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether logits were no numbers at some token, which is `NO_TOKEN`."""
+        return NO_TOKEN in self.tokens
+
     def speculation(self, count: int) -> tuple[int, int]:
         """How many tokens were drafted and how many accepted, of the rounds that made the first `count` tokens."""
         begun = np.cumsum(self.rounds) - self.rounds < count
@@ -40,6 +46,7 @@ class PromptLogprobs:
 
     start: int
     logprobs: SampleLogprobs
+    is_broken: ClassVar[bool] = False  # the token that is drawn next tells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ class ScoredPrompts:
 
 
 def _of_row(tokens: np.ndarray, logprobs: SampleLogprobs | None) -> RowTokens:
-    kept = tokens >= 0
+    kept = tokens >= NO_TOKEN
     drafted = tokens[:, 1:] > NOTHING
     return RowTokens(
         tokens[kept].tolist(), jax.tree.map(lambda x: x[kept], logprobs), kept.sum(axis=1), drafted.sum(axis=1)

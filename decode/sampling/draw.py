@@ -15,6 +15,9 @@ from .layout import SamplingPlan
 from .scores import Adjust, token_ids, token_scores, top
 from .state import SamplingState, count
 
+NO_TOKEN = -1
+"""What is drawn from logits that are no numbers: a token that no vocabulary has."""
+
 
 @no_type_check  # a scan stacks the leaves
 @struct.dataclass
@@ -45,7 +48,8 @@ def sample(
     """Choose the next token of each row, or of each of T positions of each row.
 
     A row draws by Gumbel-max with noise that its seed, the position and the token id alone determine. Logits with a NaN
-    or +inf give token 0 and NaN log probabilities, and leave the others as they are.
+    or +inf, or with a NaN that `adjust` has made, give `NO_TOKEN` and NaN log probabilities, and leave the other rows
+    as they are.
 
     Args:
       logits: float32, of the model: [B, V], or [B, T, V] for T positions at once.
@@ -75,11 +79,12 @@ def sample(
             previous = None if previous is None else previous[:, None]
         broken = jnp.any(~(logits < jnp.inf), axis=-1)
         scores = token_scores(logits, state, positions, plan, drafted, adjust, previous, allowed)
-        tokens = draw(scores, state, positions, plan)
-        tokens = jnp.where(broken, 0, tokens)
+        if adjust is not None:
+            broken |= jnp.any(jnp.isnan(scores), axis=-1)
+        tokens = jnp.where(broken, NO_TOKEN, draw(scores, state, positions, plan))
         logprobs = _logprobs(logits, tokens, state, plan) if plan.kind == "full" else None
         if single:
-            state = count(state, tokens, jnp.ones_like(tokens[:, 0]))
+            state = count(state, tokens, (~broken[:, 0]).astype(jnp.int32))
             tokens, logprobs = jax.tree.map(lambda x: x[:, 0], (tokens, logprobs))
         return tokens, logprobs, state
 

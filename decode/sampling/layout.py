@@ -70,7 +70,7 @@ class RequestArrays:
 
 def make_plan(params: Collection[SamplingParams], vocab_size: int) -> SamplingPlan:
     """The coarsest plan that any of the requests needs."""
-    logprobs = [p.logprobs for p in params if p.logprobs is not None]
+    logprobs = [vocab_size if p.logprobs == -1 else p.logprobs for p in params if p.logprobs is not None]
     if logprobs or any(p.logit_bias or p.min_tokens or _is_suppressed(p) or _is_penalized(p) for p in params):
         return SamplingPlan("full", top_width(max(logprobs, default=0), vocab_size))
     return SamplingPlan("greedy" if all(p.greedy for p in params) else "random")

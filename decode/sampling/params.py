@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, no_type_check
 
+from ...model.arguments import unknown_argument
+
 _FLOATS: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda x: x >= 0, "it must be finite and at least 0; 0 decodes greedily"),
     "top_p": (lambda x: 0 < x <= 1, "it must be in (0, 1]; 1 turns it off"),
@@ -21,8 +23,11 @@ _INTS: dict[str, tuple[Callable[[int], bool], str]] = {
 _INTS_OR_NONE: dict[str, tuple[Callable[[int], bool], str]] = {
     "max_tokens": (lambda n: n >= 1, "it must be at least 1, or None for as many as fit"),
     "seed": (lambda n: 0 <= n < 2**64, "it must be in [0, 2**64), or None for a new one each time"),
-    "logprobs": (lambda n: n >= 0, "it must be at least 0, or None for no log probabilities"),
-    "prompt_logprobs": (lambda n: n >= 0, "it must be at least 0, or None for no log probabilities"),
+    "logprobs": (lambda n: n >= -1, "it must be at least 0, -1 for all tokens, or None for no log probabilities"),
+    "prompt_logprobs": (
+        lambda n: n >= -1,
+        "it must be at least 0, -1 for all tokens, or None for no log probabilities",
+    ),
 }
 _TOKEN_IDS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens")
 _BOOLS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
@@ -54,7 +59,8 @@ class SamplingParams:
       constraint: called for each request, makes the `Constraint` that says before each token which may come next; with
         it, or with bad words of several tokens, the batch decodes one step a dispatch.
       seed: with it, the request draws the same tokens alone and in any batch; None draws a new one each time.
-      logprobs: how many top log probabilities to return beside the chosen token's; None for none at all.
+      logprobs: how many top log probabilities to return beside the chosen token's, -1 for those of the whole vocabulary;
+        None for none at all.
       prompt_logprobs: the same for each token of the prompt but the first; such a prompt is read whole, even if another
         began alike.
       stop: strings that end the output once they stand in it.
@@ -93,6 +99,11 @@ class SamplingParams:
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+
+    def __new__(cls, *args: Any, **fields: Any) -> "SamplingParams":
+        for name in fields.keys() - cls.__dataclass_fields__.keys():
+            raise unknown_argument("SamplingParams", name, cls.__dataclass_fields__)
+        return super().__new__(cls)
 
     def __post_init__(self):
         for name, (allowed, remedy) in _FLOATS.items():

@@ -19,13 +19,13 @@ from ...model.transformer import Component, Residual
 from ..cache import KVCache
 from ..extend import extend
 from ..loop import for_host
-from ..sampling.draw import SampleLogprobs, sample
+from ..sampling.draw import NO_TOKEN, SampleLogprobs, sample
 from ..sampling.layout import SamplingPlan
 from ..sampling.scores import Adjust
 from ..sampling.state import SamplingState, count
 from .drafter import Drafter, Texts
 
-REJECTED, NOTHING = -1, -2
+REJECTED, NOTHING = NO_TOKEN - 1, NO_TOKEN - 2
 """In place of a token: a draft was wrong here, or before; and there was no draft."""
 
 

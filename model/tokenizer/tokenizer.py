@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, no_type_check
 
@@ -82,16 +83,26 @@ class Tokenizer:
         Raises:
           ValueError: half a character (a surrogate) in the text, or words that the tokenizer has no tokens for.
         """
-        if half := HALF.search(text):
-            raise ValueError(f"the text has half a character, {half[0]!r}, at {half.start()}: no text in UTF-8 has one")
-        with backend_errors(f"the tokenizer cannot encode {text:.50}{'...' if len(text) > 50 else ''}"):
-            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self.encoding(text, add_special_tokens)
         ids, was_added = encoding.ids, encoding.special_tokens_mask
         return ids[1:] if len(ids) > 1 and ids[0] == ids[1] and was_added[:2] == [1, 0] else ids
 
+    def encoding(self, text: str, add_special_tokens: bool = True) -> tokenizers.Encoding:
+        """Token ids of a text and where each lies in it; errors as of `encode`."""
+        if not isinstance(text, str):
+            raise TypeError(f"text is {shortened(text)}, of type {type(text).__name__}; it must be a string")
+        if half := HALF.search(text):
+            raise ValueError(f"the text has half a character, {half[0]!r}, at {half.start()}: no text in UTF-8 has one")
+        with backend_errors(f"the tokenizer cannot encode {text:.50}{'...' if len(text) > 50 else ''}"):
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that no token has, such as those of a padded vocabulary, give nothing."""
-        ids = [int(i) for i in ids]
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise TypeError(f"ids is {shortened(ids)}; it must be token ids")
+        ids = [operator.index(i) for i in ids]
+        if any(not 0 <= i < 2**32 for i in ids):
+            raise ValueError(f"ids is {shortened(ids)}; token ids are at least 0, and counted in 32 bits")
         with backend_errors(f"the tokenizer cannot decode {shortened(ids)}"):
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
