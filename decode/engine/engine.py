@@ -42,8 +42,9 @@ class _StepFailed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Active:
-    """A request that has not ended."""
+    """A request, or a sample of one, that has not ended."""
 
+    number: int  # of the request; each sample has a row
     request: Request
     row: Row
     plan: SamplingPlan
@@ -144,7 +145,7 @@ class Engine:
         self._active: dict[int, _Active] = {}
         self._in_flight: list[_Dispatch | _ScoredPrompts] = []
         self._chunks: list[StreamChunk] = []  # made and not yet returned
-        self._submitted = self._generated = self._steps = 0
+        self._submitted = self._rows = self._generated = self._steps = 0
         self._host_time = self._device_wait = 0.0
         self._times = {name: collections.deque(maxlen=_RECENT) for name in ("ttft", "tpot", "queue_time")}
 
@@ -161,7 +162,10 @@ class Engine:
         *,
         priority: int = 0,
     ) -> int:
-        """Add a request and return its number, which its chunks have for `index`.
+        """Add a request and return its number, which its chunks have for `index`, and those of all its samples.
+
+        Each sample runs as a row of its own. The first computes the prompt; the others begin with its full pages, and
+        compute what is left, a page at most.
 
         Args:
           prompt: a text, token ids, or the messages of a chat, to which the tokenizer's template is applied.
@@ -188,10 +192,16 @@ class Engine:
                 f"request {self._submitted} takes up to {total} positions, prompt and max_tokens, and the pool holds "
                 f"{self.sizes.cache_tokens}; lower max_tokens or raise cache_tokens"
             )
-        index, self._submitted = self._submitted, self._submitted + 1
+        number, self._submitted = self._submitted, self._submitted + 1
+        for sample in request.samples:
+            sample.max_tokens = request.max_tokens
+            self._add(sample, number, total, priority)
+        return number
+
+    def _add(self, request: Request, number: int, total: int, priority: int) -> None:
         request.start_clock()
         row = Row(
-            index,
+            self._rows,
             list(request.prompt),
             len(request.prompt),
             total,
@@ -204,14 +214,15 @@ class Engine:
         plan = make_plan([request.params], self.model.config.vocab_size)
         if self._whole_batches:
             self._least_plan = coarsest([self._least_plan, plan])
-        self._active[index] = _Active(request, row, plan)
+        self._active[row.index] = _Active(number, request, row, plan)
+        self._rows += 1
         self._scheduler.add(row)
-        return index
 
     def abort(self, request: int) -> None:
-        """End a request; its last chunk, with what it has so far, comes with the next step. Finished ones stay so."""
-        if request in self._active:
-            self._end(self._active[request].row, "abort")
+        """End a request, with all its samples; their last chunks, with what they have so far, come with the next step.
+        Finished ones stay so."""
+        for active in [active for active in self._active.values() if active.number == request]:
+            self._end(active.row, "abort")
 
     @property
     def has_work(self) -> bool:
@@ -283,7 +294,7 @@ class Engine:
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            finished=self._submitted - len(self._active),
+            finished=self._rows - len(self._active),
             preemptions=scheduler.preemptions,
             prompt_tokens=scheduler.prompt_tokens,
             cached_prompt_tokens=scheduler.found_tokens,
@@ -397,7 +408,14 @@ class Engine:
         if request.finished:
             self._end(row, new=new)
         else:
-            self._chunks.append(StreamChunk(row.index, new, request.take_text(), None, None))
+            self._add_chunk(self._active[row.index], new)
+
+    def _add_chunk(self, active: _Active, new: Sequence[int]) -> None:
+        """A chunk of a request, with what is new."""
+        request, sample = active.request, active.request.samples.index(active.request)
+        output = request.result() if request.finished else None
+        text, reason = request.take_text(), request.finish_reason
+        self._chunks.append(StreamChunk(active.number, list(new), text, reason, output, sample))
 
     def _end(
         self,
@@ -407,12 +425,13 @@ class Engine:
         new: Sequence[int] = (),
     ) -> None:
         """A request has ended by itself, or for a reason: its last chunk, with what is new."""
-        request = self._active.pop(row.index).request
+        active = self._active.pop(row.index)
+        request = active.request
         self._scheduler.remove(row)
         if reason is not None:
             request.finish(reason, error)
+        self._add_chunk(active, new)
         output = request.output()
-        self._chunks.append(StreamChunk(row.index, list(new), request.take_text(), request.finish_reason, output))
         for name, times in self._times.items():
             if request.tokens and getattr(output, name) is not None:
                 times.append(getattr(output, name))
