@@ -1,4 +1,4 @@
-"""`ridgeline generate --file prompts.jsonl`: many prompts, through one engine."""
+"""`ridgeline generate --file prompts.jsonl`, or with `--n`: many texts, through one engine."""
 
 import argparse
 import contextlib
@@ -30,7 +30,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A prompt of a file.
+    """A prompt.
 
     Attributes:
       where: file and line, for errors.
@@ -43,13 +43,12 @@ class Line:
     sampling: dict[str, Any]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print a result a prompt, in the file's order: JSON lines, or on a terminal texts; Ctrl-C leaves what there is."""
-    lines = read_lines(args.file)
+def run(args: argparse.Namespace, lines: Sequence[Line], as_texts: bool) -> int:
+    """Print a result a prompt, in their order: JSON as soon as it is there, texts in the end; Ctrl-C leaves what there
+    is."""
     model, params = load(args)
     requests = make_requests(model, lines, params)
     drafter = drafter_for(model, args)
-    as_texts = sys.stdout.isatty() and not args.json
     results: list[RequestOutput] = []
     with usage_errors():
         engine = engine_for(model, requests, MAX_BATCH, args.kv_dtype, drafter)
@@ -59,10 +58,17 @@ def run(args: argparse.Namespace) -> int:
         for line, output in zip(lines, in_order(finished(engine, len(requests))), strict=True):
             results.append(output)
             if not as_texts:
-                print(json.dumps({"prompt": line.prompt, **as_json(output)}, ensure_ascii=False), flush=True)
+                _print_json(line.prompt, output)
     for line, output in zip(lines, results, strict=True) if as_texts else ():
-        _print_text(line.prompt, output)
-    return FAILURE if any(output.error is not None for output in results) else OK
+        for sample in output.samples:
+            _print_text(line.prompt, sample)
+    return FAILURE if any(sample.error is not None for output in results for sample in output.samples) else OK
+
+
+def _print_json(prompt: Prompt, output: RequestOutput) -> None:
+    """A line: an object, or with several samples a list of them."""
+    samples = [{"prompt": prompt, **as_json(sample)} for sample in output.samples]
+    print(json.dumps(samples if output.others else samples[0], ensure_ascii=False), flush=True)
 
 
 def read_lines(file: Path) -> list[Line]:
@@ -175,5 +181,6 @@ def in_order(outputs: Iterable[tuple[int, RequestOutput]]) -> Iterator[RequestOu
 def _print_text(prompt: Prompt, output: RequestOutput) -> None:
     asked = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
     console, look = terminal(), {"markup": False, "highlight": False, "soft_wrap": True}
-    console.print(asked, end="", style="bold", **look)
+    if sys.stdout.isatty():
+        console.print(asked, end="", style="bold", **look)
     console.print(f"{output.text}\n" if output.error is None else f"\nfailed: {output.error}\n", **look)

@@ -19,11 +19,12 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         help="continue a text",
         description="Continue a text, printing it as it is made. A FILE that ends in .jsonl has many prompts, a line "
         'each: a text in quotes, or an object with "prompt" or "messages" and perhaps sampling fields of its own. They '
-        "run together, and a JSON object a line is printed for each; on a terminal, its text.",
+        "run together, and a JSON object a line is printed for each, a list of several samples; on a terminal, texts.",
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; - reads standard input")
     parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt, or prompts, from FILE")
     parser.set_defaults(run=run)
+    parser.add_argument("--n", type=int, metavar="N", help="samples of the prompt, of consecutive seeds (default: 1)")
     add_options(parser, max_tokens=200)
 
 
@@ -31,8 +32,10 @@ def run(args: argparse.Namespace) -> int:
     if (args.prompt is None) == (args.file is None):
         raise UsageError("give a PROMPT, - for standard input, or --file FILE: one of them")
     if args.file is not None and args.file.suffix == ".jsonl":
-        return batch.run(args)
+        return batch.run(args, batch.read_lines(args.file), as_texts=sys.stdout.isatty() and not args.json)
     prompt = _prompt(args)
+    if args.n is not None and args.n > 1:
+        return batch.run(args, [batch.Line("PROMPT", prompt, {})], as_texts=not args.json)
     model, params, read = open_(args)
     with usage_errors():
         (request,) = make_requests(model, prompt, params)

@@ -71,9 +71,9 @@ class Reply:
 
 
 def as_json(output: RequestOutput) -> dict[str, Any]:
-    """A result for JSON; lengths and times are its "usage"."""
-    details = dataclasses.asdict(dataclasses.replace(output, error=None))
-    prompt, ttft, tpot = (details.pop(name) for name in ("prompt_tokens", "ttft", "tpot"))
+    """One sample of a result for JSON; lengths and times are its "usage"."""
+    details = dataclasses.asdict(dataclasses.replace(output, error=None, others=()))
+    prompt, ttft, tpot, _ = (details.pop(name) for name in ("prompt_tokens", "ttft", "tpot", "others"))
     used = usage(len(prompt), len(output.tokens), ttft if output.tokens else None, tpot)
     return details | {"error": output.error and str(output.error), "usage": used}
 

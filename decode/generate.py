@@ -56,7 +56,8 @@ def generate(
       drafter: guesses tokens, several of which are then checked at once; it changes none.
 
     Returns:
-      One output a prompt, in order. A request's tokens do not depend on what it is batched with.
+      One output a prompt, in order, whose `samples` are as many as `SamplingParams.n`. A request's tokens do not depend
+      on what it is batched with.
 
     Raises:
       TypeError, ValueError: an argument of another type or out of range, a prompt that is empty or becomes no tokens,
@@ -70,8 +71,7 @@ def generate(
         if callback is not None:
             callback(chunk)
         if chunk.output is not None:
-            if chunk.output.error is not None:
-                raise chunk.output.error
+            chunk.output.raise_for_error()
             outputs[chunk.index] = chunk.output
     return [outputs[index] for index in range(len(outputs))]
 
@@ -138,13 +138,14 @@ def warm_up(
     with engine_for(model, requests, max_batch_size, kv_dtype, **seams) as engine, engine.rehearsal():
         for request in requests[:max_batch_size]:
             engine.add(request)
-        decoded: set[int] = set()
+        rows = min(sum(len(request.samples) for request in requests), max_batch_size)
+        decoded: set[tuple[int, int]] = set()
         for chunk in engine.run():
-            if chunk.output is not None and chunk.output.error is not None:
-                raise chunk.output.error
-            if chunk.finish_reason or len(requests[chunk.index].tokens) > 1:
-                decoded.add(chunk.index)
-            if len(decoded) == len(requests[:max_batch_size]):
+            if chunk.output is not None:
+                chunk.output.raise_for_error()
+            if chunk.finish_reason or len(requests[chunk.index].samples[chunk.sample].tokens) > 1:
+                decoded.add((chunk.index, chunk.sample))
+            if len(decoded) == rows:
                 break
         return meanwhile()
 
@@ -160,7 +161,8 @@ def engine_for(
     """An engine for these requests, of sizes that few calls differ in: they are those of compiled programs."""
     if max_batch_size <= 0:
         raise ValueError(f"max_batch_size is {max_batch_size}; it must be positive")
-    slots = buckets.batch_bucket(max(1, min(len(requests), max_batch_size)))
+    rows = sum(len(request.samples) for request in requests)
+    slots = buckets.batch_bucket(max(1, min(rows, max_batch_size)))
     longest = buckets.cache_bucket(max((len(r.prompt) + r.max_tokens for r in requests), default=1))
     prefill_tokens = slots * buckets.PREFILL_CHUNK
     # Who names a number of tokens gets room for them; others take what there is.

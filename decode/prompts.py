@@ -84,7 +84,7 @@ def make_request(
     *,
     max_length: int | None = None,
 ) -> Request:
-    """One request, checked and tokenized; errors name it by `index`.
+    """One request, the first of its `samples`, checked and tokenized; errors name it by `index`.
 
     Args:
       model: as `load_model` returns it.
@@ -127,15 +127,32 @@ def make_request(
     allowed, not_first = params.allowed_token_ids, {*params.suppress_tokens, *params.begin_suppress_tokens}
     if allowed is not None and not_first.issuperset(allowed):
         raise ValueError(f"all allowed_token_ids of prompt {index} are suppressed or bad words; allow others too")
-    return Request(
-        prompt=tokens,
-        params=params,
-        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-        seed=seed if params.seed is None else params.seed,
-        eos_token_ids=model.generation.eos_token_ids,
-        tokenizer=model.tokenizer,
-        constraints=_constraints(index, params, tokens, model),
-    )
+    params = dataclasses.replace(params, seed=seed if params.seed is None else params.seed)
+    samples = [
+        Request(
+            prompt=tokens,
+            params=own,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            seed=own.seed,
+            eos_token_ids=model.generation.eos_token_ids,
+            tokenizer=model.tokenizer,
+            constraints=_constraints(index, params, tokens, model),
+        )
+        for own in _each_sample(params)
+    ]
+    for request in samples:
+        request.samples = samples
+    return samples[0]
+
+
+def _each_sample(params: SamplingParams) -> list[SamplingParams]:
+    """Of each of the `n` samples: its seed, by vLLM's rule (`vllm/v1/engine/parallel_sampling.py`); only the first
+    scores the prompt."""
+    others = [
+        dataclasses.replace(params, seed=(params.seed + sample) % 2**64, prompt_logprobs=None)
+        for sample in range(1, params.n)
+    ]
+    return [params, *others]
 
 
 def _bad_words(params: SamplingParams, model: Model) -> list[list[int]]:

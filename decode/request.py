@@ -46,13 +46,14 @@ class RequestOutput:
       logprobs: one entry a new token where asked for, else None.
       prompt_logprobs: where asked for, an entry a token of the prompt: None for the first, which nothing comes before,
         then natural log-probabilities by token id: the token's own, and those of as many of the likeliest as
-        `SamplingParams.prompt_logprobs` asks for. Else None.
-      seed: gives the same tokens again.
+        `SamplingParams.prompt_logprobs` asks for. Else None, and of all samples but the first.
+      seed: gives the same tokens again, as those of one sample.
       ttft: seconds from submission to the first token.
       tpot: seconds a token after the first; None for fewer than two.
       queue_time: seconds from submission until it was begun.
       error: what failed, where `finish_reason` is "error".
       drafted, accepted: tokens that a drafter guessed, and those of them that the model drew too.
+      others: with `SamplingParams.n` above 1, the other samples; see `samples`.
     """
 
     prompt_tokens: list[int]
@@ -69,6 +70,18 @@ class RequestOutput:
     prompt_logprobs: list[Mapping[int, float] | None] | None = None
     drafted: int = 0
     accepted: int = 0
+    others: "Sequence[RequestOutput]" = ()
+
+    @property
+    def samples(self) -> "list[RequestOutput]":
+        """All `SamplingParams.n` samples of the prompt, this one first."""
+        return [self, *self.others]
+
+    def raise_for_error(self) -> None:
+        """Raise what failed in any of the samples."""
+        for sample in self.samples:
+            if sample.error is not None:
+                raise sample.error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +92,9 @@ class StreamChunk:
       index: the prompt's position in the list of prompts.
       tokens: new token ids.
       text: new text; "" while it may yet become a stop string or an unfinished character.
-      finish_reason: set in the request's last chunk.
-      output: the whole result, in the last chunk.
+      finish_reason: set in the last chunk of each sample.
+      output: the whole result, in the last chunk of the sample that ends last.
+      sample: which of the `SamplingParams.n` it is of, from 0.
     """
 
     index: int
@@ -88,10 +102,11 @@ class StreamChunk:
     text: str
     finish_reason: FinishReason | None
     output: RequestOutput | None
+    sample: int = 0
 
 
 class Request:
-    """Collects a request's tokens; decides when it is finished and which text may be shown.
+    """Collects the tokens of a request, or of a sample of it; decides when it is finished and which text may be shown.
 
     Args:
       prompt: its token ids.
@@ -114,6 +129,7 @@ class Request:
         constraints: Constraints | None = None,
     ):
         self.prompt = list(prompt)
+        self.samples = [self]  # all of the prompt, in order
         self.constraints = constraints
         self.params = params
         self.max_tokens = max_tokens
@@ -253,6 +269,13 @@ class Request:
             drafted=self.drafted,
             accepted=self.accepted,
         )
+
+    def result(self) -> RequestOutput | None:
+        """The output of all samples; None until the last has finished."""
+        if not all(sample.finished for sample in self.samples):
+            return None
+        first, *others = (sample.output() for sample in self.samples)
+        return dataclasses.replace(first, others=others)
 
     def _add_text(self, tokens: list[int], last: bool, stops: bool = False) -> None:
         if self._decoder is None:

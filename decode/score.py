@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float32, Int32
 
 from ..model import arguments
 from ..model.loading import Model
-from ..model.transformer import Residual
+from ..model.transformer import Component, Residual
 from .prompts import each_item, encoded, is_one, whole_ids
 from .sampling.layout import top_width
 from .stretches import Text
@@ -66,6 +66,7 @@ def score(
     top: int = 0,
     *,
     residual: Residual | None = None,
+    component: Component | None = None,
     max_batch_size: int = 64,
     kv_dtype: jax.typing.DTypeLike | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -84,7 +85,7 @@ def score(
         are those of both together after as many, as in lm-evaluation-harness (`_encode_pair`); else each is encoded by
         itself.
       top: how many of the likeliest tokens to list in each place.
-      residual: as in `transformer`; one function, not a new one for each call, or all is compiled again.
+      residual, component: as in `transformer`; the same functions, not new ones a call, or all is compiled again.
       max_batch_size: most rows of a program, and how many of the longest the cache has room for.
       kv_dtype: of cached keys and values, as `init_cache` takes it.
       progress: called now and then with the tokens scored so far and those to score in all.
@@ -121,7 +122,7 @@ def score(
     if not flat:
         return [[] for _ in prompts]
     width = top_width(top, model.config.vocab_size) if top else 0
-    sizes = {"max_batch_size": max_batch_size, "top": width, "residual": residual}
+    sizes = {"max_batch_size": max_batch_size, "top": width, "residual": residual, "component": component}
     figures = TeacherForced([model], flat, [kv_dtype], **sizes).run(progress)
     scores = iter([make_score(text.targets, of_text, top) for text, of_text in zip(flat, figures, strict=True)])
     grouped = [[next(scores) for _ in group] for group in texts]

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 from ..model.config import ModelConfig
 from ..model.loading import Model
 from ..model.params import Params
-from ..model.transformer import Residual
+from ..model.transformer import Component, Residual
 from ..sharding.rules import put_rows
 from . import buckets
 from .cache import KVCache, Rows, copy_pages, init_pages
@@ -37,7 +37,7 @@ class TeacherForced:
       top: how many of the likeliest tokens to list, at least.
       kv_dtypes: of each model's cached keys and values, as `init_cache` takes it.
       max_batch_size: most rows of a program, and how many of the longest the cache has room for.
-      residual: as in `transformer`, of all models.
+      residual, component: as in `transformer`, of all models.
 
     Raises:
       ValueError: an unknown `kv_dtype`, or no memory for a cache.
@@ -52,8 +52,10 @@ class TeacherForced:
         max_batch_size: int,
         top: int = 0,
         residual: Residual | None = None,
+        component: Component | None = None,
     ):
-        self._models, self._texts, self._top, self._residual = models, texts, top, residual
+        self._models, self._texts, self._top = models, texts, top
+        self._seams = {"residual": residual, "component": component}
         self._mesh = models[0].mesh
         self._shards = 1 if self._mesh is None else self._mesh.shape["data"]
         self._rows = buckets.batch_bucket(-(-min(max_batch_size, len(texts)) // self._shards))
@@ -136,7 +138,7 @@ class TeacherForced:
             Rows(starts, ends, contexts, tables),
             *arrays,
             top=self._top,
-            residual=self._residual,
+            **self._seams,
         )
         settle(self._models[0], made[0].chosen)
         return made, pieces
@@ -151,7 +153,7 @@ class TeacherForced:
             check_finite(f"{text.name}, by the reference", dtypes[1], text.tokens, start, compared["reference"])
 
 
-@functools.partial(jax.jit, static_argnames=("configs", "top", "residual"), donate_argnames="pages")
+@functools.partial(jax.jit, static_argnames=("configs", "top", "residual", "component"), donate_argnames="pages")
 def _append(
     params: tuple[Params, ...],
     configs: tuple[ModelConfig, ...],
@@ -164,13 +166,13 @@ def _append(
     sources: Int[Array, "B"],
     copies: Int[Array, "B"],
     top: int,
-    residual: Residual | None,
+    **seams: Any,
 ) -> tuple[Figures, tuple[Any, ...]]:
     """Copy pages, append tokens to the rows of every model, and score those that are `scored`."""
     hidden, appended = [], []
     for of_model, config, pool in zip(params, configs, pages, strict=True):
         cache = KVCache(copy_pages(pool, config, sources, copies), rows)
-        x, cache = extend(of_model, config, tokens, new, cache, logits=None, residual=residual)
+        x, cache = extend(of_model, config, tokens, new, cache, logits=None, **seams)
         hidden.append(x)
         appended.append(cache.pages)
     return for_host(target_logprobs(params, configs, hidden, targets, scored, top)), tuple(appended)

@@ -67,6 +67,7 @@ def test_every_sampling_option_reaches_the_request(capsys, tmp_path):
         (["generate", "x", "--top-p", "0"], 2, "top_p is 0.0"),
         (["generate", "x", "--temperature", "nan"], 2, "temperature is nan"),
         (["generate", "x", "--max-tokens", "0"], 2, "max_tokens is 0"),
+        (["generate", "x", "--n", "2", "--temperature", "0"], 2, "n is 2, and temperature 0.0 gives one text"),
         (["generate", "x", "--logit-bias", "5"], 2, "not ID=BIAS"),
         (["generate", "x", "--logit-bias", "99999=1"], 2, "99999"),
         (["generate", "x", "--model", "absent"], 1, "no such directory: absent"),
@@ -178,6 +179,19 @@ def test_many_prompts_run_together_and_are_printed_in_their_order(capsys, tmp_pa
     assert "prefix hits" in err
     assert main(["generate", shared + "She", *args[3:], "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == results[-1]["tokens"]  # as it is alone
+
+
+def test_samples_are_printed_one_after_the_other(capsys, tmp_path):
+    options = ["--max-tokens", "5", "--seed", "7", "--temperature", "1", "--ignore-eos", "--dtype", "float32"]
+    assert main(["generate", "The old", "--n", "2", *options, "--json"]) == 0
+    samples = json.loads(capsys.readouterr().out)
+    assert [(sample["prompt"], sample["seed"]) for sample in samples] == [("The old", 7), ("The old", 8)]
+    assert main(["generate", "The old", "--n", "2", *options]) == 0
+    assert capsys.readouterr().out == "".join(sample["text"] + "\n\n" for sample in samples)
+    assert main(["generate", "--file", write_lines(tmp_path, {"prompt": "The old", "n": 2}, '"A"'), *options]) == 0
+    of_line, alone = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [sample["text"] for sample in of_line] == [sample["text"] for sample in samples]
+    assert alone["prompt"] == "A"
 
 
 @pytest.mark.parametrize(

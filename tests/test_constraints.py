@@ -106,6 +106,9 @@ def test_a_constraint_is_masking_before_each_token_whatever_the_batch(model):
     for chunk in rl.stream(model, PROMPTS, MIXED, max_batch_size=4):
         streamed[chunk.index] += chunk.tokens
     assert streamed == expected
+    several = rl.generate(model, [PROMPTS[4]], dataclasses.replace(MIXED[4], n=2))[0].samples
+    second = rl.generate(model, [PROMPTS[4]], dataclasses.replace(MIXED[4], seed=several[1].seed))
+    assert [sample.tokens for sample in several] == [outputs[4].tokens, second[0].tokens]
 
 
 @pytest.mark.parametrize("case", ["few pages", "made anew"])

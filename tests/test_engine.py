@@ -12,6 +12,7 @@ import pytest
 import ridgeline as rl
 from ridgeline.benchmarks.replay import counted_compilations
 from ridgeline.decode.engine import sizes
+from ridgeline.decode.engine.runner import Runner
 from tiny import byte_tokenizer, tiny_config, tiny_model
 
 SMALL = {"max_batch_size": 4, "max_length": 192, "prefill_tokens": 64, "whole_batches": True}
@@ -155,6 +156,42 @@ def test_prompts_begin_with_the_pages_of_earlier_ones(model):
             engine.submit(prompt, GREEDY)
             list(engine.run())
         assert engine.stats().prefix_hit_rate == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_tokens": 1024, "max_batch_size": 2}, {"batch_invariant": True}])
+def test_samples_are_those_of_each_seed_alone_and_their_prompt_is_computed_once(model, monkeypatch, options):
+    prompts, n, read = [list(range(150)), [*range(64), 7, 8, 9]], 3, []
+    prefill = Runner.prefill
+    monkeypatch.setattr(Runner, "prefill", lambda self, chunks, *a: read.extend(chunks) or prefill(self, chunks, *a))
+    with rl.Engine(model, **SMALL | options) as engine:
+        for prompt in prompts:
+            engine.submit(prompt, rl.SamplingParams(seed=2**64 - 2, n=n, max_tokens=9, temperature=8.0))
+        chunks = list(engine.run())
+    # All of the longer prompt, of the other all after their common page; then what is left after the last full page.
+    assert sum(chunk.count for chunk in read) == 150 + (n - 1) * (150 % 64) + n * 3
+    for index, prompt in enumerate(prompts):
+        (output,) = [chunk.output for chunk in chunks if chunk.index == index and chunk.output]
+        assert [sample.seed for sample in output.samples] == [2**64 - 2, 2**64 - 1, 0]
+        assert len({tuple(sample.tokens) for sample in output.samples}) == n
+        for number, sample in enumerate(output.samples):
+            (alone,) = rl.generate(model, [prompt], rl.SamplingParams(seed=sample.seed, max_tokens=9, temperature=8.0))
+            assert sample.tokens == alone.tokens
+            streamed = [chunk for chunk in chunks if (chunk.index, chunk.sample) == (index, number)]
+            assert [token for chunk in streamed for token in chunk.tokens] == sample.tokens
+            assert [chunk.finish_reason for chunk in streamed if chunk.finish_reason] == ["length"]
+
+
+def test_an_abort_ends_all_samples_and_they_keep_what_they_have(model):
+    with rl.Engine(model, **SMALL) as engine:
+        request = engine.submit([1, 2, 3], rl.SamplingParams(seed=1, n=3, max_tokens=50, temperature=8.0))
+        engine.step()
+        first = engine.step()
+        engine.abort(request)
+        (output,) = [chunk.output for chunk in engine.step() if chunk.output]
+        assert [sample.finish_reason for sample in output.samples] == ["abort"] * 3
+        assert {chunk.sample for chunk in first} == {0, 1, 2}
+        assert engine.stats().finished == 3
+        assert not list(engine.run())
 
 
 def test_log_probabilities_of_prompts_are_those_of_forward(model):

@@ -144,7 +144,7 @@ def test_generation_ends_at_the_longest_sequence(model):
 
 def test_warm_up_leaves_nothing_to_compile():
     model = tiny_model(tiny_config(vocab_size=400))
-    prompts, params = [[1, 2, 3], [4]], rl.SamplingParams(seed=1, max_tokens=20)
+    prompts, params = [list(range(70)), [4]], rl.SamplingParams(seed=1, n=2, max_tokens=20)
     warm_up(dataclasses.replace(model, params=abstract_params(model.config)), prompts, params)
     with counted_compilations() as compilations:
         rl.generate(model, prompts, params)

@@ -57,6 +57,8 @@ INF, NAN = math.inf, math.nan
         (ValueError, {"stop": ["a", ""]}, r"stop is \('a', ''\); an empty string"),
         (ValueError, {"bad_words": ["a", " "]}, r"bad_words is \('a', ' '\); one of them is blank"),
         (TypeError, {"bad_words": [3]}, r"bad_words is \[3\]; it must be a string"),
+        (ValueError, {"n": 0}, "n is 0; it must be at least 1"),
+        (ValueError, {"n": 2, "temperature": 0}, "n is 2, and temperature 0.0 gives one text; raise it"),
         (ValueError, {"allowed_token_ids": []}, "allowed_token_ids is empty, which allows no token at all"),
         (ValueError, {"allowed_token_ids": [-1]}, "a token id of allowed_token_ids is -1"),
         (TypeError, {"constraint": "[0-9]+"}, r"constraint is '\[0-9\]\+'; it must be a function that makes"),

@@ -62,8 +62,8 @@ class AsyncEngine:
                 chunk = await chunks.get()
                 if isinstance(chunk, BaseException):
                     raise chunk
-                if chunk.output is not None and chunk.output.error is not None:
-                    raise chunk.output.error
+                if chunk.output is not None:
+                    chunk.output.raise_for_error()
                 yield chunk
                 if chunk.output is not None:
                     break

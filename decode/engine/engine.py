@@ -40,8 +40,9 @@ class _StepFailed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Active:
-    """A request that has not ended."""
+    """A request, or a sample of one, that has not ended."""
 
+    number: int  # of the request; each sample has a row
     request: Request
     row: Row
     plan: SamplingPlan
@@ -152,7 +153,8 @@ class Engine:
         self._chunks: list[StreamChunk] = []  # made and not yet returned
         self._closed = False
         self._spoiled = False  # whether pages hold what is no number
-        self._submitted, self._counters = 0, Counters()
+        self._submitted = self._rows = 0
+        self._counters = Counters()
 
     def __enter__(self) -> "Engine":
         return self
@@ -168,7 +170,10 @@ class Engine:
         *,
         priority: int = 0,
     ) -> int:
-        """Add a request and return its number, which its chunks have for `index`.
+        """Add a request and return its number, which its chunks have for `index`, and those of all its samples.
+
+        Each sample runs as a row of its own. The first computes the prompt; the others begin with its full pages, and
+        compute what is left, a page at most.
 
         Args:
           prompt: a text, token ids, or the messages of a chat, to which the tokenizer's template is applied.
@@ -198,10 +203,16 @@ class Engine:
                 f"request {self._submitted} takes up to {total} positions, prompt and max_tokens, and the pool holds "
                 f"{self.sizes.cache_tokens}; lower max_tokens or raise cache_tokens"
             )
-        index, self._submitted = self._submitted, self._submitted + 1
+        number, self._submitted = self._submitted, self._submitted + 1
+        for sample in request.samples:
+            sample.max_tokens = request.max_tokens
+            self._add(sample, number, total, priority)
+        return number
+
+    def _add(self, request: Request, number: int, total: int, priority: int) -> None:
         request.start_clock()
         row = Row(
-            index,
+            self._rows,
             list(request.prompt),
             len(request.prompt),
             total,
@@ -214,14 +225,15 @@ class Engine:
         plan = make_plan([request.params], self.model.config.vocab_size)
         if self._whole_batches:
             self._least_plan = coarsest([self._least_plan, plan])
-        self._active[index] = _Active(request, row, plan)
+        self._active[row.index] = _Active(number, request, row, plan)
+        self._rows += 1
         self._scheduler.add(row)
-        return index
 
     def abort(self, request: int) -> None:
-        """End a request; its last chunk, with what it has so far, comes with the next step. Finished ones stay so."""
-        if request in self._active:
-            self._end(self._active[request].row, "abort")
+        """End a request, with all its samples; their last chunks, with what they have so far, come with the next step.
+        Finished ones stay so."""
+        for active in [active for active in self._active.values() if active.number == request]:
+            self._end(active.row, "abort")
 
     @property
     def has_work(self) -> bool:
@@ -291,7 +303,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine is doing, and has done."""
-        return self._counters.stats(self._scheduler, finished=self._submitted - len(self._active))
+        return self._counters.stats(self._scheduler, finished=self._rows - len(self._active))
 
     def close(self) -> None:
         """Abort what is left, and free the pool's memory."""
@@ -382,13 +394,19 @@ class Engine:
         self._scheduler.advance(row, new, again)
         if request.finished:
             self._end(row, new=new)
-        elif is_broken:
-            what = (
-                f"prompt {row.index}: no token can be drawn after {len(request.prompt)} and {len(request.tokens)} new"
-            )
-            self._end(row, "error", not_finite(what, self.model.config.dtype), new)
+        elif made.is_broken:
+            where = f"{len(request.prompt)} and {len(request.tokens)} new"
+            what = f"prompt {row.index}: no token can be drawn after {where}"
+            self._end(row, "error", not_finite(what, dtype), new)
         else:
-            self._chunks.append(StreamChunk(row.index, new, request.take_text(), None, None))
+            self._add_chunk(self._active[row.index], new)
+
+    def _add_chunk(self, active: _Active, new: Sequence[int]) -> None:
+        """A chunk of a request, with what is new."""
+        request, sample = active.request, active.request.samples.index(active.request)
+        output = request.result() if request.finished else None
+        text, reason = request.take_text(), request.finish_reason
+        self._chunks.append(StreamChunk(active.number, list(new), text, reason, output, sample))
 
     def _end(
         self,
@@ -398,12 +416,13 @@ class Engine:
         new: Sequence[int] = (),
     ) -> None:
         """A request has ended by itself, or for a reason: its last chunk, with what is new."""
-        request = self._active.pop(row.index).request
+        active = self._active.pop(row.index)
+        request = active.request
         self._scheduler.remove(row)
         if reason is not None:
             request.finish(reason, error)
+        self._add_chunk(active, new)
         output = request.output()
-        self._chunks.append(StreamChunk(row.index, list(new), request.take_text(), request.finish_reason, output))
         self._counters.ended(output)
 
     @contextlib.contextmanager

@@ -23,7 +23,7 @@ class Row:
     """A request as the scheduler sees it.
 
     Attributes:
-      index: the request's number, in order of arrival.
+      index: its number, in order of arrival.
       tokens: of the prompt, and of the output so far.
       prompt_tokens: how many of them are the prompt's.
       max_length: prompt and output at most.
@@ -223,7 +223,7 @@ class Scheduler:
     def _prefills(self, budget: int) -> list[list[Chunk]]:
         batches, written = [], set()
         reading = (row for row in list(self.running) if row.slot is not None and row.reading)
-        while row := next(reading, None) or self._admit():
+        while row := next(reading, None) or self._next():
             count = _chunk(row.context - row.computed, budget)
             start, end = row.computed, row.computed + count
             if not count or not self._grow(row, end):
@@ -238,15 +238,16 @@ class Scheduler:
         return batches
 
     def _full(self, batch: list[Chunk], row: Row, count: int) -> bool:
-        """Whether another chunk, padded as all of them are, would be too much for one program."""
+        """Whether another chunk, padded as all of them are, would be too much for one program, or follows one of it."""
         rows = [chunk.row for chunk in batch] + [row]
         width = max(buckets.prefill_bucket(n) for n in [count, *(chunk.count for chunk in batch)])
         each = collections.Counter(map(self.shard_of, rows))
         padded = len(self.shards) * buckets.batch_bucket(max(each.values())) * width
-        return self.one_shape or padded > self.prefill_tokens
+        return self.one_shape or padded > self.prefill_tokens or row in rows[:-1]
 
-    def _admit(self) -> Row | None:
-        """Begin the first row that waits, if there is a slot and there are pages for its text."""
+    def _next(self) -> Row | None:
+        """Begin the first row that waits, if there is a slot and there are pages for its text. If another is about to
+        read what it would read next, that one goes on instead, so that nothing is computed twice."""
         if not self.waiting or self.waiting[0].in_flight:
             return None
         row = self.waiting[0]
@@ -263,6 +264,11 @@ class Scheduler:
         if not shards:
             return None
         shard = max(shards, key=lambda n: (matched[n], self.shards[n].free))
+        page = slice(matched[shard], matched[shard] + 1)
+        for other in self.running if known[page] else ():
+            reads_it = other.reading and other.computed <= page.start * self.page_size
+            if reads_it and other.keys[page] == known[page] and self.shard_of(other) == shard:
+                return other
         if row.pages is None:
             self.prompt_tokens += row.prompt_tokens
             self.found_tokens += matched[shard] * self.page_size

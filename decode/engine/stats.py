@@ -20,7 +20,7 @@ class EngineStats:
     """A moment of an engine. Times are seconds; percentiles, by percent, are over the requests finished most recently.
 
     Attributes:
-      running, waiting: requests.
+      running, waiting: requests, of which each sample counts, as below.
       finished: requests since the engine began; aborted and failed ones too.
       preemptions: how often a running request had to give up its pages to an older one.
       prompt_tokens, cached_prompt_tokens, generated_tokens: of all requests that have begun, those of them that were

@@ -19,6 +19,7 @@ _FLOATS: dict[str, tuple[Callable[[float], bool], str]] = {
 _INTS: dict[str, tuple[Callable[[int], bool], str]] = {
     "top_k": (lambda n: n >= -1, "it must be at least 1, or 0 (or -1) to turn it off"),
     "min_tokens": (lambda n: n >= 0, "it must be at least 0"),
+    "n": (lambda n: n >= 1, "it must be at least 1"),
 }
 _INTS_OR_NONE: dict[str, tuple[Callable[[int], bool], str]] = {
     "max_tokens": (lambda n: n >= 1, "it must be at least 1, or None for as many as fit"),
@@ -59,8 +60,9 @@ class SamplingParams:
       constraint: called for each request, makes the `Constraint` that says before each token which may come next; with
         it, or with bad words of several tokens, the batch decodes one step a dispatch.
       seed: with it, the request draws the same tokens alone and in any batch; None draws a new one each time.
-      logprobs: how many top log probabilities to return beside the chosen token's, -1 for those of the whole vocabulary;
-        None for none at all.
+      n: samples of the prompt, which is computed once for all. Number k, from 0, is what `seed` + k gives alone.
+      logprobs: how many top log probabilities to return beside the chosen token's, -1 for those of the whole
+        vocabulary; None for none at all.
       prompt_logprobs: the same for each token of the prompt but the first; such a prompt is read whole, even if another
         began alike.
       stop: strings that end the output once they stand in it.
@@ -91,6 +93,7 @@ class SamplingParams:
     bad_words: str | Sequence[str] | None = None
     constraint: Callable[[], Any] | None = None
     seed: int | None = None
+    n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     stop: str | Sequence[str] | None = None
@@ -113,6 +116,10 @@ class SamplingParams:
         for name, (allowed, remedy) in _INTS_OR_NONE.items():
             if getattr(self, name) is not None:
                 self._keep(name, _int(name, getattr(self, name), allowed, remedy))
+        if self.greedy and self.n > 1:
+            raise ValueError(
+                f"n is {self.n}, and temperature {self.temperature} gives one text; raise it, or leave n 1"
+            )
         for name in _BOOLS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
