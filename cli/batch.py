@@ -18,10 +18,11 @@ from ..decode.generate import engine_for
 from ..decode.prompts import Prompt, make_request
 from ..decode.request import Request, RequestOutput
 from ..decode.sampling.params import SamplingParams
+from ..interrupts import INTERRUPTED, ctrl_c
 from ..model.loading import Model
 from .common import FAILURE, OK, UsageError, load, read_text, terminal, usage_errors
 from .formats import duration, number, percent
-from .reply import as_json, ctrl_c
+from .reply import as_json, logprobs_table
 
 MAX_BATCH = 32
 _REFRESH = 0.2  # seconds between two states of the line
@@ -61,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps({"prompt": line.prompt, **as_json(output)}, ensure_ascii=False), flush=True)
     for line, output in zip(lines, results, strict=True) if as_texts else ():
         _print_text(line.prompt, output)
-    return FAILURE if any(output.error is not None for output in results) else OK
+        if output.logprobs is not None:
+            terminal().print(logprobs_table(output.logprobs, model.tokenizer))
+    if any(output.error is not None for output in results):
+        return FAILURE
+    return INTERRUPTED if any(output.finish_reason == "abort" for output in results) else OK
 
 
 def read_lines(file: Path) -> list[Line]:
@@ -132,6 +137,7 @@ def finished(engine: Engine, count: int) -> Iterator[tuple[int, RequestOutput]]:
     console, started, shown = terminal(stderr=True), time.perf_counter(), 0.0
     live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
     with ctrl_c() as pressed, live if console.is_terminal else contextlib.nullcontext():
+        live.update(Text("compiling"), refresh=console.is_terminal)
         while engine.has_work:
             for index in range(count) if pressed.is_set() else ():
                 engine.abort(index)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..decode.generate import stream, warm_up
 from ..decode.prompts import make_requests
+from ..interrupts import INTERRUPTED
 from . import batch
-from .common import OK, UsageError, add_options, open_, read_text, terminal, usage_errors, while_compiling
+from .common import OK, UsageError, add_options, open_, read_text, usage_errors, while_compiling
 from .reply import Reply
 
 
@@ -36,15 +37,16 @@ def run(args: argparse.Namespace) -> int:
     model, params, read = open_(args)
     with usage_errors():
         (request,) = make_requests(model, prompt, params)
-    compile = functools.partial(warm_up, model, prompt, params, kv_dtype=args.kv_dtype)
+    tokens = [request.prompt]
+    compile = functools.partial(warm_up, model, tokens, params, kv_dtype=args.kv_dtype)
     model, compile_seconds = while_compiling(compile, read)
-    reply = Reply(not args.json, len(request.prompt), compile_seconds)
-    if not args.json and sys.stdout.isatty():
-        terminal().print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
-    reply.run(stream(model, prompt, params, kv_dtype=args.kv_dtype))
+    reply = Reply(not args.json, len(request.prompt), compile_seconds, prompt if sys.stdout.isatty() else "")
+    reply.run(stream(model, tokens, params, kv_dtype=args.kv_dtype))
     print(json.dumps({"prompt": prompt, **reply.as_dict()}, ensure_ascii=False) if args.json else "", flush=True)
+    if not args.json:
+        reply.print_logprobs(model.tokenizer)
     reply.print_summary()
-    return OK
+    return INTERRUPTED if reply.output is None else OK
 
 
 def _prompt(args: argparse.Namespace) -> str:
