@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import interrupts
 from . import chat, compile, convert, eval, generate, plan
@@ -86,6 +86,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ridgeline {version('ridgeline')}")
+    shells = {"choices": ("bash", "zsh", "tcsh"), "metavar": "SHELL"}
+    parser.add_argument("--completion", action=_Completion, **shells, help="print a script that completes commands")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (generate, chat, eval, convert, plan, compile):
         command.add_parser(commands)
@@ -95,3 +97,15 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
         add_parsers(bench, argv)
     return parser
+
+
+class _Completion(argparse.Action):
+    """Print what a shell completes commands by, and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, shell: str, *_: Any) -> NoReturn:
+        try:
+            import shtab  # late, and optional
+        except ImportError:
+            parser.error("--completion needs shtab: pip install 'ridgeline[completion]'")
+        print(shtab.complete(_parser(["bench"]), shell))
+        parser.exit()

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             started = time.perf_counter()
             engine.warm_up(sampling=[params])
         terminal(stderr=True).print(f"compiled in {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
-        with _line_editing() if sys.stdin.isatty() else contextlib.nullcontext():
+        with line_editing() if sys.stdin.isatty() else contextlib.nullcontext():
             return _talk(engine, params, start, args.json)
 
 
@@ -108,7 +108,7 @@ def _reply(engine: Engine, params: SamplingParams, messages: list[dict], show: b
 
 
 @contextlib.contextmanager
-def _line_editing() -> Iterator[None]:
+def line_editing() -> Iterator[None]:
     """Lines are edited with readline, where Python has it, and kept for the next time."""
     try:
         import readline
