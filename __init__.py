@@ -8,7 +8,7 @@ Prefill and decode are two programs, compiled apart: the first is bound by arith
     print(rl.generate(model, ["Once upon a time"], rl.SamplingParams(max_tokens=64))[0].text)
 """
 
-from . import programs, roofline
+from . import interrupts, programs, roofline  # noqa: F401 - interrupts goes before anything else
 from .decode.beam import BeamSearchOutput, BeamSearchSequence, beam_search
 from .decode.cache import KVCache, init_cache
 from .decode.constraints import Constraint

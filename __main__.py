@@ -1,7 +1,5 @@
 """`python -m ridgeline` is the `ridgeline` command."""
 
-import sys
+from .cli import command
 
-from .cli import main
-
-sys.exit(main())
+command()

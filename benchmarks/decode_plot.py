@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..roofline.hardware import Hardware
-from ..roofline.plot import new_figure
+from ..roofline.plot import new_figure, save_figure
 from .cells import Cell, cells_of
 from .decode_tables import title_of
 from .limits import used_roof
@@ -35,7 +35,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     _causes(causes, decodes)
     compared = [cell for cell in cells if cell.peers]
     _peers(peers, compared) if compared else peers.remove()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def _lines(axes: Any, cells: Sequence[Cell], group: Callable[[Cell], str], size: Callable[[Cell], int | float]) -> None:

@@ -1,4 +1,4 @@
-"""What every benchmark records beside its numbers: the machine, the versions, when; and where results lie."""
+"""What every benchmark records beside its numbers: the machine, the versions, when; and how results are stored."""
 
 import datetime
 import importlib.metadata
@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-
-RESULTS = Path(__file__).parent / "results"
-"""Where a checkout keeps results; an installed package has no such directory."""
 
 _DISTRIBUTIONS = (
     *("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-cuda-nvcc", "numpy"),
@@ -122,5 +119,8 @@ def slug(text: str) -> str:
 def store(report: dict[str, Any], out: Path) -> None:
     """Writes JSON; whoever reads meanwhile, or after a run that was cut off, finds a whole report."""
     partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(out)
+    try:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -23,8 +23,8 @@ from typing import Any
 
 from ..cli.common import FAILURE, OK, print_notes, terminal, usage_errors
 from ..cli.formats import number, simple_table
-from ..roofline.plot import check_plot, new_figure
-from .environment import RESULTS, Others, record, slug, store
+from ..roofline.plot import check_plot, new_figure, save_figure
+from .environment import Others, record, slug, store
 from .limits import REHEARSAL
 
 
@@ -52,8 +52,7 @@ class Table:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all benchmarks have."""
     group = parser.add_argument_group("results")
-    folder = "benchmarks/results of a checkout, or here"
-    group.add_argument("--output", type=Path, metavar="FILE", help=f"where they are stored (default: in {folder})")
+    group.add_argument("--output", type=Path, metavar="FILE", help="where they are stored (default: here)")
     group.add_argument("--plot", type=Path, metavar="FILE", help="draw them to a .png, .pdf or .svg")
     group.add_argument("--json", action="store_true", help="print them as one JSON object instead of tables")
     help = "or print tables in Markdown, or a flat row a measurement, with every setting, as CSV or as JSON lines"
@@ -155,7 +154,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _default_output(report: dict[str, Any]) -> Path:
     words = [report["benchmark"], *filter(None, [slug(report.get("subject") or "")]), slug(report["device"])]
-    return (RESULTS if RESULTS.is_dir() else Path.cwd()) / f"{'-'.join(words)}.json"
+    return Path(f"{'-'.join(words)}.json")
 
 
 def draw(module: ModuleType, report: dict[str, Any], path: Path) -> None:
@@ -171,7 +170,7 @@ def draw(module: ModuleType, report: dict[str, Any], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("share of the limit")
     axes.set_title(f"{report['benchmark']} on {report['device']}")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def figure_table(figures: Iterable[dict[str, Any]]) -> Table:

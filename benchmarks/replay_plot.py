@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..roofline.plot import new_figure
+from ..roofline.plot import new_figure, save_figure
 
 _COLORS = {"static": "C1", "engine": "C0"}
 
@@ -27,7 +27,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         _goodput(others.pop(0), largest)
     if len(pools) > 1:
         _hits(others.pop(0), report["trace"]["prefix_hit_rate"], [run for run in runs if run["server"] == "engine"])
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def _latencies(panels: Sequence[Any], limits: Mapping[str, float], runs: Runs) -> None:

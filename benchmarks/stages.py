@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.common import FAILURE, OK, UsageError, terminal
-from .environment import RESULTS, cores, store
+from .environment import cores, store
 from .report import write_report
 
 GRACE = 45  # seconds that the last stage may take beyond the minutes
@@ -87,8 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", type=lambda text: text.split(","), default=names, metavar="STAGE,...", help=help)
     add("--ungated", action="store_true", help="measure also what runs on a kernel that was not shown to be right")
     add("--text", metavar="FILE", help="for the stage quality: the books that the bundled models were trained on")
-    help = "for results and report (default: all in benchmarks/results of a checkout, or here)"
-    add("--folder", type=Path, metavar="DIR", help=help)
+    add("--folder", type=Path, metavar="DIR", help="for results and report (default: all, here)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in args.only if name not in [stage.name for stage in STAGES]]
     if unknown:
         raise UsageError(f"--only: there is no stage {unknown[0]!r}; there are {', '.join(s.name for s in STAGES)}")
-    folder = args.folder or (RESULTS if RESULTS.is_dir() else Path.cwd()) / ("rehearsal" if args.rehearse else "all")
+    folder = args.folder or Path("rehearsal" if args.rehearse else "all")
     folder.mkdir(parents=True, exist_ok=True)
     everything = _All(args, folder)
     machine, correctness, *rest = STAGES
@@ -107,8 +106,12 @@ def run(args: argparse.Namespace) -> int:
     if known != device:
         raise UsageError(f"{folder} holds results of {known} and this is {device}; name another --folder")
     everything.run(correctness)
-    with ThreadPoolExecutor(cores() if args.rehearse else 1) as pool:  # a rehearsal times nothing
+    pool = ThreadPoolExecutor(cores() if args.rehearse else 1)  # a rehearsal times nothing
+    try:
         list(pool.map(everything.run, rest))
+    finally:  # after Ctrl-C, which processes of their own do not hear
+        pool.shutdown(wait=False, cancel_futures=True)
+        everything.stop()
     undone = {name: stage["status"] for name, stage in everything.state["stages"].items() if stage["status"] != "done"}
     terminal().print(f"The report is {folder / 'report.md'}.", highlight=False, soft_wrap=True)
     return FAILURE if any(not status.startswith("left out") for status in undone.values()) else OK
@@ -120,6 +123,7 @@ class _All:
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self.folder, self.began, self.lock = args, folder, time.monotonic(), threading.Lock()
         self.until = self.began + 60 * args.minutes
+        self.processes: set[subprocess.Popen] = set()
         self.state: dict[str, Any] = {"stages": {}} | self.results("all") | {"command": args.command}
 
     def results(self, name: str) -> dict[str, Any]:
@@ -143,6 +147,12 @@ class _All:
             self.state["stages"][stage.name] = taken
             store(self.state, self.folder / "all.json")
             write_report(self.state, self.folder)
+
+    def stop(self) -> None:
+        """End what runs, and begin nothing more."""
+        self.until = self.began
+        for process in list(self.processes):
+            _kill(process)
 
     def arguments(self, stage: Stage) -> str | None:
         """The stage's command line on this machine; None where it does not run."""
@@ -177,13 +187,19 @@ class _All:
         command = [sys.executable, "-m", "ridgeline", "bench", *arguments, "--output", str(out)]
         with (self.folder / f"{name}.log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self.processes.add(process)
             try:
                 code = process.wait(max(1.0, seconds))
             except subprocess.TimeoutExpired:
                 return f"cut off after {seconds:.0f} s"
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # and what it started
+                self.processes.discard(process)
+                _kill(process)
         if code == 0:
             return "done"
         return "failed: see what it says" if code == FAILURE and out.exists() else f"ended with {code}: see {name}.log"
+
+
+def _kill(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)  # and what it started

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from ..model.config import ModelConfig
-from ..model.find import find_config, quantized
+from ..model.find import find_config, find_settings, quantized
 from ..model.generation import GenerationDefaults
 from ..model.hf import config_from_hf
 from ..model.loading import Model, load_model
@@ -55,22 +55,28 @@ class Subject:
     @property
     def title(self) -> str:
         """For a file's name: without directories, and marked where it is scaled."""
-        return Path(self.name).name + (" scaled" if self.changes else "")
+        return self._short + (" scaled" if self.changes else "")
+
+    @property
+    def _short(self) -> str:
+        path = Path(self.name)
+        return path.absolute().parent.name if path.name == "config.json" else path.name
 
     @property
     def record(self) -> dict[str, Any]:
         """What results are stored with."""
         own = {"random_weights": self.hf is not None, **self.schemes}
-        return {"name": Path(self.name).name, "changes": dict(self.changes), "dtype": self.config.dtype, **own}
+        return {"name": self._short, "changes": dict(self.changes), "dtype": self.config.dtype, **own}
 
 
 def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """The model and its size."""
     add = parser.add_argument
-    help = "a preset, with random weights; a directory with a model; or 'bundled' (default: %(default)s)"
+    help = "a preset, its name on the Hub or a config.json, with random weights; a directory with a model; or 'bundled'"
+    help = f"{help} (default: %(default)s)"
     add("model", metavar="MODEL", nargs="?", default=default, help=help)
-    add("--layers", type=int, metavar="N", help="of a preset, run N layers")
-    help = f"of a preset, change a size; repeatable. Fields: {', '.join(_FIELDS)}"
+    add("--layers", type=int, metavar="N", help="with random weights, run N layers")
+    help = f"with random weights, change a size; repeatable. Fields: {', '.join(_FIELDS)}"
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help=help)
 
 
@@ -85,9 +91,9 @@ def find_subject(
     """The model by name, with its shape changed.
 
     Args:
-      model: a preset, a bundled model, or a directory.
-      layers: how many, of a preset.
-      settings: "field=value" each, of a preset.
+      model: a preset, by its name here or on the Hub, a config.json, a bundled model, or a directory.
+      layers: how many, where the weights are random.
+      settings: "field=value" each, likewise.
       dtype: of weights and activations; the model's own by default.
       quantize, quantize_output: as `load_model` takes them.
 
@@ -98,7 +104,8 @@ def find_subject(
     if layers is not None and layers < 1:
         raise ValueError(f"--layers is {layers}; it must be at least 1")
     changes |= {} if layers is None else {"num_layers": layers}
-    if model not in PRESETS:
+    own = find_settings(model)
+    if own is None:
         if changes:
             raise ValueError(
                 f"{model!r} has weights of its own, whose shape is fixed; leave out {', '.join(changes)}, or measure a "
@@ -107,8 +114,8 @@ def find_subject(
         config = find_config(model, **schemes)
         config = config if dtype is None else config.replace(dtype=dtype)
         return Subject(model, config, None, {}, schemes)
-    hf = PRESETS[model] | {_FIELDS[field][0]: value for field, value in changes.items()}
-    hf |= {} if dtype is None else {"torch_dtype": dtype}
+    hf = own | {_FIELDS[field][0]: value for field, value in changes.items()}
+    hf |= {} if dtype is None else {"dtype": dtype}
     try:
         config = config_from_hf(hf)
     except ValueError as error:

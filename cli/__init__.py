@@ -1,12 +1,15 @@
 """The `ridgeline` command: each command parses, calls the library, and prints."""
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any, NoReturn
 
+from .. import interrupts
 from . import chat, compile, convert, eval, generate, plan
 from .common import FAILURE, OK, USAGE, UsageError
 
@@ -24,6 +27,17 @@ examples:
 """
 
 
+def command() -> NoReturn:
+    """The process of the command; it ends with `main`'s exit code."""
+    code = interrupts.INTERRUPTED
+    with interrupts.heeded(), contextlib.suppress(KeyboardInterrupt):  # a second one, while the first is told
+        code = main()
+    if code == interrupts.INTERRUPTED:
+        _flush()
+        os._exit(code)  # threads that still compile are not waited for
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -31,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments after the program's name; `sys.argv` by default.
 
     Returns:
-      The exit code: 0 success (a run ended by Ctrl-C included), 1 a failure at run time, 2 bad usage.
+      The exit code: 0 success, 1 a failure at run time, 2 bad usage, 130 ended by Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -48,9 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        return OK
+        print(interrupts.line(), file=sys.stderr)
+        return interrupts.INTERRUPTED
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
         return _fail(error, FAILURE)
+
+
+def _flush() -> None:
+    with contextlib.suppress(OSError):  # whoever read the output has gone, perhaps by the same Ctrl-C
+        sys.stdout.flush()
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -66,6 +86,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ridgeline {version('ridgeline')}")
+    shells = {"choices": ("bash", "zsh", "tcsh"), "metavar": "SHELL"}
+    parser.add_argument("--completion", action=_Completion, **shells, help="print a script that completes commands")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (generate, chat, eval, convert, plan, compile):
         command.add_parser(commands)
@@ -75,3 +97,15 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
         add_parsers(bench, argv)
     return parser
+
+
+class _Completion(argparse.Action):
+    """Print what a shell completes commands by, and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, shell: str, *_: Any) -> NoReturn:
+        try:
+            import shtab  # late, and optional
+        except ImportError:
+            parser.error("--completion needs shtab: pip install 'ridgeline[completion]'")
+        print(shtab.complete(_parser(["bench"]), shell))
+        parser.exit()

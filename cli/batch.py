@@ -18,10 +18,11 @@ from ..decode.generate import engine_for
 from ..decode.prompts import Prompt, make_request
 from ..decode.request import Request, RequestOutput
 from ..decode.sampling.params import SamplingParams
+from ..interrupts import INTERRUPTED, ctrl_c
 from ..model.loading import Model
 from .common import FAILURE, OK, UsageError, drafter_for, load, read_text, terminal, usage_errors
 from .formats import duration, number, percent
-from .reply import as_json, ctrl_c
+from .reply import as_json, logprobs_table
 
 MAX_BATCH = 32
 _REFRESH = 0.2  # seconds between two states of the line
@@ -62,7 +63,12 @@ def run(args: argparse.Namespace, lines: Sequence[Line], as_texts: bool) -> int:
     for line, output in zip(lines, results, strict=True) if as_texts else ():
         for sample in output.samples:
             _print_text(line.prompt, sample)
-    return FAILURE if any(sample.error is not None for output in results for sample in output.samples) else OK
+            if sample.logprobs is not None:
+                terminal().print(logprobs_table(sample.logprobs, model.tokenizer))
+    samples = [sample for output in results for sample in output.samples]
+    if any(sample.error is not None for sample in samples):
+        return FAILURE
+    return INTERRUPTED if any(sample.finish_reason == "abort" for sample in samples) else OK
 
 
 def _print_json(prompt: Prompt, output: RequestOutput) -> None:
@@ -139,6 +145,7 @@ def finished(engine: Engine, count: int) -> Iterator[tuple[int, RequestOutput]]:
     console, started, shown = terminal(stderr=True), time.perf_counter(), 0.0
     live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
     with ctrl_c() as pressed, live if console.is_terminal else contextlib.nullcontext():
+        live.update(Text("compiling"), refresh=console.is_terminal)
         while engine.has_work:
             for index in range(count) if pressed.is_set() else ():
                 engine.abort(index)

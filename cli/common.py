@@ -84,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     add("--stop-token-ids", action="append", type=int, metavar="ID", help="end at this token; repeatable")
     add("--ignore-eos", action="store_true", default=None, help="go on past the end-of-sequence token")
     add("--include-stop-str-in-output", action="store_true", default=None, help="keep the stop text in the output")
-    add("--logprobs", type=int, metavar="N", help="report log-probabilities and the N likeliest tokens (with --json)")
+    add("--logprobs", type=int, metavar="N", help="report log-probabilities and the N likeliest tokens")
 
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of running text")

@@ -30,7 +30,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         epilog=f"presets: {', '.join(PRESETS)}",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a preset, a directory with a model's config.json, or 'bundled'")
+    help = "a preset, its name on the Hub, a config.json, a directory that has one, or 'bundled'"
+    add("model", metavar="MODEL", help=help)
     add("--target", choices=tuple(CHIPS), default="h200", help="the GPU (default: %(default)s)")
     add("--devices", type=int, default=1, metavar="N", help="GPUs that share every layer (default: %(default)s)")
     add("--batch", type=int, default=16, metavar="B", help="rows (default: %(default)s)")
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         return OK
     stored = f"{args.quantize} in {config.dtype}" if args.quantize else config.dtype
     title = f"{args.model} in {stored} on {args.devices} x {chip.name}, batch {args.batch}, context {args.context}"
-    terminal().print(_table(title, weights, cache, programs))
+    terminal().print(title, highlight=False, markup=False, style="italic")
+    terminal().print(_table(weights, cache, programs))
     print_notes(_notes(programs, chip))
     return OK
 
@@ -99,8 +101,8 @@ def _compile(lower: Callable[[], jax.stages.Lowered], tokens: int, chip: Chip) -
     }
 
 
-def _table(title: str, weights: int, cache: int, programs: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(weights: int, cache: int, programs: dict[str, dict[str, Any]]) -> Table:
+    table = Table()
     table.add_column("on each GPU")
     for name, program in programs.items():
         table.add_column(f"{name}, {program['tokens']} token{'s' * (program['tokens'] > 1)} a row", justify="right")

@@ -1,12 +1,11 @@
 """`ridgeline convert`: a checkpoint in Hugging Face layout -> one that holds the parameters as this package does."""
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 from ..model.loading import convert_model
-from .common import FAILURE, OK, add_format_options, schemes
+from .common import OK, add_format_options, schemes
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -24,11 +23,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    try:
-        out = convert_model(args.checkpoint, args.out, dtype=args.dtype, **schemes(args))
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return FAILURE
+    out = convert_model(args.checkpoint, args.out, dtype=args.dtype, **schemes(args))
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{args.out}: {size / 1e9:.3g} GB in {seconds:.1f} s, {size / 1e9 / seconds:.3g} GB/s")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..decode.generate import stream, warm_up
 from ..decode.prompts import make_requests
+from ..interrupts import INTERRUPTED
 from . import batch
-from .common import OK, UsageError, add_options, drafter_for, open_, read_text, terminal, usage_errors
+from .common import OK, UsageError, add_options, drafter_for, open_, read_text, usage_errors
 from .reply import Reply
 
 
@@ -39,16 +40,17 @@ def run(args: argparse.Namespace) -> int:
     model, params, read = open_(args)
     with usage_errors():
         (request,) = make_requests(model, prompt, params)
-    options = {"kv_dtype": args.kv_dtype, "drafter": drafter_for(model, args)}
+    tokens, options = [request.prompt], {"kv_dtype": args.kv_dtype, "drafter": drafter_for(model, args)}
     started = time.perf_counter()
-    model = warm_up(model, prompt, params, **options, meanwhile=read)
-    reply = Reply(not args.json, len(request.prompt), time.perf_counter() - started)
-    if not args.json and sys.stdout.isatty():
-        terminal().print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
-    reply.run(stream(model, prompt, params, **options))
+    model = warm_up(model, tokens, params, **options, meanwhile=read)
+    seconds = time.perf_counter() - started
+    reply = Reply(not args.json, len(request.prompt), seconds, prompt if sys.stdout.isatty() else "")
+    reply.run(stream(model, tokens, params, **options))
     print(json.dumps({"prompt": prompt, **reply.as_dict()}, ensure_ascii=False) if args.json else "", flush=True)
+    if not args.json:
+        reply.print_logprobs(model.tokenizer)
     reply.print_summary()
-    return OK
+    return INTERRUPTED if reply.output is None else OK
 
 
 def _prompt(args: argparse.Namespace) -> str:

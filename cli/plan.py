@@ -35,7 +35,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         epilog=f"presets: {', '.join(PRESETS)}",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a preset, a directory with a model's config.json, or 'bundled'")
+    help = "a preset, its name on the Hub, a config.json, a directory that has one, or 'bundled'"
+    add("model", metavar="MODEL", help=help)
     help = f"one of {', '.join(HARDWARE)} (default: %(default)s), or '{HERE}' to measure this machine"
     add("--hardware", choices=(*HARDWARE, HERE), default="h100", metavar="NAME", help=help)
     add("--tensor", type=integers, default=[1], metavar="N,...", help="devices that share every layer (default: 1)")
@@ -87,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report | {"rows": list(map(_report, rows, helps))}))
         return OK
     console, fitting = terminal(), [row for row in rows if row.fits]
-    console.print(_memory_table(title, rows, helps))
+    console.print(f"{title}\n", highlight=False, markup=False, style="italic")
+    console.print(_memory_table(rows, helps))
     if fitting:
         console.print(_phase_table("prefill", fitting), _phase_table("decode", fitting), sep="\n")
     if fitting and args.price is not None:
@@ -108,8 +110,8 @@ def _hardware(name: str) -> Hardware:
         return measure(progress=lambda what: status.update(f"measuring {what}"))
 
 
-def _memory_table(title: str, rows: list[PlanRow], helps: list[list[str]]) -> Table:
-    table = simple_table(f"{title}\n\nMemory of each device, GB", "tensor", "batch", "weights", "KV", "free")
+def _memory_table(rows: list[PlanRow], helps: list[list[str]]) -> Table:
+    table = simple_table("Memory of each device, GB", "tensor", "batch", "weights", "KV", "free")
     table.add_column("fits")
     for row, help in zip(rows, helps, strict=True):
         sizes = (number(size / 1e9) for size in (row.weight_bytes, row.kv_bytes, row.free_bytes))

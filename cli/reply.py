@@ -2,14 +2,19 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..decode.request import RequestOutput, StreamChunk
+from rich.table import Table
+from rich.text import Text
+
+from ..decode.request import RequestOutput, StreamChunk, TokenLogprobs
+from ..interrupts import ctrl_c
+from ..model.tokenizer import Tokenizer
 from .common import terminal
+from .formats import simple_table
 
 
 class Reply:
@@ -19,27 +24,43 @@ class Reply:
       show: whether to print it.
       prompt_tokens: of the prompt.
       compile_seconds: that went before it, where it was measured.
+      before: a text that is shown before it, when it comes.
     """
 
-    def __init__(self, show: bool, prompt_tokens: int, compile_seconds: float | None):
+    def __init__(self, show: bool, prompt_tokens: int, compile_seconds: float | None, before: str = ""):
         self.show, self.prompt_tokens, self.compile_seconds = show, prompt_tokens, compile_seconds
+        self.before = before
         self.cached_tokens: int | None = None  # of the prompt, found in the cache, where there was one before
         self.text, self.tokens, self.output = "", [], None
         self.started = self.first = self.last = time.perf_counter()
 
     def run(self, chunks: Iterator[StreamChunk]) -> None:
-        """Take what is generated, until the end or Ctrl-C."""
+        """Take what is generated, until the end or Ctrl-C.
+
+        Raises:
+          Exception: what it failed with.
+        """
         self.started = time.perf_counter()
-        with ctrl_c() as pressed, contextlib.suppress(KeyboardInterrupt):
+        waiting = terminal(stderr=True).status("reading the prompt")  # shown on terminals only
+        with ctrl_c() as pressed, contextlib.suppress(KeyboardInterrupt), waiting:
             for chunk in chunks:
                 self.last = time.perf_counter()
-                self.first = self.last if not self.tokens else self.first
+                if not self.tokens:
+                    self.first = self.last
+                    waiting.stop()
+                    self._show_before()
                 self.text, self.output = self.text + chunk.text, chunk.output
                 self.tokens += chunk.tokens
                 if self.show:
                     print(chunk.text, end="", flush=True)
                 if pressed.is_set():
                     break
+        if self.output is not None and self.output.error is not None:
+            raise self.output.error
+
+    def _show_before(self) -> None:
+        if self.show and self.before:
+            terminal().print(self.before, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
 
     def as_dict(self) -> dict[str, Any]:
         """The completion for JSON; an interrupted one has the finish reason "abort"."""
@@ -69,6 +90,25 @@ class Reply:
         line = ", ".join(parts + ["interrupted"] * (self.output is None))
         terminal(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
+    def print_logprobs(self, tokenizer: Tokenizer) -> None:
+        """A table of them, where they were asked for and the reply is whole."""
+        if self.output is not None and self.output.logprobs is not None:
+            terminal().print(logprobs_table(self.output.logprobs, tokenizer))
+
+
+def logprobs_table(logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> Table:
+    """Tokens with their natural log-probabilities and ranks, and the likeliest tokens there."""
+
+    def text(token: int) -> str:
+        return json.dumps(tokenizer.decode([token], skip_special_tokens=False), ensure_ascii=False)
+
+    table = simple_table("", "token", "logprob", "rank", names=1)
+    table.add_column("likeliest")
+    for each in logprobs:
+        likeliest = ", ".join(f"{text(token)} {value:.3f}" for token, value in each.top.items())
+        table.add_row(Text(text(each.token)), f"{each.logprob:.3f}", str(each.rank), Text(likeliest))
+    return table
+
 
 def as_json(output: RequestOutput) -> dict[str, Any]:
     """One sample of a result for JSON; lengths and times are its "usage"."""
@@ -88,19 +128,3 @@ def usage(prompt_tokens: int, new_tokens: int, ttft: float | None, tpot: float |
         "tpot_seconds": tpot,
         "tokens_per_second": new_tokens / seconds if seconds else None,
     }
-
-
-@contextlib.contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that it ends the work between two programs and not inside one; a second raises."""
-    pressed = threading.Event()
-
-    def handle(signum: int, frame: Any) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -1,9 +1,11 @@
 """Text in, text out: every prompt through an engine of just the size."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from ..model import arguments
 from ..model.loading import Model
@@ -38,6 +40,7 @@ def generate(
     component: Component | None = None,
     adjust: Adjust | None = None,
     drafter: Drafter | None = None,
+    progress: bool = False,
 ) -> list[RequestOutput]:
     """Complete every prompt.
 
@@ -54,6 +57,7 @@ def generate(
         again, not an equal new one, or it compiles again.
       adjust: a pure function of the logits, as in `sample`.
       drafter: guesses tokens, several of which are then checked at once; it changes none.
+      progress: whether to show a bar on standard error, of requests and tokens.
 
     Returns:
       One output a prompt, in order, whose `samples` are as many as `SamplingParams.n`. A request's tokens do not depend
@@ -67,7 +71,8 @@ def generate(
     """
     outputs: dict[int, RequestOutput] = {}
     seams = {"residual": residual, "component": component, "adjust": adjust, "drafter": drafter}
-    for chunk in stream(model, prompts, sampling, max_batch_size=max_batch_size, kv_dtype=kv_dtype, **seams):
+    sizes = {"max_batch_size": max_batch_size, "kv_dtype": kv_dtype}
+    for chunk in stream(model, prompts, sampling, **sizes, **seams, progress=progress):
         if callback is not None:
             callback(chunk)
         if chunk.output is not None:
@@ -94,6 +99,7 @@ def stream(
     component: Component | None = None,
     adjust: Adjust | None = None,
     drafter: Drafter | None = None,
+    progress: bool = False,
 ) -> Iterator[StreamChunk]:
     """Like `generate`, but yields the output as it comes, in blocks of a few tokens a request.
 
@@ -105,12 +111,18 @@ def stream(
     engine = engine_for(model, requests, max_batch_size, kv_dtype, **seams)
     for request in requests:
         engine.add(request)
-    return _closing(engine)
+    return _run(engine, progress)
 
 
-def _closing(engine: Engine) -> Iterator[StreamChunk]:
-    with engine:
-        yield from engine.run()
+def _run(engine: Engine, progress: bool) -> Iterator[StreamChunk]:
+    """All that an engine's requests make; then it is closed."""
+    count, tokens = engine.stats().waiting, 0
+    with engine, tqdm(total=count, unit="request", miniters=0, disable=not progress, file=sys.stderr) as bar:
+        for chunk in engine.run():
+            tokens += len(chunk.tokens)
+            bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
+            bar.update(chunk.output is not None)
+            yield chunk
 
 
 def warm_up(

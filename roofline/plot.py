@@ -1,5 +1,6 @@
 """Pictures of a plan: both phases on the roofline, and what batching does to TPOT and throughput."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ def check_plot(path: Path) -> None:
             f"plot {str(path)!r} is in no directory that exists; make {str(path.absolute().parent)!r} first"
         )
     new_figure()
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a matplotlib figure as a file that is whole or not there, however drawing ends."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format=path.suffix[1:])
+    path.write_bytes(drawn.getvalue())
 
 
 def plot_plan(path: Path, title: str, hardware: Hardware, dtype: str, rows: Sequence[PlanRow]) -> None:
@@ -61,7 +69,7 @@ def plot_plan(path: Path, title: str, hardware: Hardware, dtype: str, rows: Sequ
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     throughput.set_title("Throughput over batch")
     tpot.set_title("TPOT over batch")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def plot_roofline(axes: Any, hardware: Hardware, dtype: str, rows: dict[int, list[PlanRow]]) -> None:

@@ -1,6 +1,7 @@
 """The `ridgeline` command, in this process where possible and as a process where its end matters."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -10,13 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import pytest
 from rich.console import Console
 
 import ridgeline as rl
-from ridgeline.cli import batch, main
+from ridgeline.benchmarks.servers import counted_compilations
+from ridgeline.cli import batch, chat, common, main
+from tiny import byte_tokenizer, tiny_model
 
 RUN = [sys.executable, "-m", "ridgeline"]
 
@@ -85,6 +89,21 @@ def test_user_errors_are_one_line_without_a_traceback(capsys, args, code, messag
     assert "Traceback" not in err
 
 
+def test_completion_is_of_all_commands_where_shtab_is_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--completion", "bash"]) == 2
+    assert "pip install 'ridgeline[completion]'" in capsys.readouterr().err
+
+    def complete(parser, shell):
+        return f"{shell}: {parser.format_help()} {parser.parse_args(['bench', 'decode']).model}"
+
+    monkeypatch.setitem(sys.modules, "shtab", types.SimpleNamespace(complete=complete))
+    assert main(["--completion", "zsh"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("zsh: usage: ridgeline")
+    assert out.endswith("bundled\n")
+
+
 def test_help_and_version(capsys):
     assert main(["--help"]) == 0
     assert 'ridgeline generate "Once upon a time"' in capsys.readouterr().out
@@ -118,10 +137,63 @@ def test_ctrl_c_ends_cleanly_with_what_there_is(environment):
     started = process.stdout.read(1)  # the first text is there
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    assert process.returncode == 130, err
     assert started + out
-    assert b"interrupted" in err
-    assert b"Traceback" not in err
+    (line,) = err.decode().splitlines()
+    assert line.endswith("interrupted")
+
+
+IMPORTING = """
+import time
+print("here", flush=True)
+time.sleep(600)
+"""
+COMPILING = """
+import hashlib
+from ridgeline import cli
+def main():
+    print("here", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # hears no signal, as XLA's compiler
+cli.main = main
+cli.command()
+"""
+RUNNING = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from ridgeline import cli
+def work(args):
+    ThreadPoolExecutor().submit(time.sleep, 600)  # as a compiler beside it
+    try:
+        print("here", flush=True)
+        time.sleep(600)
+    finally:
+        print("cleaned up")
+cli.generate.run = work
+cli.command()
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "args", "out"),
+    [
+        ({"jax.py": IMPORTING}, [*RUN[1:], "generate", "x"], ""),
+        ({"program.py": COMPILING}, ["program.py"], ""),
+        ({"program.py": RUNNING}, ["program.py", "generate", "x"], "cleaned up\n"),
+    ],
+    ids=["importing", "compiling", "running"],
+)
+def test_ctrl_c_anywhere_is_exit_code_130_and_one_line(environment, tmp_path, files, args, out):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    path = os.pathsep.join(filter(None, [str(tmp_path), environment.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, *args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment | {"PYTHONPATH": path}, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (out, "ridgeline: interrupted\n")
+    assert process.returncode == 130
 
 
 def test_a_reader_that_goes_away_is_no_error(environment):
@@ -273,3 +345,112 @@ def test_warnings_are_lines_on_standard_error(capsys):
     told = [line for line in capsys.readouterr().err.splitlines() if "max_tokens 99999" in line]
     assert len(told) == 1
     assert told[0].startswith("ridgeline: prompt 0 has ")
+
+
+def talk(monkeypatch, *lines):
+    """What a chat is told, at whose end a terminal ends the input."""
+    lines = iter(lines)
+
+    def read(prompt=""):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def test_no_turn_of_a_chat_compiles_anything_however_long_it_grows(monkeypatch, capsys):
+    lines, counts = ["The old king " * length for length in (1, 30, 90, 2)], []
+    with counted_compilations() as count:
+
+        def read(prompt=""):
+            counts.append(count())
+            if not lines:
+                raise EOFError
+            return lines.pop(0)
+
+        monkeypatch.setattr("builtins.input", read)
+        assert main(["chat", "--max-tokens", "40", "--ignore-eos", "--seed", "1", "--dtype", "float32"]) == 0
+    assert counts[0] > 0
+    assert counts == [counts[0]] * 5
+    turns = [line for line in capsys.readouterr().err.splitlines() if "TTFT" in line]
+    assert len(turns) == 4
+    assert all("found in the cache" in line for line in turns)
+
+
+def test_the_commands_of_a_chat(monkeypatch, capsys):
+    talk(monkeypatch, "/help", "/frobnicate now", "", " /is no command", "/quit", "unread")
+    assert main(["chat", "--max-tokens", "8", "--seed", "1", "--logprobs", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("/reset starts over, /quit or /exit leaves") == 2
+    assert "there is no command /frobnicate" in err
+    assert err.count("new tokens") == 1
+    assert len([line for line in out.splitlines() if re.match(r' *".*" +-\d', line)]) == 8
+
+
+def test_a_chat_without_a_template_is_refused_before_the_first_message(monkeypatch, capsys):
+    talk(monkeypatch, "Hello")
+    model = dataclasses.replace(tiny_model(), tokenizer=byte_tokenizer())
+    monkeypatch.setattr(common, "open_model", lambda *_, **__: (model, lambda: model))
+    assert main(["chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no readline")
+def test_lines_of_a_chat_are_kept_for_the_next(monkeypatch, tmp_path):
+    import readline
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with chat.line_editing():
+        readline.add_history("Once upon a time")
+    readline.clear_history()
+    with chat.line_editing():
+        assert readline.get_history_item(readline.get_current_history_length()) == "Once upon a time"
+    assert (tmp_path / "ridgeline" / "chat_history").read_text().split("\n")[-2] == "Once upon a time"
+
+
+def test_ctrl_c_ends_a_reply_and_keeps_the_conversation(monkeypatch, capsys):
+    lines = ["Once upon a time", "and then"]
+
+    def read(prompt=""):
+        if not lines:
+            raise KeyboardInterrupt  # at the prompt, which it leaves
+        return lines.pop(0)
+
+    step, steps = rl.Engine.step, []
+
+    def interrupted(engine):
+        steps.append(engine)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(engine)
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(rl.Engine, "step", interrupted)
+    assert main(["chat", "--max-tokens", "40", "--ignore-eos", "--seed", "1", "--json"]) == 130
+    out, err = capsys.readouterr()
+    first, second = map(json.loads, out.splitlines())
+    assert first["finish_reason"] == "abort"
+    assert 0 < first["usage"]["new_tokens"] < 40
+    assert second["usage"]["new_tokens"] == 40
+    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"] + first["usage"]["new_tokens"]
+    assert err.splitlines()[-1] == "ridgeline: interrupted"
+
+
+def test_log_probabilities_are_a_table_after_the_text(capsys, monkeypatch):
+    encoded, encode = [], rl.Tokenizer.encode
+    monkeypatch.setattr(
+        rl.Tokenizer, "encode", lambda self, text, *rest: encoded.append(text) or encode(self, text, *rest)
+    )
+    args = ["generate", "Once upon a time", "--max-tokens", "5", "--seed", "1", "--logprobs", "2"]
+    assert main(args) == 0
+    assert encoded.count("Once upon a time") == 1
+    shown = capsys.readouterr().out
+    assert main([*args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = [line for line in shown.splitlines() if re.match(r' *".*" +-\d', line)]
+    assert [float(row.split('"')[2].split()[0]) for row in rows] == [
+        round(each["logprob"], 3) for each in result["logprobs"]
+    ]
+    assert all(row.count('"') == 6 for row in rows)

@@ -55,6 +55,7 @@ def test_the_table_has_both_programs_and_every_line(plugin, capsys, small):
     for part in ("prefill", "decode", "weights", "cache", "temporary", "peak", "fits", "all-reduce", "compile time"):
         assert part in out
     assert "2 x NVIDIA H200" in " ".join(out.split())  # the title wraps where the path is long
+    assert main(["compile", str(small / "config.json"), "--batch", "2", "--context", "64"]) == 0
     assert "5 x, " in out
 
 

@@ -70,6 +70,8 @@ def test_tables_have_every_row_and_fit_a_narrow_terminal(capsys, monkeypatch):
     assert main(args) == 0
     out = capsys.readouterr().out
     tables, notes = out.split("A device has")
+    title = "llama-3.1-8b on NVIDIA H100 SXM: weights bfloat16, KV bfloat16, context 8,192"
+    assert tables.splitlines()[0] == title  # across the terminal, however narrow its table is
     assert "…" not in tables  # nothing is cut short
     assert max(len(line) for line in tables.splitlines()) <= 80
     for heading in ("Memory of each device, GB", "Prefill, at best", "Decode, at best", "USD a million tokens"):
@@ -101,7 +103,8 @@ def test_efficiency_is_named(capsys):
 def test_directories_and_bundled_models(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["llama-3.2-1b"]))
     args = ("--batch", "1", "--context", "256")
-    assert plan_json(capsys, tmp_path, *args)["rows"] == plan_json(capsys, "llama-3.2-1b", *args)["rows"]
+    for model in (tmp_path, tmp_path / "config.json"):
+        assert plan_json(capsys, model, *args)["rows"] == plan_json(capsys, "llama-3.2-1b", *args)["rows"]
     converted = convert_model("bundled", tmp_path / "converted")
     assert plan_json(capsys, converted, *args)["rows"] == plan_json(capsys, "bundled", *args)["rows"]
 

@@ -3,7 +3,8 @@
 import pytest
 
 import ridgeline as rl
-from ridgeline.model.presets import PRESETS
+from ridgeline.model.find import find_config
+from ridgeline.model.presets import HUB_NAMES, PRESETS
 
 # Parameters of each checkpoint's safetensors files, as the Hub counts them.
 PARAMETERS = {
@@ -29,6 +30,15 @@ PARAMETERS = {
 
 def test_every_preset_has_its_published_number_of_parameters():
     assert {name: rl.count_parameters(rl.preset(name)) for name in PRESETS} == PARAMETERS
+
+
+def test_names_on_the_hub_mean_the_preset_of_that_shape(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert set(HUB_NAMES.values()) == set(PRESETS)
+    for name, shape in {"Qwen/Qwen3-8B": "qwen3-8b", "meta-llama/Meta-Llama-3.1-8B-Instruct": "llama-3.1-8b"}.items():
+        assert find_config(name) == rl.preset(shape)
+    with pytest.raises(ValueError, match="'Qwen/Qwen3-9B' is no directory"):
+        find_config("Qwen/Qwen3-9B")
 
 
 def test_gemma_2_27b_scales_queries_by_its_own_number():

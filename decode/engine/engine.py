@@ -380,9 +380,10 @@ class Engine:
                         self._take(row, result)
 
     def _take(self, row: Row, made: RowTokens | PromptLogprobs) -> None:
-        request, dtype = self._active[row.index].request, self.model.config.dtype
+        active, dtype = self._active[row.index], self.model.config.dtype
+        request = active.request
         if isinstance(made, PromptLogprobs):
-            request.score_prompt(made.start, made.logprobs, f"prompt {row.index}", dtype)
+            request.score_prompt(made.start, made.logprobs, f"prompt {active.number}", dtype)
             return
         tokens = made.tokens[: made.tokens.index(NO_TOKEN)] if made.is_broken else made.tokens
         known, again = len(request.tokens), row.known_again(len(tokens))
@@ -396,10 +397,10 @@ class Engine:
             self._end(row, new=new)
         elif made.is_broken:
             where = f"{len(request.prompt)} and {len(request.tokens)} new"
-            what = f"prompt {row.index}: no token can be drawn after {where}"
+            what = f"prompt {active.number}: no token can be drawn after {where}"
             self._end(row, "error", not_finite(what, dtype), new)
         else:
-            self._add_chunk(self._active[row.index], new)
+            self._add_chunk(active, new)
 
     def _add_chunk(self, active: _Active, new: Sequence[int]) -> None:
         """A chunk of a request, with what is new."""

@@ -40,8 +40,8 @@ class Rehearsal(Runner):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Wait for what is being compiled; after an exception, begin no more."""
-        self._threads.shutdown(cancel_futures=kind is not None)
+        """Wait for what is being compiled; after an exception, Ctrl-C for one, begin no more."""
+        self._threads.shutdown(wait=kind is None, cancel_futures=kind is not None)
         if kind is None:
             self._wait(0)
 

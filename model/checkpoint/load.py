@@ -140,14 +140,14 @@ def _quantizer(scheme: Scheme, in_axes: int, shardings: Any) -> Callable[[jax.Ar
 
 
 def progress(title: str, total: int) -> tqdm:
-    """A bar of `total` bytes with its rate, on a terminal's stderr once it has taken a second."""
+    """A bar of `total` bytes with its rate, on a terminal's stderr once it has taken some tenths of a second."""
     return tqdm(
         total=total,
         desc=title,
         unit="B",
         unit_scale=True,
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
-        delay=1.0,
+        delay=0.3,
         disable=None,
         leave=False,
         file=sys.stderr,
