@@ -81,7 +81,7 @@ def test_stream_yields_what_generate_returns(model):
     assert sizes[0] == 1  # the first token does not wait for a block
     assert max(sizes) == buckets.DECODE_STEPS
     seen = []
-    rl.generate(model, PROMPTS[:1], GREEDY, callback=seen.append)
+    rl.generate(model, PROMPTS[:1], GREEDY, callback=seen.append, progress=True)
     assert [token for chunk in seen for token in chunk.tokens] == expected[0].tokens
 
 
