@@ -53,11 +53,11 @@ def test_ctrl_c_ends_the_processes_of_stages(tmp_path, monkeypatch):
     (program := tmp_path / "program").write_text("#!/bin/sh\nsleep 600")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    args = argparse.Namespace(minutes=60, command="ridgeline bench all", rehearse=True)
+    args = argparse.Namespace(minutes=60.0, command="ridgeline bench all", rehearse=True)
     everything = stages._All(args, tmp_path)
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(everything.process, "decode", [], 600)
-        while not everything.processes:
+        ended = pool.submit(everything.process, "decode", [], 600.0)
+        while not everything.processes and not ended.done():
             time.sleep(0.01)
         everything.stop()
         assert ended.result(timeout=20) == "ended with -9: see decode.log"
