@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,21 @@ def test_a_rehearsal_runs_every_stage_and_goes_on_where_it_was(tmp_path):
     again = subprocess.run([*command, "--only", "machine,matmul"], capture_output=True, text=True, timeout=100)
     assert "machine: machine" in again.stdout
     assert "matmul" not in again.stdout
+
+
+def test_ctrl_c_ends_the_processes_of_stages(tmp_path, monkeypatch):
+    (program := tmp_path / "program").write_text("#!/bin/sh\nsleep 600")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    args = argparse.Namespace(minutes=60.0, command="ridgeline bench all", rehearse=True)
+    everything = stages._All(args, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(everything.process, "decode", [], 600.0)
+        while not everything.processes and not ended.done():
+            time.sleep(0.01)
+        everything.stop()
+        assert ended.result(timeout=20) == "ended with -9: see decode.log"
+    assert everything.reason_against(stages.STAGES[0]).startswith("not started")
 
 
 @pytest.fixture

@@ -63,6 +63,14 @@ def test_every_cell_is_stored_with_its_timings(results):
     assert not results["dry_run"]
 
 
+def test_a_config_json_is_a_model_with_random_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["llama-3.2-1b"] | {"dtype": "float16"}))
+    subject = find_subject(str(tmp_path / "config.json"), 3, [], "float32")
+    assert subject.config == find_subject("llama-3.2-1b", 3, [], "float32").config
+    assert subject.record["random_weights"]
+    assert subject.title == f"{tmp_path.name} scaled"
+
+
 def test_fractions_follow_from_counts_times_and_limits(results):
     hf = PRESETS["llama-3.2-1b"] | {"num_hidden_layers": 2}
     config = find_subject("llama-3.2-1b", 2, ["{}={}".format(*pair) for pair in SHAPE.items()], "float32").config
@@ -260,7 +268,10 @@ def test_tables_fit_a_narrow_terminal_and_json_is_what_is_stored(capsys, monkeyp
         "--repeats",
         "1",
     ]
-    assert main([*run, "--output", str(out)]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(run) == 0
+    (file,) = tmp_path.iterdir()  # here, where nothing else is said
+    assert file.name.startswith("decode-llama-3.2-1b-scaled-bfloat16-")
     tables, notes = capsys.readouterr().out.split("Roof of each device")
     assert "…" not in tables
     assert max(map(len, tables.splitlines())) <= 80

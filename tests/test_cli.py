@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import readline
 import signal
 import subprocess
 import sys
@@ -397,10 +398,7 @@ def test_a_chat_without_a_template_is_refused_before_the_first_message(monkeypat
     assert "no chat template" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no readline")
 def test_lines_of_a_chat_are_kept_for_the_next(monkeypatch, tmp_path):
-    import readline
-
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with chat.line_editing():
         readline.add_history("Once upon a time")

@@ -68,7 +68,7 @@ def test_without_a_seed_each_call_draws_anew_and_says_its_seed(model):
     assert again.tokens == first.tokens
 
 
-def test_stream_yields_what_generate_returns(model):
+def test_stream_yields_what_generate_returns(model, capsys):
     expected = rl.generate(model, PROMPTS, GREEDY)
     tokens, outputs, sizes = [[] for _ in PROMPTS], {}, []
     for chunk in rl.stream(model, PROMPTS, GREEDY, max_batch_size=4):
@@ -81,7 +81,11 @@ def test_stream_yields_what_generate_returns(model):
     assert sizes[0] == 1  # the first token does not wait for a block
     assert max(sizes) == buckets.DECODE_STEPS
     seen = []
-    rl.generate(model, PROMPTS[:1], GREEDY, callback=seen.append)
+    rl.generate(model, PROMPTS[:1], GREEDY, callback=seen.append, progress=True)
+    shown = capsys.readouterr().err
+    assert shown.startswith("\r  0%")  # before anything is compiled
+    assert "1/1" in shown
+    assert "20 tokens" in shown
     assert [token for chunk in seen for token in chunk.tokens] == expected[0].tokens
 
 
