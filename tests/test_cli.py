@@ -42,6 +42,18 @@ def test_generate_streams_a_text_and_tells_its_speed(capsys):
     assert capsys.readouterr().out == first.out
 
 
+def test_a_draft_changes_no_token(capsys, tmp_path):
+    options = ["--max-tokens", "24", "--seed", "1", "--dtype", "float32", "--json"]
+    results = []
+    for draft in ([], ["--draft", "ngram"], ["--draft", "bundled-draft", "--draft-tokens", "3"]):
+        assert main(["generate", "Once upon a time", *options, *draft]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert len({tuple(result["tokens"]) for result in results}) == 1
+    assert [result["drafted"] > 0 for result in results] == [False, True, True]
+    assert main(["generate", "x", "--draft", "ngram", "--draft-tokens", "16"]) == 2
+    assert "tokens is 16; a drafter guesses 1 to 15" in capsys.readouterr().err
+
+
 def test_every_sampling_option_reaches_the_request(capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("The old king", encoding="utf-8")
     options = (

@@ -85,7 +85,7 @@ def make_requests():
         {"temperature": 0.0, "frequency_penalty": 1.0, "min_tokens": 9, "stop_token_ids": list(range(0, 256, 3))},
         {"seed": 4, "logit_bias": {7: 4.0, 9: 3.0}, "suppress_tokens": [3, 4], "prompt_logprobs": 1},
         {"seed": 5, "stop": [" ", "a", "Q"], "logit_bias": {32: 3.0}, "max_tokens": 60},
-        {"temperature": 0.0, "bad_words": ["ab", "cd"], "max_tokens": 12},  # asked before each token: no drafts
+        {"temperature": 0.0, "bad_words": ["ab", "cd"], "logprobs": 1},  # asked before each token: no drafts
         {"seed": 6, "allowed_token_ids": [65, 66, 67], "max_tokens": 30},
     ]
     return [(prompt, rl.SamplingParams(**params)) for prompt, params in zip(prompts, asked, strict=True)]
@@ -118,9 +118,9 @@ def check(output, expected):
             np.testing.assert_allclose([entry.logprob, *entry.top.values()], [other.logprob, *other.top.values()], 1e-4)
 
 
-def play(engine, rng, kind=""):
+def play(engine, rng, kind="", some=range(9)):
     """Requests that come at random times, each checked as it ends; tokens that were drafted, and accepted."""
-    places, to_come, drafted, accepted = {}, rng.sample(range(len(REQUESTS)), len(REQUESTS)), 0, 0
+    places, to_come, drafted, accepted = {}, rng.sample(some, len(some)), 0, 0
     while to_come or engine.has_work:
         while to_come and rng.random() < 0.4:
             place = to_come.pop()
@@ -148,7 +148,7 @@ def test_any_mix_gives_the_tokens_of_plain_decoding(kind, name):
     drafted, accepted = map(sum, zip(*counts, strict=True))
     assert drafted > 100
     if name == "right":
-        assert accepted > 0.95 * drafted
+        assert accepted == drafted
     else:
         assert (accepted == 0) == (name == "wrong")
 
@@ -170,13 +170,15 @@ def test_a_drafter_that_is_right_gives_the_most_tokens_a_round(sampling):
 
 
 def test_nothing_is_compiled_after_warm_up():
-    model, rng = TARGETS[""], random.Random(3)
-    options = SMALL | {"max_batch_size": 2, "whole_batches": False}
-    with rl.Engine(model, drafter=drafter_of("random", model), **options) as engine:
-        engine.warm_up()
+    """Of one plan, with and without masks, in batches of one and two rows."""
+    model, rng, some = TARGETS[""], random.Random(3), (0, 3, 7)
+    options = SMALL | {"max_batch_size": 2, "whole_batches": False, "drafter": drafter_of("right", model)}
+    plain("")
+    with rl.Engine(model, **options) as engine:
+        engine.warm_up(sampling=[REQUESTS[place][1] for place in some])
         with counted_compilations() as compilations:
             for _ in range(3):
-                play(engine, rng)
+                play(engine, rng, some=some)
         assert compilations() == 0
 
 

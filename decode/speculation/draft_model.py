@@ -109,7 +109,8 @@ class _BoundDraft(Drafter):
 
         # Two tokens: a round whose drafts were all accepted has left the one before the last out of the cache.
         tokens = jnp.take_along_axis(texts.history, last[:, None] + jnp.array([-1, 0]), axis=1, mode="clip")
-        first = draw(tokens, KVCache(pages, texts.rows.replace(kinds=self.tables, lengths=last - 1)), sampling)
+        rows = texts.rows.replace(kinds=self.tables, lengths=jnp.maximum(last - 1, 0))  # 0 is a row without a request
+        first = draw(tokens, KVCache(pages, rows), sampling)
         (_, cache, _), others = lax.scan(step, first, length=self.tokens - 1)
         guesses = jnp.concatenate([first[0][:, None], others.T], axis=1)
         return guesses, jnp.full_like(last, self.tokens), cache.pages

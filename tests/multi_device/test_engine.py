@@ -55,3 +55,14 @@ def test_interventions_and_constraints_on_a_mesh(tmp_path):
     sampling = [rl.SamplingParams(temperature=0.0, max_tokens=8, constraint=Thirds if n else None) for n in range(3)]
     expected = [output.tokens for output in rl.generate(one, prompts, sampling, **seams)]
     assert [output.tokens for output in rl.generate(split, prompts, sampling, **seams)] == expected
+
+
+def test_drafters_on_a_mesh(tmp_path):
+    directory = write_checkpoint(tmp_path / "checkpoint", "gemma3", 8, 4)
+    one, split = rl.load_model(directory), rl.load_model(directory, mesh=rl.make_mesh(data=2, tensor=4))
+    prompts, sampling = zip(*REQUESTS, strict=True)
+    expected = [output.tokens for output in rl.generate(one, prompts, sampling)]
+    for drafter in (rl.NGramDrafter(), rl.ModelDrafter(split)):
+        outputs = rl.generate(split, prompts, sampling, drafter=drafter)
+        assert [output.tokens for output in outputs] == expected
+    assert all(output.accepted == output.drafted > 0 for output in outputs)
