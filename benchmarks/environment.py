@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from ..cli.formats import to_json
 
 RESULTS = Path(__file__).parent / "results"
 """Where a checkout keeps results; an installed package has no such directory."""
@@ -122,5 +123,5 @@ def slug(text: str) -> str:
 def store(report: dict[str, Any], out: Path) -> None:
     """Writes JSON; whoever reads meanwhile, or after a run that was cut off, finds a whole report."""
     partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.write_text(to_json(report, indent=1) + "\n")
     partial.replace(out)

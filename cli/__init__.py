@@ -1,6 +1,7 @@
 """The `ridgeline` command: each command parses, calls the library, and prints."""
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0 success (a run ended by Ctrl-C included), 1 a failure at run time, 2 bad usage.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _take_any_text()
     try:
         args = _parser(argv).parse_args(argv)
     except SystemExit as exit:  # argparse has printed what was wrong, or the help
@@ -51,6 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
         return _fail(error, FAILURE)
+
+
+def _take_any_text() -> None:
+    """Bytes that are no text come in as halves of characters, which tokenizers refuse; what terminals lack is shown."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -20,7 +20,7 @@ from ..decode.request import Request, RequestOutput
 from ..decode.sampling.params import SamplingParams
 from ..model.loading import Model
 from .common import FAILURE, OK, UsageError, load, read_text, terminal, usage_errors
-from .formats import duration, number, percent
+from .formats import duration, number, percent, print_json
 from .reply import as_json, ctrl_c
 
 MAX_BATCH = 32
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         for line, output in zip(lines, in_order(finished(engine, len(requests))), strict=True):
             results.append(output)
             if not as_texts:
-                print(json.dumps({"prompt": line.prompt, **as_json(output)}, ensure_ascii=False), flush=True)
+                print_json({"prompt": line.prompt, **as_json(output)})
     for line, output in zip(lines, results, strict=True) if as_texts else ():
         _print_text(line.prompt, output)
     return FAILURE if any(output.error is not None for output in results) else OK

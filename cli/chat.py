@@ -1,7 +1,6 @@
 """`ridgeline chat`: talk with a model in turns."""
 
 import argparse
-import json
 import sys
 import time
 
@@ -10,6 +9,7 @@ from ..decode.engine.engine import Engine
 from ..decode.prompts import make_request
 from ..decode.sampling.params import SamplingParams
 from .common import OK, UsageError, add_options, load, terminal, usage_errors
+from .formats import print_json
 from .reply import Reply
 
 
@@ -61,7 +61,7 @@ def _talk(engine: Engine, params: SamplingParams, args: argparse.Namespace) -> i
             print(f"ridgeline: {error}; /reset starts over", file=sys.stderr)
             messages.pop()
             continue
-        print(json.dumps(reply.as_dict(), ensure_ascii=False) if args.json else "", flush=True)
+        print_json(reply.as_dict()) if args.json else print(flush=True)
         reply.print_summary()
         messages.append({"role": "assistant", "content": reply.text})
 

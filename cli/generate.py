@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from ..decode.generate import stream, warm_up
 from ..decode.prompts import make_requests
 from . import batch
 from .common import OK, UsageError, add_options, open_, read_text, terminal, usage_errors, while_compiling
+from .formats import print_json
 from .reply import Reply
 
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json and sys.stdout.isatty():
         terminal().print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
     reply.run(stream(model, prompt, params, kv_dtype=args.kv_dtype))
-    print(json.dumps({"prompt": prompt, **reply.as_dict()}, ensure_ascii=False) if args.json else "", flush=True)
+    print_json({"prompt": prompt, **reply.as_dict()}) if args.json else print(flush=True)
     reply.print_summary()
     return OK
 

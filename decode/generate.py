@@ -19,11 +19,10 @@ from .sampling.scores import Adjust
 
 @arguments.arguments(
     model=arguments.instance(Model, hint="as load_model returns it"),
-    callback=arguments.optional(arguments.function),
+    callback=arguments.optional(arguments.function(1)),
     max_batch_size=arguments.whole,
-    residual=arguments.optional(arguments.function),
-    component=arguments.optional(arguments.function),
-    adjust=arguments.optional(arguments.function),
+    **arguments.seams,
+    adjust=arguments.optional(arguments.function(2)),
 )
 def generate(
     model: Model,
@@ -41,8 +40,8 @@ def generate(
 
     Args:
       model: as `load_model` returns it.
-      prompts: texts, lists of token ids, and chats, which are lists of messages, {"role": ..., "content": ...}, to which
-        the tokenizer's template is applied; or one prompt of a kind alone.
+      prompts: texts, lists of token ids, and chats, which are lists of messages, {"role": ..., "content": ...}, and to
+        which the tokenizer's template is applied; or one prompt alone.
       sampling: one for all prompts, or one a prompt; None takes the model's own defaults.
       callback: called with every `StreamChunk` as it comes.
       max_batch_size: rows decoded together; more prompts run in turns.
@@ -56,8 +55,9 @@ def generate(
       One output a prompt, in order. A request's tokens do not depend on what it is batched with.
 
     Raises:
-      TypeError, ValueError: an argument of another type or out of range, a prompt that is empty or becomes no tokens, token ids outside the vocabulary, a prompt as long as the model's longest sequence,
-        stop strings without a tokenizer, an unknown `kv_dtype`; all before any device work.
+      TypeError, ValueError: an argument of another type or out of range, a prompt that is empty or becomes no tokens,
+        token ids outside the vocabulary, a prompt as long as the model's longest sequence, stop strings without a
+        tokenizer, an unknown `kv_dtype`; all before any device work.
       FloatingPointError: a prompt after which the logits are not finite, naming it.
     """
     outputs: dict[int, RequestOutput] = {}
@@ -75,9 +75,8 @@ def generate(
 @arguments.arguments(
     model=arguments.instance(Model, hint="as load_model returns it"),
     max_batch_size=arguments.whole,
-    residual=arguments.optional(arguments.function),
-    component=arguments.optional(arguments.function),
-    adjust=arguments.optional(arguments.function),
+    **arguments.seams,
+    adjust=arguments.optional(arguments.function(2)),
 )
 def stream(
     model: Model,

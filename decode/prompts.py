@@ -169,7 +169,7 @@ def _tokens(model: Model, index: int, prompt: Prompt) -> list[int]:
         raise ValueError(f"prompt {index} is {kind}, but the model has no tokenizer; give token ids")
     tokens = encoded(f"prompt {index}", model.tokenizer, prompt)
     if not tokens:
-        raise ValueError(f"prompt {index} has no tokens, as the tokenizer makes none of {shortened(prompt)}; write more")
+        raise ValueError(f"prompt {index} has no tokens: the tokenizer makes none of {shortened(prompt)}; write more")
     return tokens
 
 
@@ -191,7 +191,7 @@ def whole_ids(name: str, ids: Sequence[Any]) -> list[int]:
     return [int(token) for token in ids]
 
 
-def encoded(name: str, tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]], special: bool = True) -> list[int]:
+def encoded(name: str, tokenizer: Tokenizer, prompt: Prompt, special: bool = True) -> list[int]:
     """Token ids of a text or a chat; errors say whose."""
     with naming(name):
         if isinstance(prompt, str):

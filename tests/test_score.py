@@ -178,7 +178,7 @@ def test_what_is_not_finite_is_an_error_that_names_the_text(model):
     broken = dataclasses.replace(
         model, params=model.params | {"embedding": model.params["embedding"].at[7].set(jnp.nan)}
     )
-    with pytest.raises(FloatingPointError, match=r"prompt 1: the log-probability of token \d+ \(id \d+\) is nan.* float32"):
+    with pytest.raises(FloatingPointError, match=r"prompt 1: the log-probability of token \d+ .* is nan, .* float32"):
         rl.score(broken, [[1, 2, 3], [1, 7, 5]])
     with pytest.raises(FloatingPointError, match=r"text 1, by the reference: the log-probability"):
         rl.evaluate(model, [[1, 2, 3], [1, 7, 5]], against=broken)

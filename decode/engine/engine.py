@@ -17,9 +17,9 @@ from ...model import arguments
 from ...model.loading import Model
 from ...model.transformer import Component, Residual
 from .. import buckets
+from ..logprobs import not_finite
 from ..prompts import Prompt, make_request
 from ..request import FinishReason, Request, StreamChunk
-from ..logprobs import not_finite
 from ..sampling.draw import NO_TOKEN, SampleLogprobs
 from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays, top_width
 from ..sampling.params import SamplingParams
@@ -116,9 +116,8 @@ class Engine:
         max_waiting=arguments.optional(arguments.whole),
         whole_batches=arguments.flag,
         batch_invariant=arguments.flag,
-        residual=arguments.optional(arguments.function),
-        component=arguments.optional(arguments.function),
-        adjust=arguments.optional(arguments.function),
+        **arguments.seams,
+        adjust=arguments.optional(arguments.function(2)),
     )
     def __init__(
         self,
@@ -428,8 +427,9 @@ class Engine:
         if request.finished:
             self._end(row, new=new)
         elif is_broken:
-            what = f"prompt {row.index}: no token can be drawn after {len(request.prompt)} and {len(request.tokens)} new"
-            self._end(row, "error", not_finite(what, self.model.config.dtype), new)
+            after = f"{len(request.prompt)} of the prompt and {len(request.tokens)} new ones"
+            error = not_finite(f"prompt {row.index}: no token can be drawn after {after}", self.model.config.dtype)
+            self._end(row, "error", error, new)
         else:
             self._chunks.append(StreamChunk(row.index, new, request.take_text(), None, None))
 
