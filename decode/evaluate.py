@@ -15,7 +15,7 @@ from jaxtyping import Int
 from ..model import arguments
 from ..model.loading import Model
 from .prompts import each_prompt, naming
-from .score import Score, encode, make_score
+from .score import Score, Tokens, encode, make_score
 from .stretches import Text
 from .teacher_forced import Figures, TeacherForced
 
@@ -100,7 +100,7 @@ class Evaluation:
 )
 def evaluate(
     model: Model,
-    texts: str | Sequence[str] | Sequence[Sequence[int]],
+    texts: Tokens | Sequence[Tokens],
     *,
     context: int | None = None,
     stride: int | None = None,

@@ -20,7 +20,7 @@ from .constraints import BadWords, Constraints, bad_word_tokens
 from .request import Request
 from .sampling.params import SamplingParams
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | np.ndarray | jax.Array | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a chat."""
 
 Prompts = Prompt | Sequence[Prompt]

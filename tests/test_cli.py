@@ -17,6 +17,7 @@ from rich.console import Console
 
 import ridgeline as rl
 from ridgeline.cli import batch, main
+from ridgeline.cli.formats import print_json
 
 RUN = [sys.executable, "-m", "ridgeline"]
 
@@ -259,3 +260,21 @@ def test_warnings_are_lines_on_standard_error(capsys):
     told = [line for line in capsys.readouterr().err.splitlines() if "max_tokens 99999" in line]
     assert len(told) == 1
     assert told[0].startswith("ridgeline: prompt 0 has ")
+
+
+def test_json_has_no_nan_and_only_characters_that_its_reader_takes(monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    print_json({"a": [float("nan"), (1.5, -float("inf"))], "b": "é"})
+    assert written.buffer.getvalue() == b'{"a": [null, [1.5, null]], "b": "\\u00e9"}\n'
+
+
+def test_text_that_is_none_and_terminals_that_lack_characters(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb"), encoding="utf-8"))
+    assert main(["generate", "-"]) == 2
+    assert "the text has byte 0xff, which is not UTF-8, at 1" in capsys.readouterr().err
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    assert main(["generate", "The", "--logit-bias", "160=100", "--max-tokens", "2", "--temperature", "0"]) == 0
+    written.flush()
+    assert rb"\ufffd" in written.buffer.getvalue()
