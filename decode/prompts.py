@@ -175,7 +175,7 @@ def _tokens(model: Model, index: int, prompt: Prompt) -> list[int]:
 
 def each_item(name: str, prompt: Any) -> list[Any]:
     """What a prompt that is no text, or a list of prompts, holds."""
-    if isinstance(prompt, np.ndarray | jax.Array) and np.ndim(prompt):
+    if isinstance(prompt, np.ndarray | jax.Array):
         prompt = np.asarray(prompt).tolist()
     if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping | bytes | str):
         several = ", or a list of such" if name == "prompts" else ""

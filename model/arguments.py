@@ -170,9 +170,9 @@ def array(letters: str, axes: str) -> Kind:
     words = {"iu": "integers", "f": "floats"}[letters]
 
     def check(name: str, value: Any) -> None:
-        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-        if shape is None or dtype is None:
+        if not isinstance(value, np.ndarray | np.generic | jax.Array):
             raise _wrong(name, value, f"an array of {words}, [{', '.join(named)}]")
+        shape, dtype = value.shape, value.dtype
         is_kind = jax.dtypes.issubdtype(dtype, np.integer if letters == "iu" else np.floating)
         if not is_kind or (len(shape) != len(named) if "..." not in named else len(shape) < len(named) - 1):
             size = ", ".join(map(str, shape))
@@ -185,8 +185,9 @@ def path(name: str, value: Any) -> None:
     """Of a file or directory."""
     if not isinstance(value, str | os.PathLike):
         raise _wrong(name, value, "a path")
-    text = os.fspath(value)
-    if isinstance(text, str) and (HALF.search(text) or "\0" in text or max(map(len, text.split(os.sep))) > _LONGEST):
+    text = os.fsdecode(os.fspath(value)) if isinstance(value, os.PathLike) else value
+    too_long = max(map(len, text.split(os.sep))) > _LONGEST
+    if not text or too_long or "\0" in text or HALF.search(text):
         raise ValueError(f"{name} is {shortened(text)}; no file can have that name")
 
 
