@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from ..cli.formats import to_json
 
 _DISTRIBUTIONS = (
     *("ridgeline", "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-cuda-nvcc", "numpy"),
@@ -120,7 +121,7 @@ def store(report: dict[str, Any], out: Path) -> None:
     """Writes JSON; whoever reads meanwhile, or after a run that was cut off, finds a whole report."""
     partial = out.with_name(out.name + ".partial")
     try:
-        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.write_text(to_json(report, indent=1) + "\n")
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)

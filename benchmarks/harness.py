@@ -13,7 +13,6 @@ may have "subject" and "device", which go into the file's name, and "failures", 
 import argparse
 import csv
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from ..cli.common import FAILURE, OK, print_notes, terminal, usage_errors
-from ..cli.formats import number, simple_table
+from ..cli.formats import number, print_json, simple_table
 from ..roofline.plot import check_plot, new_figure, save_figure
 from .environment import Others, record, slug, store
 from .limits import REHEARSAL
@@ -86,7 +85,7 @@ def run(module: ModuleType, args: argparse.Namespace) -> int:
         draw(module, report, args.plot)
     failures = report.get("failures", [])
     if args.json:
-        print(json.dumps(report))
+        print_json(report)
         return FAILURE if failures else OK
     if args.format is not None:
         print_flat(report, args.format, module.show(report))
@@ -114,7 +113,8 @@ def print_flat(report: Mapping[str, Any], format: str, shown: Iterable[Table | s
         return
     rows = list(flat_rows(report))
     if format == "jsonl":
-        print("\n".join(json.dumps(row) for row in rows))
+        for row in rows:
+            print_json(row)
         return
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")

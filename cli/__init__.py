@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0 success, 1 a failure at run time, 2 bad usage, 130 ended by Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _take_any_text()
     try:
         args = _parser(argv).parse_args(argv)
     except SystemExit as exit:  # argparse has printed what was wrong, or the help
@@ -71,6 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _flush() -> None:
     with contextlib.suppress(OSError):  # whoever read the output has gone, perhaps by the same Ctrl-C
         sys.stdout.flush()
+
+
+def _take_any_text() -> None:
+    """Bytes that are no text come in as halves of characters, which tokenizers refuse; what terminals lack is shown."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _fail(error: Exception, code: int) -> int:

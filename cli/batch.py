@@ -21,7 +21,7 @@ from ..decode.sampling.params import SamplingParams
 from ..interrupts import INTERRUPTED, ctrl_c
 from ..model.loading import Model
 from .common import FAILURE, OK, UsageError, drafter_for, load, read_text, terminal, usage_errors
-from .formats import duration, number, percent
+from .formats import duration, number, percent, print_json
 from .reply import as_json, logprobs_table
 
 MAX_BATCH = 32
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, lines: Sequence[Line], as_texts: bool) -> int:
 def _print_json(prompt: Prompt, output: RequestOutput) -> None:
     """A line: an object, or with several samples a list of them."""
     samples = [{"prompt": prompt, **as_json(sample)} for sample in output.samples]
-    print(json.dumps(samples if output.others else samples[0], ensure_ascii=False), flush=True)
+    print_json(samples if output.others else samples[0])
 
 
 def read_lines(file: Path) -> list[Line]:

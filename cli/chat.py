@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ from ..decode.engine.engine import Engine
 from ..decode.prompts import make_request
 from ..decode.sampling.params import SamplingParams
 from .common import OK, UsageError, add_options, drafter_for, open_, terminal, usage_errors
+from .formats import print_json
 from .reply import Reply
 
 _HELP = "/reset starts over, /quit or /exit leaves, as do Ctrl-C and Ctrl-D; Ctrl-C stops a reply; /help says this"
@@ -87,7 +87,7 @@ def _talk(engine: Engine, params: SamplingParams, start: list[dict], as_json: bo
             print(f"ridgeline: {error}; /reset starts over", file=sys.stderr)
             messages.pop()
             continue
-        print(json.dumps(reply.as_dict(), ensure_ascii=False) if as_json else "", flush=True)
+        print_json(reply.as_dict()) if as_json else print(flush=True)
         if not as_json:
             reply.print_logprobs(engine.model.tokenizer)
         reply.print_summary()

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from ..programs import abstract_cache, abstract_params, bytes_per_device, lower_
 from ..sharding.hlo import collectives, parse
 from ..sharding.targets import CHIPS, Chip, compile_for_target, find_chip, target_mesh
 from .common import OK, add_format_options, at_least_one, print_notes, schemes, terminal, usage_errors
+from .formats import print_json
 
 _MEMORY_FRACTION = 0.75  # of a GPU's memory, which JAX takes at start unless it is told otherwise
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         report = {name: getattr(args, name) for name in ("model", "target", "devices", "batch", "context")}
         report |= schemes(args) | {"dtype": config.dtype, "kv": args.kv_dtype or config.dtype}
         report |= {"device_memory_bytes": chip.memory, "weight_bytes": weights, "cache_bytes": cache}
-        print(json.dumps(report | {"programs": programs}))
+        print_json(report | {"programs": programs})
         return OK
     stored = f"{args.quantize} in {config.dtype}" if args.quantize else config.dtype
     title = f"{args.model} in {stored} on {args.devices} x {chip.name}, batch {args.batch}, context {args.context}"

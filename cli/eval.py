@@ -1,7 +1,6 @@
 """`ridgeline eval`: how well a model, in any of its numbers, predicts a text."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ..model.config import DTYPES
 from ..model.loading import load_model
 from ..sharding.mesh import make_mesh
 from .common import OK, add_format_options, cache_compilations, print_notes, read_text, schemes, terminal, usage_errors
-from .formats import simple_table
+from .formats import print_json, simple_table
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     names = {"text": args.text.name, "model": Path(args.model).name, "dtype": model.config.dtype}
     settings = names | schemes(args) | {"kv_dtype": args.kv_dtype}
     if args.json:
-        print(json.dumps(settings | {"against": args.against} | scores.as_dict()))
+        print_json(settings | {"against": args.against} | scores.as_dict())
         return OK
     console = terminal()
     console.print(_table(settings, scores))

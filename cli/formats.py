@@ -1,6 +1,11 @@
 """Numbers and tables as the commands print and take them."""
 
 import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -12,6 +17,25 @@ def integers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between, such as 1,2,4") from None
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """As JSON, which has no NaN and no infinity: they are null."""
+    return json.dumps(_with_numbers(value), allow_nan=False, **options)
+
+
+def print_json(value: Any) -> None:
+    """One value a line, in whatever characters standard output can take."""
+    is_unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    print(to_json(value, ensure_ascii=not is_unicode), flush=True)
+
+
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_numbers(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def simple_table(title: str, *columns: str, names: int = 0) -> Table:

@@ -1,7 +1,6 @@
 """`ridgeline generate`: continue a text."""
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from ..decode.prompts import make_requests
 from ..interrupts import INTERRUPTED
 from . import batch
 from .common import OK, UsageError, add_options, drafter_for, open_, read_text, usage_errors
+from .formats import print_json
 from .reply import Reply
 
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     reply = Reply(not args.json, len(request.prompt), seconds, prompt if sys.stdout.isatty() else "")
     reply.run(stream(model, tokens, params, **options))
-    print(json.dumps({"prompt": prompt, **reply.as_dict()}, ensure_ascii=False) if args.json else "", flush=True)
+    print_json({"prompt": prompt, **reply.as_dict()}) if args.json else print(flush=True)
     if not args.json:
         reply.print_logprobs(model.tokenizer)
     reply.print_summary()

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ..roofline.plan import PlanRow, check_plan, plan, remedies
 from ..roofline.plot import check_plot, plot_plan
 from ..roofline.predict import Phase
 from .common import OK, print_notes, terminal, usage_errors
-from .formats import duration, integers, number, percent, simple_table
+from .formats import duration, integers, number, percent, print_json, simple_table
 
 HERE = "here"
 _BOUNDS = {"compute": "compute", "bandwidth": "memory", "communication": "links"}
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         report = {"model": args.model, "hardware": dataclasses.asdict(hardware), "dtype": dtype, "prompt": prompt}
         report |= {"ridge": hardware.ridge(dtype), "kv_bytes_per_token": deployment.kv_bytes_per_token}
         report |= settings | {"kv": kv} | limits
-        print(json.dumps(report | {"rows": list(map(_report, rows, helps))}))
+        print_json(report | {"rows": list(map(_report, rows, helps))})
         return OK
     console, fitting = terminal(), [row for row in rows if row.fits]
     console.print(f"{title}\n", highlight=False, markup=False, style="italic")

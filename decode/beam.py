@@ -20,6 +20,8 @@ from .request import Request
 from .sampling.params import SamplingParams
 from .step import decode_step
 
+_LARGEST_PENALTY = 10.0
+
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearchSequence:
@@ -85,9 +87,11 @@ def beam_search(
     """
     if beam_width < 1:
         raise ValueError(f"beam_search: beam_width is {beam_width}; it must be at least 1")
+    if abs(length_penalty) > _LARGEST_PENALTY:
+        raise ValueError(f"beam_search: length_penalty is {length_penalty}; it must be within {_LARGEST_PENALTY} of 0")
     requests = make_requests(model, prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens))
     ends = frozenset() if ignore_eos else frozenset(model.generation.eos_token_ids)
-    sizes = beam_width, length_penalty, ends, kv_dtype
+    sizes = beam_width, float(length_penalty), ends, kv_dtype
     return [_search(model, index, request, *sizes) for index, request in enumerate(requests)]
 
 

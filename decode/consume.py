@@ -30,7 +30,8 @@ def jit_consuming(
             return consuming(*args, **kwargs)
 
     call.lower, call._cache_size = consuming.lower, consuming._cache_size
-    return known_ids(call)
+    static = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+    return known_ids(call, static)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from ..model import arguments
 from ..model.loading import Model
 from .prompts import each_prompt, naming
-from .score import Score, encode, make_score
+from .score import Score, Tokens, encode, make_score
 from .stretches import Text
 from .teacher_forced import Figures, TeacherForced
 
@@ -96,11 +96,11 @@ class Evaluation:
     batch_size=arguments.whole,
     limit=arguments.optional(arguments.whole),
     against=arguments.optional(arguments.instance(Model, hint="as load_model returns it")),
-    progress=arguments.optional(arguments.function),
+    progress=arguments.optional(arguments.function(2)),
 )
 def evaluate(
     model: Model,
-    texts: str | Sequence[str] | Sequence[Sequence[int]],
+    texts: Tokens | Sequence[Tokens],
     *,
     context: int | None = None,
     stride: int | None = None,
@@ -129,8 +129,8 @@ def evaluate(
       progress: called after every batch with the tokens scored so far and those to score in all.
 
     Raises:
-      TypeError, ValueError: a text of fewer than two tokens, text without a tokenizer, token ids outside the vocabulary, a size
-        out of range, an unknown `kv_dtype`, or vocabularies that differ; all before any device work.
+      TypeError, ValueError: a text of fewer than two tokens, text without a tokenizer, token ids outside the
+        vocabulary, a size out of range, an unknown `kv_dtype`, or vocabularies that differ; all before any device work.
       FloatingPointError: a log-probability that is not finite, naming the text and the token.
     """
     models = [model] if against is None else [model, against]

@@ -5,6 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..model import arguments
 from ..model.config import ModelConfig
 from ..model.params import Params
 from ..model.promotion import own_promotion
@@ -18,6 +19,14 @@ NO_LOGITS = float(jnp.finfo(jnp.float32).min)
 
 
 @own_promotion
+@arguments.arguments(
+    params=arguments.parameters,
+    config=arguments.config,
+    tokens=arguments.array("iu", "B T"),
+    new=arguments.array("iu", "B"),
+    cache=arguments.instance(KVCache, hint="as init_cache makes one"),
+    **arguments.seams,
+)
 def extend(
     params: Params,
     config: ModelConfig,
@@ -60,6 +69,8 @@ def extend(
         )
     if B != cache.batch_size:
         raise ValueError(f"{form} got {B} rows of tokens for a cache of {cache.batch_size} rows; make them equal")
+    if new.shape != (B,):
+        raise ValueError(f"{form} got new tokens of shape {new.shape} for {B} rows of tokens; give one number a row")
     starts = cache.lengths
     fits = (new >= 0) & (new <= T) & (starts + new <= cache.max_lengths)
     new = jnp.where(fits, new, 0)

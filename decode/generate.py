@@ -22,11 +22,10 @@ from .speculation.drafter import Drafter
 
 @arguments.arguments(
     model=arguments.instance(Model, hint="as load_model returns it"),
-    callback=arguments.optional(arguments.function),
+    callback=arguments.optional(arguments.function(1)),
     max_batch_size=arguments.whole,
-    residual=arguments.optional(arguments.function),
-    component=arguments.optional(arguments.function),
-    adjust=arguments.optional(arguments.function),
+    **arguments.seams,
+    adjust=arguments.optional(arguments.function(2)),
 )
 def generate(
     model: Model,
@@ -46,8 +45,8 @@ def generate(
 
     Args:
       model: as `load_model` returns it.
-      prompts: texts, lists of token ids, and chats, which are lists of messages, {"role": ..., "content": ...}, to which
-        the tokenizer's template is applied; or one prompt of a kind alone.
+      prompts: texts, lists of token ids, and chats, which are lists of messages, {"role": ..., "content": ...}, and to
+        which the tokenizer's template is applied; or one prompt alone.
       sampling: one for all prompts, or one a prompt; None takes the model's own defaults.
       callback: called with every `StreamChunk` as it comes.
       max_batch_size: rows decoded together; more prompts run in turns.
@@ -84,9 +83,8 @@ def generate(
 @arguments.arguments(
     model=arguments.instance(Model, hint="as load_model returns it"),
     max_batch_size=arguments.whole,
-    residual=arguments.optional(arguments.function),
-    component=arguments.optional(arguments.function),
-    adjust=arguments.optional(arguments.function),
+    **arguments.seams,
+    adjust=arguments.optional(arguments.function(2)),
 )
 def stream(
     model: Model,

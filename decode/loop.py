@@ -7,6 +7,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Int, UInt32
 
+from ..model import arguments
 from ..model.config import ModelConfig
 from ..model.loading import Model
 from ..model.params import Params
@@ -25,6 +26,13 @@ from .step import decode_step
     jit_consuming,
     static_argnames=("config", "plan", "steps", "residual", "component", "adjust"),
     donate_argnames=("cache", "state"),
+)
+@arguments.arguments(
+    cache=arguments.instance(KVCache, hint="as init_cache makes one"),
+    **arguments.seams,
+    state=arguments.instance(SamplingState, hint="as make_sampling_state makes one"),
+    plan=arguments.instance(SamplingPlan, hint="as make_sampling_state returns it"),
+    steps=arguments.whole,
 )
 def decode_steps(
     params: Params,

@@ -25,6 +25,7 @@ from .sampling.draw import SampleLogprobs
     tokens=arguments.array("iu", "B T"),
     lengths=arguments.array("iu", "B"),
     cache=arguments.instance(KVCache, hint="as init_cache makes one"),
+    **arguments.seams,
 )
 def prefill(
     params: Params,

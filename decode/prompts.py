@@ -20,7 +20,7 @@ from .constraints import BadWords, Constraints, bad_word_tokens
 from .request import Request
 from .sampling.params import SamplingParams
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | np.ndarray | jax.Array | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a chat."""
 
 Prompts = Prompt | Sequence[Prompt]
@@ -186,15 +186,13 @@ def _tokens(model: Model, index: int, prompt: Prompt) -> list[int]:
         raise ValueError(f"prompt {index} is {kind}, but the model has no tokenizer; give token ids")
     tokens = encoded(f"prompt {index}", model.tokenizer, prompt)
     if not tokens:
-        raise ValueError(
-            f"prompt {index} has no tokens, as the tokenizer makes none of {shortened(prompt)}; write more"
-        )
+        raise ValueError(f"prompt {index} has no tokens: the tokenizer makes none of {shortened(prompt)}; write more")
     return tokens
 
 
 def each_item(name: str, prompt: Any) -> list[Any]:
     """What a prompt that is no text, or a list of prompts, holds."""
-    if isinstance(prompt, np.ndarray | jax.Array) and np.ndim(prompt):
+    if isinstance(prompt, np.ndarray | jax.Array):
         prompt = np.asarray(prompt).tolist()
     if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping | bytes | str):
         several = ", or a list of such" if name == "prompts" else ""
@@ -210,9 +208,7 @@ def whole_ids(name: str, ids: Sequence[Any]) -> list[int]:
     return [int(token) for token in ids]
 
 
-def encoded(
-    name: str, tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]], special: bool = True
-) -> list[int]:
+def encoded(name: str, tokenizer: Tokenizer, prompt: Prompt, special: bool = True) -> list[int]:
     """Token ids of a text or a chat; errors say whose."""
     with naming(name):
         if isinstance(prompt, str):

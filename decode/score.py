@@ -55,9 +55,9 @@ class Score:
 @arguments.arguments(
     model=arguments.instance(Model, hint="as load_model returns it"),
     top=arguments.whole,
-    residual=arguments.optional(arguments.function),
+    residual=arguments.optional(arguments.function(2)),
     max_batch_size=arguments.whole,
-    progress=arguments.optional(arguments.function),
+    progress=arguments.optional(arguments.function(2)),
 )
 def score(
     model: Model,
@@ -78,8 +78,8 @@ def score(
 
     Args:
       model: as `load_model` returns it.
-      prompts: texts or token-id lists, or one of them alone. The tokenizer puts a BOS before a text where
-        it does so for `generate`; that is then the first token.
+      prompts: texts or token-id lists, or one of them alone. The tokenizer puts a BOS before a text where it
+        does so for `generate`; that is then the first token.
       continuations: for each prompt a text or token ids, or a list of several; for one text alone just that. None
         scores the prompts. Of two texts the prompt is encoded without blanks at its end, and the continuation's tokens
         are those of both together after as many, as in lm-evaluation-harness (`_encode_pair`); else each is encoded by
@@ -94,9 +94,9 @@ def score(
       For each prompt its `Score`; and where it has a list of continuations, a list of theirs.
 
     Raises:
-      TypeError, ValueError: text without a tokenizer, nothing to score or nothing before it, token ids outside the vocabulary,
-        more tokens than the model takes, counts that differ, a size out of range, an unknown `kv_dtype`; all before
-        any device work.
+      TypeError, ValueError: text without a tokenizer, nothing to score or nothing before it, token ids outside the
+        vocabulary, more tokens than the model takes, counts that differ, a size out of range, an unknown `kv_dtype`;
+        all before any device work.
       FloatingPointError: a log-probability that is not finite, naming the prompt and the token.
     """
     if is_one(prompts):

@@ -20,6 +20,7 @@ from .extend import extend
     config=arguments.config,
     tokens=arguments.array("iu", "B"),
     cache=arguments.instance(KVCache, hint="as init_cache makes one"),
+    **arguments.seams,
 )
 def decode_step(
     params: Params,

@@ -1,19 +1,23 @@
-"""What public functions are given, checked where it comes in: an error names the argument, its value and what it may be.
+"""What public functions are given, checked where it comes in: errors name the argument, its value and what it may be.
 
 Types are checked here, and that sizes are no larger than programs count; what a value means is its function's to check.
 """
 
 import functools
 import inspect
-import operator
-from collections.abc import Callable, Mapping
+import numbers
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from .config import ModelConfig
-from .fields import LARGEST, shortened
+from .fields import HALF, LARGEST, shortened
+
+_LONGEST = 255  # characters of a file's name
 
 Kind = Callable[[str, Any], None]
 """Takes the argument's name and value; raises TypeError or ValueError."""
@@ -51,23 +55,14 @@ _SERVES = {
 }
 """What does here what vLLM and transformers have other names for."""
 
+_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "logprobs")
+"""Fields of `SamplingParams` that one may look for in `generate`."""
+
 
 def unknown_argument(function: str, name: str, known: Any) -> TypeError:
     """The error for an argument that a function does not have, with what serves in its place."""
-    fields = [
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "seed",
-        "stop",
-        "max_tokens",
-        "repetition_penalty",
-        "logprobs",
-        "ignore_eos",
-    ]
     serves = _SERVES.get(name)
-    if serves is None and name in fields:
+    if serves is None and name in _SAMPLING:
         serves = f"sampling, with SamplingParams({name}=...)"
     remedy = f"use {serves}" if serves else f"it has {', '.join(known)}"
     return TypeError(f"{function} has no argument {name!r}; {remedy}")
@@ -107,16 +102,10 @@ def _wrong(name: str, value: Any, allowed: str) -> TypeError:
 
 def whole(name: str, value: Any) -> None:
     """An integer, of any type, that int32 holds."""
-    try:
-        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise _wrong(name, value, "a whole number")
-    if abs(number) > LARGEST:
-        raise ValueError(
-            f"{name} is {shortened(number)}; sizes are counted in 32 bits, so that {LARGEST:,} is the most"
-        )
+    if abs(value) > LARGEST:
+        raise ValueError(f"{name} is {shortened(value)}; it is counted in 32 bits, so that {LARGEST:,} is the most")
 
 
 def flag(name: str, value: Any) -> None:
@@ -125,10 +114,24 @@ def flag(name: str, value: Any) -> None:
         raise _wrong(name, value, "True or False")
 
 
-def function(name: str, value: Any) -> None:
-    """Something to call."""
-    if not callable(value):
-        raise _wrong(name, value, "a function")
+def function(count: int) -> Kind:
+    """Something to call with so many arguments."""
+
+    def check(name: str, value: Any) -> None:
+        if not callable(value):
+            raise _wrong(name, value, "a function")
+        try:
+            signature = inspect.signature(value)
+        except (TypeError, ValueError):  # as of some builtins
+            return
+        try:
+            signature.bind(*range(count))
+        except TypeError as error:
+            raise TypeError(
+                f"{name} is called with {count} arguments, and this function takes others: {error}"
+            ) from None
+
+    return check
 
 
 def text(name: str, value: Any) -> None:
@@ -139,14 +142,10 @@ def text(name: str, value: Any) -> None:
 
 def number(name: str, value: Any) -> None:
     """A finite number."""
-    try:
-        is_finite = not isinstance(value, bool | str | bytes) and bool(np.isfinite(float(value)))
-    except (TypeError, ValueError, OverflowError):
-        raise _wrong(name, value, "a number") from None
-    if isinstance(value, bool | str | bytes):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise _wrong(name, value, "a number")
-    if not is_finite:
-        raise ValueError(f"{name} is {value}; it must be finite")
+    if not abs(value) < 1e300:
+        raise ValueError(f"{name} is {shortened(value)}; it must be finite")
 
 
 def instance(*types: type, hint: str = "") -> Kind:
@@ -171,9 +170,9 @@ def array(letters: str, axes: str) -> Kind:
     words = {"iu": "integers", "f": "floats"}[letters]
 
     def check(name: str, value: Any) -> None:
-        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-        if shape is None or dtype is None:
+        if not isinstance(value, np.ndarray | np.generic | jax.Array):
             raise _wrong(name, value, f"an array of {words}, [{', '.join(named)}]")
+        shape, dtype = value.shape, value.dtype
         is_kind = jax.dtypes.issubdtype(dtype, np.integer if letters == "iu" else np.floating)
         if not is_kind or (len(shape) != len(named) if "..." not in named else len(shape) < len(named) - 1):
             size = ", ".join(map(str, shape))
@@ -182,7 +181,35 @@ def array(letters: str, axes: str) -> Kind:
     return check
 
 
+def path(name: str, value: Any) -> None:
+    """Of a file or directory."""
+    if not isinstance(value, str | os.PathLike):
+        raise _wrong(name, value, "a path")
+    text = os.fsdecode(os.fspath(value)) if isinstance(value, os.PathLike) else value
+    too_long = max(map(len, text.split(os.sep))) > _LONGEST
+    if not text or too_long or "\0" in text or HALF.search(text):
+        raise ValueError(f"{name} is {shortened(text)}; no file can have that name")
+
+
+def dtype(name: str, value: Any) -> None:
+    """The name of a dtype, or one itself."""
+    try:
+        jax.numpy.dtype(value)
+    except (TypeError, ValueError):
+        raise _wrong(name, value, "a dtype, such as 'float32'") from None
+
+
+def sequence(name: str, value: Any) -> None:
+    """Several things, in order."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise _wrong(name, value, "a sequence")
+
+
+seams = {"residual": optional(function(2)), "component": optional(function(3))}
 config = instance(ModelConfig, hint="such as model.config")
+
+
+mesh = optional(instance(Mesh, hint="as make_mesh returns it"))
 
 
 def parameters(name: str, value: Any) -> None:
@@ -191,24 +218,46 @@ def parameters(name: str, value: Any) -> None:
         raise _wrong(name, value, "a model's parameters, as param_specs lists them, such as model.params")
 
 
-def known_ids(jitted: Callable[..., Any]) -> Callable[..., Any]:
+def known_ids(jitted: Callable[..., Any], static: Sequence[str]) -> Callable[..., Any]:
     """Refuse token ids that the vocabulary does not have, where to look at them is not to wait for a device.
 
     That is of arrays on the host and on CPUs. Under a trace and on accelerators, ids are the caller's.
+
+    Args:
+      jitted: a program of params, config, tokens and what follows.
+      static: the names of its static arguments.
     """
 
     name, is_config = jitted.__name__, instance(ModelConfig, hint="such as model.config")
 
     @functools.wraps(jitted)
     def call(params: Any, config: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        parameters(f"{name}: params", params)
         is_config(f"{name}: config", config)
         if not hasattr(tokens, "dtype"):
             raise _wrong(f"{name}: tokens", tokens, "an array of integers")
         _check_ids(name, config.vocab_size, tokens, args[0] if args else kwargs.get("lengths"))
-        return jitted(params, config, tokens, *args, **kwargs)
+        try:
+            return jitted(params, config, tokens, *args, **kwargs)
+        except OverflowError as error:  # of an integer where an array belongs
+            raise TypeError(f"{name}: {error}") from None
+        except ValueError as error:
+            if "hashable" not in str(error):
+                raise
+            given = inspect.signature(jitted).bind(params, config, tokens, *args, **kwargs).arguments
+            wrong = [argument for argument in static if not _is_hashable(given.get(argument))]
+            raise TypeError(f"{name}: {', '.join(wrong)} cannot be hashed, as what is static has to be") from error
 
     call.lower, call._cache_size = jitted.lower, jitted._cache_size
     return call
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 @jax.transfer_guard("allow")

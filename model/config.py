@@ -186,7 +186,7 @@ _ABSTRACT = {int: numbers.Integral, float: numbers.Real}
 
 
 def _check_types(config: Any) -> None:
-    """Raise TypeError, or ValueError for a number that is not finite, naming the field; choices have their own check."""
+    """Raise TypeError, or ValueError for a number that is not finite, naming the field; `_one_of` checks choices."""
     for name, types in _field_types(type(config)).items():
         value = getattr(config, name)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
@@ -198,12 +198,13 @@ def _check_types(config: Any) -> None:
 
 @functools.cache
 def _field_types(config: type) -> dict[str, tuple[type, ...]]:
-    hints = {name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(config).items()}
-    hints |= {
-        name: (tuple,) for name, hint in typing.get_type_hints(config).items() if typing.get_origin(hint) is tuple
-    }
-    types = {name: tuple(_ABSTRACT.get(one, one) for one in hint) for name, hint in hints.items()}
-    return {name: hint for name, hint in types.items() if all(isinstance(one, type) for one in hint)}
+    """The types of each field, but of those that are `Literal`s."""
+    fields = {}
+    for name, hint in typing.get_type_hints(config).items():
+        types = (tuple,) if typing.get_origin(hint) is tuple else typing.get_args(hint) or (hint,)
+        if all(isinstance(one, type) for one in types):
+            fields[name] = tuple(_ABSTRACT.get(one, one) for one in types)
+    return fields
 
 
 def _one_of(what: str, value: Any, supported: tuple) -> None:

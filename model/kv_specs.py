@@ -89,7 +89,10 @@ def kv_dtype_of(kv_dtype: jax.typing.DTypeLike) -> jnp.dtype:
     Raises:
       ValueError: none that pages may hold.
     """
-    dtype = KV_DTYPES.get(kv_dtype) if isinstance(kv_dtype, str) else jnp.dtype(kv_dtype)
+    try:
+        dtype = KV_DTYPES.get(kv_dtype) if isinstance(kv_dtype, str) else jnp.dtype(kv_dtype)
+    except (TypeError, ValueError):  # of what is no dtype at all
+        dtype = None
     if dtype not in KV_DTYPES.values():
         raise ValueError(f"kv_dtype {kv_dtype!r} is not known; known: {', '.join(KV_DTYPES)}")
     return dtype

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..sharding.mesh import AXES
-from . import hub
+from . import arguments, hub
 from .checkpoint import kinds
 from .checkpoint.check import check_tensors, checkpoint_dtype, with_stored_scales
 from .checkpoint.description import is_converted, read_description
@@ -75,6 +75,7 @@ class Model:
         )
 
 
+@arguments.arguments(path=arguments.path, mesh=arguments.mesh, check_finite=arguments.flag)
 def load_model(
     path: str | os.PathLike[str],
     *,
@@ -120,6 +121,7 @@ def load_model(
     return read()
 
 
+@arguments.arguments(path=arguments.path, mesh=arguments.mesh, check_finite=arguments.flag)
 def open_model(
     path: str | os.PathLike[str],
     *,

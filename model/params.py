@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from ..sharding.rules import named_sharding
+from . import arguments
 from .config import LayerConfig, ModelConfig
 from .quantization import QuantizedArray, quantize, scale_axes, stored_shapes
 from .schemes import Scheme
@@ -55,6 +56,7 @@ class ParamSpec:
         return self.size * jnp.dtype(self.dtype).itemsize
 
 
+@arguments.arguments(config=arguments.config, tensor=arguments.whole)
 def param_specs(config: ModelConfig, tensor: int = 1) -> Params:
     """The pytree of `ParamSpec` of a model: its parameters' names, shapes, dtypes, axes and initialization.
 
@@ -212,6 +214,7 @@ def param_name(path: tuple) -> str:
 
 
 @jax.transfer_guard("allow")
+@arguments.arguments(config=arguments.config, mesh=arguments.mesh)
 def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Params:
     """Random parameters: normal weights of standard deviation (fan-in) ** -0.5, norms at one, biases at zero.
 
@@ -252,6 +255,7 @@ def _init(spec: ParamSpec, key: jax.Array) -> jax.Array:
     return (jax.random.normal(key, spec.shape, jnp.float32) * fan_in**-0.5).astype(spec.dtype)
 
 
+@arguments.arguments(config=arguments.config)
 def count_parameters(config: ModelConfig) -> int:
     """How many numbers the model's parameters are, however they are stored."""
     specs = float_specs(config.replace(quantization=None))

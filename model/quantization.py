@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Num, UInt8
 
+from .arguments import arguments, array, instance, whole
+from .arguments import dtype as a_dtype
 from .promotion import own_promotion
 from .schemes import Scheme
 
@@ -83,6 +85,7 @@ def scale_axes(axes: Sequence[str | None], in_axes: int, scales: tuple[int, ...]
     return (*axes[: out - 1], last, axes[out] if scales[-1] > 1 else None)
 
 
+@arguments(w=array("f", "... I"), scheme=instance(Scheme, hint="such as SCHEMES['int8']"), in_axes=whole)
 @functools.partial(jax.jit, static_argnames=("scheme", "in_axes"))
 @own_promotion
 def quantize(w: Float[Array, "..."], scheme: Scheme, in_axes: int = 1) -> QuantizedArray:
@@ -137,6 +140,7 @@ def rounded_by(x: Float[Array, "..."], scales: Float[Array, "..."], dtype: str) 
 
 
 @own_promotion
+@arguments(w=instance(QuantizedArray), dtype=a_dtype)
 def dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "..."]:
     """The weight [*out, *in] that is stored: (values - zeros) * scales in float32, rounded to `dtype`."""
     in_axes = w.values.ndim - w.scales.ndim + 1

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from . import arguments
 from .checkpoint.files import CheckpointError
 from .checkpoint.safetensors import INDEX, SINGLE
 from .checkpoint.settings import read_config
@@ -24,6 +25,12 @@ from .loading import Model, dtype_name
 from .quantization import QuantizedArray
 
 
+@arguments.arguments(
+    model=arguments.instance(Model, hint="as load_model returns it"),
+    directory=arguments.path,
+    dtype=arguments.optional(arguments.dtype),
+    hf_config=arguments.optional(arguments.instance(Mapping)),
+)
 def save_model(
     model: Model,
     directory: str | os.PathLike[str],
@@ -76,7 +83,7 @@ def _hf_config(model: Model, config: ModelConfig, given: Mapping[str, Any] | Non
         raise ValueError(
             f"{model.directory} has no config.json, which the model's is written after; give its contents as hf_config="
         )
-    source = text_part(read_config(model.directory) if given is None else given)
+    source = text_part(read_config(model.directory) if given is None else given).values
     left_out = ("quantization_config", "compression_config")
     hf = {key: value for key, value in source.items() if key not in left_out} | {
         "architectures": [family_of(config).architectures[0]],

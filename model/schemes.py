@@ -98,6 +98,6 @@ def scheme(name: str) -> Scheme:
     Raises:
       ValueError: there is none.
     """
-    if name not in SCHEMES:
+    if not isinstance(name, str) or name not in SCHEMES:
         raise ValueError(f"quantization scheme {name!r} is not known; known: {', '.join(SCHEMES)}")
     return SCHEMES[name]

@@ -85,7 +85,9 @@ def attend_to_tokens(
 
 
 @own_promotion
-@arguments.arguments(params=arguments.parameters, config=arguments.config, tokens=arguments.array("iu", "B T"))
+@arguments.arguments(
+    params=arguments.parameters, config=arguments.config, tokens=arguments.array("iu", "B T"), **arguments.seams
+)
 def transformer(
     params: Params,
     config: ModelConfig,
@@ -144,22 +146,30 @@ def embed(params: Params, config: ModelConfig, tokens: Int[Array, "..."]) -> Flo
     return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
+@arguments.arguments(params=arguments.parameters, config=arguments.config, x=arguments.array("f", "... D"))
 def final_norm(params: Params, config: ModelConfig, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """The norm between the last layer and `unembed`: of the stream at any depth, for a logit lens."""
+    _check_width("final_norm", x, config)
     with jax.named_scope("final_norm"):
         return rms_norm(x, params["final_norm"], config.norm_eps, config.norm_offset)
 
 
 @own_promotion
-@arguments.arguments(params=arguments.parameters, config=arguments.config, x=arguments.array("f", "..."))
+@arguments.arguments(params=arguments.parameters, config=arguments.config, x=arguments.array("f", "... D"))
 def unembed(
     params: Params, config: ModelConfig, x: Float[Array, "... D"], product: Product = weight_product
 ) -> Float[Array, "... V"]:
     """Logits in float32 of final hidden states; `product` as in `transformer`."""
+    _check_width("unembed", x, config)
     with jax.named_scope("unembed"):
         name = "unembedding" if config.has_unembedding else "embedding"
         logits = linear(x, params[name], float_specs(config)[name], out_dtype=jnp.float32, product=product)
         return soft_cap(logits, config.logit_soft_cap)
+
+
+def _check_width(function, x, config):
+    if x.shape[-1] != config.embed_dim:
+        raise ValueError(f"{function}: x has {x.shape[-1]} features; embed_dim is {config.embed_dim}")
 
 
 def _layer(x, weights, rope, attend, state, config, index, product, component=None):
@@ -207,11 +217,14 @@ _ATTENTION = {"grouped": _grouped_attention}
 """What computes a layer's attention, by `LayerConfig.attention`."""
 _MLP = {"dense": gated_mlp}
 """What computes its MLP, by `LayerConfig.mlp`."""
+_STATIC = ("config", "residual", "component")
 
 
-@arguments.known_ids
-@functools.partial(jax.jit, static_argnames=("config", "residual", "component"))
-@arguments.arguments(params=arguments.parameters, config=arguments.config, tokens=arguments.array("iu", "B T"))
+@functools.partial(arguments.known_ids, static=_STATIC)
+@functools.partial(jax.jit, static_argnames=_STATIC)
+@arguments.arguments(
+    params=arguments.parameters, config=arguments.config, tokens=arguments.array("iu", "B T"), **arguments.seams
+)
 def forward(
     params: Params,
     config: ModelConfig,
@@ -224,8 +237,9 @@ def forward(
     Args:
       params: as `param_specs(config)`.
       config: the model.
-      tokens: token ids; shorter rows are padded on the right, which no earlier position sees. Ids outside the vocabulary
-        are refused where the array is on the host or a CPU; under a trace, or on an accelerator, they are the caller's.
+      tokens: token ids; shorter rows are padded on the right, which no earlier position sees. Ids outside the
+        vocabulary are refused where the array is on the host or a CPU; under a trace, or on an accelerator, they are
+        the caller's.
       residual, component: as in `transformer` (static).
     """
     x, _ = transformer(params, config, tokens, residual=residual, component=component)

@@ -52,6 +52,11 @@ def attention_weights(
     Returns:
       float32; 0 where a query does not see a key. KV head k's g-th query is the model's head k * G + g.
     """
+    for name, array, axes in (("q", q, 5), ("k", k, 4)):
+        if getattr(array, "ndim", None) != axes:
+            raise ValueError(f"attention_weights: {name} has not {axes} axes; it must be an array as documented")
+    if not isinstance(options, AttentionOptions):
+        raise TypeError(f"attention_weights: options is {options!r:.80}; it must be AttentionOptions")
     return reference.attention_weights(q, k, k.shape[1] - q.shape[1], options, sinks)
 
 

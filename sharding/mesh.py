@@ -32,7 +32,9 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Seque
             raise TypeError(f"make_mesh: {name} is {size!r}; it must be a whole number")
         if size < 1:
             raise ValueError(f"make_mesh: {name} is {size}; it must be at least 1")
-    devices = jax.devices() if devices is None else list(devices)
+    devices = jax.devices() if devices is None else devices
+    if not isinstance(devices, Sequence) or not all(isinstance(device, jax.Device) for device in devices):
+        raise TypeError(f"make_mesh: devices is {devices!r:.80}; it must be a list of JAX's devices, or None")
     needed = math.prod(sizes.values())
     if needed > len(devices):
         raise ValueError(

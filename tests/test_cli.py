@@ -21,6 +21,7 @@ from rich.console import Console
 import ridgeline as rl
 from ridgeline.benchmarks.servers import counted_compilations
 from ridgeline.cli import batch, chat, common, main
+from ridgeline.cli.formats import print_json
 from tiny import byte_tokenizer, tiny_model
 
 RUN = [sys.executable, "-m", "ridgeline"]
@@ -464,3 +465,21 @@ def test_log_probabilities_are_a_table_after_the_text(capsys, monkeypatch):
         round(each["logprob"], 3) for each in result["logprobs"]
     ]
     assert all(row.count('"') == 6 for row in rows)
+
+
+def test_json_has_no_nan_and_only_characters_that_its_reader_takes(monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    print_json({"a": [float("nan"), (1.5, -float("inf"))], "b": "é"})
+    assert written.buffer.getvalue() == b'{"a": [null, [1.5, null]], "b": "\\u00e9"}\n'
+
+
+def test_text_that_is_none_and_terminals_that_lack_characters(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb"), encoding="utf-8"))
+    assert main(["generate", "-"]) == 2
+    assert "the text has byte 0xff, which is not UTF-8, at 1" in capsys.readouterr().err
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    assert main(["generate", "The", "--logit-bias", "160=100", "--max-tokens", "2", "--temperature", "0"]) == 0
+    written.flush()
+    assert rb"\ufffd" in written.buffer.getvalue()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 import ridgeline as rl
 from ridgeline.benchmarks.replay import counted_compilations
@@ -66,6 +67,45 @@ def test_without_a_seed_each_call_draws_anew_and_says_its_seed(model):
     assert first.tokens != second.tokens
     (again,) = rl.generate(model, [PROMPTS[0]], dataclasses.replace(params, seed=first.seed))
     assert again.tokens == first.tokens
+
+
+def test_one_prompt_is_a_list_of_one(texts):
+    texts.tokenizer.chat_templates["default"] = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+    chat = [{"role": "user", "content": "hi"}]
+    for one in ([1, 2, 3], np.array([1, 2, 3]), "hi", chat):
+        alone, listed = rl.generate(texts, one, GREEDY), rl.generate(texts, [one], GREEDY)
+        assert [output.tokens for output in alone] == [output.tokens for output in listed]
+    assert alone[0].prompt_tokens == texts.tokenizer.encode("userhi")
+    assert [len(rl.score(texts, one)) for one in ([1, 2, 3], "hi")] == [1, 1]
+    assert rl.evaluate(texts, [1, 2, 3]).tokens == 2
+
+
+def test_a_text_that_becomes_no_tokens_is_refused_by_its_number(texts):
+    backend = byte_tokenizer().backend
+    backend.normalizer = normalizers.Strip()
+    blank = dataclasses.replace(texts, tokenizer=rl.Tokenizer(backend))
+    for prompts in ("  \n", ["a", "  "]):
+        with pytest.raises(ValueError, match=r"prompt \d has no tokens: the tokenizer makes none of"):
+            rl.stream(blank, prompts, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 5}, "generate has no argument 'max_new_tokens'; use max_tokens"),
+        ({"temperature": 0}, r"use sampling, with SamplingParams\(temperature=\.\.\.\)"),
+        ({"nonsense": 0}, "generate has no argument 'nonsense'; it has model, prompts, sampling"),
+        ({"residual": len}, "generate: residual is called with 2 arguments"),
+    ],
+)
+def test_arguments_of_others_are_answered_with_what_serves(model, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        rl.generate(model, [1, 2], **arguments)
+
+
+def test_minus_one_log_probability_is_that_of_every_token(texts):
+    (output,) = rl.generate(texts, [1, 2], rl.SamplingParams(max_tokens=1, logprobs=-1))
+    assert len(output.logprobs[0].top) == 256
 
 
 def test_stream_yields_what_generate_returns(model, capsys):

@@ -185,6 +185,32 @@ def test_the_compiled_step_updates_the_cache_in_place(dtype):
     assert not re.findall(rf"\[{shape}\][^ ]* (?:copy|transpose|convert)\(", compiled.as_text())
 
 
+def test_ids_that_the_vocabulary_does_not_have_are_refused(model):
+    """Where they are at hand, and count."""
+    cache, params, config = rl.init_cache(model.config, 2, 20), model.params, model.config
+    tokens, lengths = np.array([[1, 2], [3, 509]]), np.array([2, 2])
+    for given in (tokens, jnp.asarray(tokens), -tokens):
+        with pytest.raises(ValueError, match=r"forward: tokens has id (509|-1); the vocabulary is 0 to 508"):
+            rl.forward(params, config, given)
+        with pytest.raises(ValueError, match=r"prefill: tokens has id (509|-1)"):
+            rl.prefill(params, config, given, lengths, cache)
+    rl.prefill(params, config, tokens, np.array([2, 1]), cache)  # the last one is padding
+    with pytest.raises(ValueError, match="decode_step: tokens has id 509"):
+        rl.decode_step(params, config, tokens[1], cache)
+
+
+def test_a_cache_that_was_consumed_says_so(model):
+    cache = rl.init_cache(model.config, 2, 20)
+    rl.decode_step(model.params, model.config, np.array([1, 2]), cache)
+    for call in (
+        lambda: rl.decode_step(model.params, model.config, np.array([1, 2]), cache),
+        lambda: rl.fork(cache, [0, 0]),
+        lambda: cache.read(0),
+    ):
+        with pytest.raises(ValueError, match="the cache was consumed by an earlier call"):
+            call()
+
+
 def test_mismatched_batches_are_refused(model, tokens):
     cache = rl.init_cache(model.config, 2, 20)
     with pytest.raises(ValueError, match=r"3 rows .* cache of 2"):

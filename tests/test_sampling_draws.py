@@ -263,9 +263,9 @@ def test_padding_rows_are_inert():
 
 def test_state_refuses_what_does_not_fit():
     one = [SamplingParams()]
-    with pytest.raises(ValueError, match="1 sampling params, 2 prompts and 1 seeds for a batch of 1"):
+    with pytest.raises(ValueError, match="1 sampling params, 2 prompts and 1 seeds for a batch_size of 1"):
         make_sampling_state(one, [[1], [2]], [0], 8)
-    with pytest.raises(ValueError, match="for a batch of 1"):
+    with pytest.raises(ValueError, match="for a batch_size of 1"):
         make_sampling_state(one * 2, [[1], [2]], [0, 0], 8, batch_size=1)
 
 

@@ -65,6 +65,20 @@ def test_streamed_random_pieces_join_to_the_decoded_text(name):
             assert "".join(streamed(tokenizer, ids, (1, 2), skip)) == tokenizer.decode(ids, skip)
 
 
+@pytest.mark.parametrize("name", ["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("place", [-1, -3])
+def test_bytes_that_never_make_a_character_are_shown_as_they_come(monkeypatch, name, place):
+    """In time that grows with their number alone."""
+    tokenizer = Tokenizer(BACKENDS[name]())
+    byte = tokenizer.encode("漢", add_special_tokens=False)[place]
+    stream, decoded, decode = StreamDecoder(tokenizer), [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options))
+    pieces = [stream.feed([byte]) for _ in range(500)]
+    assert "".join(pieces) == "\ufffd" * (500 - 3) or "".join(pieces) == "\ufffd" * (500 - 1)
+    assert "".join(pieces) + stream.flush() == "\ufffd" * 500
+    assert sum(decoded) < 500 * 60
+
+
 def test_leading_spaces_survive_streaming():
     tokenizer = Tokenizer(llama2_like())
     ids = tokenizer.encode("the fox  the")

@@ -95,9 +95,8 @@ class Engine:
         max_waiting=arguments.optional(arguments.whole),
         whole_batches=arguments.flag,
         batch_invariant=arguments.flag,
-        residual=arguments.optional(arguments.function),
-        component=arguments.optional(arguments.function),
-        adjust=arguments.optional(arguments.function),
+        **arguments.seams,
+        adjust=arguments.optional(arguments.function(2)),
     )
     def __init__(
         self,
@@ -396,9 +395,9 @@ class Engine:
         if request.finished:
             self._end(row, new=new)
         elif made.is_broken:
-            where = f"{len(request.prompt)} and {len(request.tokens)} new"
-            what = f"prompt {active.number}: no token can be drawn after {where}"
-            self._end(row, "error", not_finite(what, dtype), new)
+            after = f"{len(request.prompt)} of the prompt and {len(request.tokens)} new ones"
+            error = not_finite(f"prompt {active.number}: no token can be drawn after {after}", dtype)
+            self._end(row, "error", error, new)
         else:
             self._add_chunk(active, new)
 

@@ -10,6 +10,7 @@ from jax import lax
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
+from ...model import arguments
 from ...model.promotion import own_promotion
 from .layout import SamplingPlan
 from .scores import Adjust, token_ids, token_scores, top
@@ -33,6 +34,12 @@ class SampleLogprobs:
     top: Float[Array, "B *T N"]
 
 
+@arguments.arguments(
+    logits=arguments.array("f", "..."),
+    state=arguments.instance(SamplingState, hint="as make_sampling_state makes one"),
+    positions=arguments.array("iu", "..."),
+    plan=arguments.instance(SamplingPlan, hint="as make_sampling_state returns it"),
+)
 @functools.partial(jax.jit, static_argnames=("plan", "adjust"))
 @own_promotion
 def sample(
@@ -74,6 +81,11 @@ def sample(
         raise ValueError("adjust is told the token before each position; pass them as previous")
     with jax.named_scope("sample"):
         single = logits.ndim == 2
+        if logits.ndim not in (2, 3) or positions.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"sample: logits has shape {logits.shape} and positions {positions.shape}; give one position for each "
+                "of the logits, [B, V] or [B, T, V]"
+            )
         if single:
             logits, positions = logits[:, None], positions[:, None]
             previous = None if previous is None else previous[:, None]

@@ -24,11 +24,8 @@ _INTS: dict[str, tuple[Callable[[int], bool], str]] = {
 _INTS_OR_NONE: dict[str, tuple[Callable[[int], bool], str]] = {
     "max_tokens": (lambda n: n >= 1, "it must be at least 1, or None for as many as fit"),
     "seed": (lambda n: 0 <= n < 2**64, "it must be in [0, 2**64), or None for a new one each time"),
-    "logprobs": (lambda n: n >= -1, "it must be at least 0, -1 for all tokens, or None for no log probabilities"),
-    "prompt_logprobs": (
-        lambda n: n >= -1,
-        "it must be at least 0, -1 for all tokens, or None for no log probabilities",
-    ),
+    "logprobs": (lambda n: n >= -1, "it must be at least 0, -1 for all tokens, or None for none at all"),
+    "prompt_logprobs": (lambda n: n >= -1, "it must be at least 0, -1 for all tokens, or None for none at all"),
 }
 _TOKEN_IDS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens")
 _BOOLS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
@@ -61,8 +58,8 @@ class SamplingParams:
         it, or with bad words of several tokens, the batch decodes one step a dispatch.
       seed: with it, the request draws the same tokens alone and in any batch; None draws a new one each time.
       n: samples of the prompt, which is computed once for all. Number k, from 0, is what `seed` + k gives alone.
-      logprobs: how many top log probabilities to return beside the chosen token's, -1 for those of the whole
-        vocabulary; None for none at all.
+      logprobs: how many top log probabilities to return beside the chosen token's, -1 for those of all tokens; None for
+        none at all.
       prompt_logprobs: the same for each token of the prompt but the first; such a prompt is read whole, even if another
         began alike.
       stop: strings that end the output once they stand in it.

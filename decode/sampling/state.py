@@ -1,6 +1,7 @@
 """What sampling keeps of each row of a batch, on the device; rows enter and leave, and the others are not touched."""
 
 import functools
+import numbers
 from collections.abc import Collection, Sequence
 from typing import no_type_check
 
@@ -11,6 +12,8 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from ...model import arguments
+from ...model.fields import shortened
 from ...model.promotion import own_promotion
 from ...sharding.rules import constrain
 from .layout import EMPTY, MAX_INT, RequestArrays, SamplingPlan, Settings, make_plan, request_arrays
@@ -32,6 +35,14 @@ class SamplingState:
 
 
 @jax.transfer_guard("allow")
+@arguments.arguments(
+    params=arguments.sequence,
+    prompts=arguments.optional(arguments.sequence),
+    seeds=arguments.sequence,
+    vocab_size=arguments.whole,
+    batch_size=arguments.optional(arguments.whole),
+    mesh=arguments.mesh,
+)
 def make_sampling_state(
     params: Sequence[SamplingParams],
     prompts: Sequence[Sequence[int]] | None,
@@ -58,9 +69,16 @@ def make_sampling_state(
     """
     requests, B = len(params), len(params) if batch_size is None else batch_size
     prompts = [()] * requests if prompts is None else prompts
+    for name, values, kind in (("params", params, SamplingParams), ("prompts", prompts, Sequence)):
+        for value in values:
+            if not isinstance(value, kind):
+                raise TypeError(f"make_sampling_state: {name} has {shortened(value)}; each must be {kind.__name__}")
+    for seed in seeds:
+        if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
+            raise ValueError(f"make_sampling_state: seeds has {shortened(seed)}; each must be in [0, 2**64)")
     if not len(prompts) == len(seeds) == requests <= B:
         raise ValueError(
-            f"{requests} sampling params, {len(prompts)} prompts and {len(seeds)} seeds for a batch of {B}; "
+            f"{requests} sampling params, {len(prompts)} prompts and {len(seeds)} seeds for a batch_size of {B}; "
             "give one of each for every request, and a batch that holds them all"
         )
     plan, empty = make_plan(params, vocab_size), B - requests

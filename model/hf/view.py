@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from .. import arguments
 from ..config import ModelConfig
 from ..params import Params, ParamSpec, float_specs, kv_replicas, param_name, param_shardings, scheme_of, store
 from ..quantization import QuantizedArray, stored_shapes
@@ -22,6 +23,7 @@ HFView = dict[str, Tensor]
 """Every tensor of a checkpoint by its name, such as "model.layers.0.self_attn.q_proj.weight"."""
 
 
+@arguments.arguments(params=arguments.parameters, config=arguments.config)
 def hf_view(params: Params, config: ModelConfig) -> HFView:
     """The parameters by the names, and in the shapes, of Hugging Face's model of that family.
 
@@ -42,6 +44,7 @@ def hf_view(params: Params, config: ModelConfig) -> HFView:
     return view
 
 
+@arguments.arguments(view=arguments.instance(Mapping), config=arguments.config, mesh=arguments.mesh)
 def from_hf_view(view: Mapping[str, Any], config: ModelConfig, mesh: Mesh | None = None) -> Params:
     """The parameters that `hf_view` showed, or those of any model of the family by its tensors; differentiable.
 

@@ -51,6 +51,6 @@ def preset(name: str) -> ModelConfig:
     Raises:
       ValueError: there is no preset of that name.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset {name!r} is not known; known: {', '.join(PRESETS)}")
     return config_from_hf(PRESETS[name])

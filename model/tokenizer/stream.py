@@ -34,11 +34,12 @@ class StreamDecoder:
     def feed(self, ids: Iterable[int]) -> str:
         """Add token ids and return the text that they complete, possibly none."""
         self._ids.extend(int(i) for i in ids)
-        text = self._pending()
-        if not text or text.endswith(_REPLACEMENT):
+        text, end = self._pending(), len(self._ids)
+        if text.endswith(_REPLACEMENT):
+            text, end = self._final() if end - self._done > _UNFINISHED else ("", end)
+        if not text:
             return ""
-        self._ids = self._ids[self._done :]
-        self._done = len(self._ids)
+        self._ids, self._done = self._ids[self._done :], end - self._done
         return text
 
     def flush(self) -> str:
@@ -57,6 +58,18 @@ class StreamDecoder:
                 if count >= len(whole):
                     break
         return context[-_CONTEXT.start :], len(context[-_CONTEXT.start :])  # a replacement character is part of it
+
+    def _final(self) -> tuple[str, int]:
+        """Of text that ends in more ids than a character has, what no later one can change, and where its ids end."""
+        ends = [len(self._ids) - unfinished for unfinished in range(1, _UNFINISHED + 1)]
+        before, whole = self._decode(self._ids[: self._done]), self._decode(self._ids)
+        for end in ends:
+            if not (head := self._decode(self._ids[:end])).endswith(_REPLACEMENT):
+                return head[len(before) :], end
+        for end in reversed(ends):  # bytes that no character begins with, or goes on with
+            if (head := self._decode(self._ids[:end])) + self._decode(self._ids[end:]) == whole:
+                return head[len(before) :], end
+        return "", self._done
 
     def _pending(self) -> str:
         before, after = self._decode(self._ids[: self._done]), self._decode(self._ids)

@@ -26,6 +26,11 @@ def backend_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {error}") from error
 
 
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {shortened(value)}; it must be True or False")
+
+
 class Tokenizer:
     """A `tokenizers` tokenizer with its special tokens and chat templates.
 
@@ -91,16 +96,23 @@ class Tokenizer:
         """Token ids of a text and where each lies in it; errors as of `encode`."""
         if not isinstance(text, str):
             raise TypeError(f"text is {shortened(text)}, of type {type(text).__name__}; it must be a string")
+        _check_flag("add_special_tokens", add_special_tokens)
         if half := HALF.search(text):
-            raise ValueError(f"the text has half a character, {half[0]!r}, at {half.start()}: no text in UTF-8 has one")
+            byte = ord(half[0]) - 0xDC00  # as Python keeps what it could not decode
+            what = f"byte 0x{byte:x}, which is not UTF-8" if 0x80 <= byte <= 0xFF else f"half a character, {half[0]!r}"
+            raise ValueError(f"the text has {what}, at {half.start()}; give whole characters")
         with backend_errors(f"the tokenizer cannot encode {text:.50}{'...' if len(text) > 50 else ''}"):
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that no token has, such as those of a padded vocabulary, give nothing."""
-        if isinstance(ids, str) or not isinstance(ids, Iterable):
+        _check_flag("skip_special_tokens", skip_special_tokens)
+        if isinstance(ids, str | Mapping) or not isinstance(ids, Iterable):
             raise TypeError(f"ids is {shortened(ids)}; it must be token ids")
-        ids = [operator.index(i) for i in ids]
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise TypeError(f"ids is {shortened(ids)}; each must be a whole number") from None
         if any(not 0 <= i < 2**32 for i in ids):
             raise ValueError(f"ids is {shortened(ids)}; token ids are at least 0, and counted in 32 bits")
         with backend_errors(f"the tokenizer cannot decode {shortened(ids)}"):
@@ -146,6 +158,9 @@ class Tokenizer:
           ValueError: no such template, no message, a variable that the template does not read, or a template that does
             not parse or fails, naming it and the line.
         """
+        _check_flag("tokenize", tokenize)
+        if tools is not None and (not isinstance(tools, Sequence) or isinstance(tools, str | bytes)):
+            raise TypeError(f"tools is {shortened(tools)}; it must be a list of JSON schemas or functions, or None")
         batch = list(conversation) if isinstance(conversation, Sequence) else []
         if batch and all(isinstance(one, list | tuple) for one in batch):
             options = (tools, documents, chat_template, add_generation_prompt, continue_final_message, tokenize)
@@ -179,6 +194,8 @@ class Tokenizer:
         return {"input_ids": ids, "attention_mask": [1] * len(ids)} if return_dict else ids
 
     def _template(self, template: str | None, tools: Any) -> ChatTemplate:
+        if template is not None and not isinstance(template, str):
+            raise TypeError(f"chat_template is {shortened(template)}; it must be a name, a template, or None")
         name = template or ("tool_use" if tools is not None and "tool_use" in self.chat_templates else "default")
         if name in self.chat_templates:
             return ChatTemplate(self.chat_templates[name], name)
