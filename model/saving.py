@@ -76,7 +76,7 @@ def _hf_config(model: Model, config: ModelConfig, given: Mapping[str, Any] | Non
         raise ValueError(
             f"{model.directory} has no config.json, which the model's is written after; give its contents as hf_config="
         )
-    source = text_part(read_config(model.directory) if given is None else given)
+    source = text_part(read_config(model.directory) if given is None else given).values
     left_out = ("quantization_config", "compression_config")
     hf = {key: value for key, value in source.items() if key not in left_out} | {
         "architectures": [family_of(config).architectures[0]],
