@@ -16,8 +16,8 @@ def notebook(request):
     return nbformat.read(request.param, as_version=4)
 
 
-def test_there_are_eight_in_reading_order():
-    assert [file.stem[:3] for file in NOTEBOOKS] == [f"{n:02}_" for n in range(1, 9)]
+def test_there_are_nine_in_reading_order():
+    assert [file.stem[:3] for file in NOTEBOOKS] == [f"{n:02}_" for n in range(1, 10)]
 
 
 def test_it_runs_and_makes_every_figure(notebook, request, monkeypatch):

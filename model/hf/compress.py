@@ -6,10 +6,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..config import ModelConfig
+from ..fields import Fields
 from ..quantization import QuantizedArray
 from ..schemes import Scheme
 from . import packing
 from .compressed import compressed_tensors
+from .declared import QUANTIZATION
 from .family import HFConfig, Piece
 
 
@@ -55,7 +57,7 @@ def compressed(settings: HFConfig, name: str, matrix: QuantizedArray) -> dict[st
       name: of the matrix if it were not quantized, "... .weight".
       matrix: as `hf_view` has it.
     """
-    stored = compressed_tensors(settings)
+    stored = compressed_tensors(Fields(settings, QUANTIZATION, "config.json", "quantization_config."))
     scheme, (outputs, inputs) = stored.scheme, matrix.shape
     pieces = stored.parts(scheme, Piece(name, matrix.shape), scheme.rows)
     values, zeros = matrix.values, matrix.zeros
