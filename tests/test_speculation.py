@@ -15,7 +15,7 @@ from ridgeline.decode.sampling.state import make_sampling_state
 from ridgeline.decode.speculation.drafter import Drafter, Texts
 from tiny import byte_tokenizer, tiny_config, tiny_model
 
-SMALL = {"max_batch_size": 4, "max_length": 192, "prefill_tokens": 64, "cache_tokens": 64 * 5, "whole_batches": True}
+SMALL = {"max_batch_size": 4, "max_length": 192, "prefill_tokens": 64, "cache_tokens": 64 * 4, "whole_batches": True}
 ROPE = rl.RopeConfig(rotary_dim=20)
 
 
