@@ -26,6 +26,8 @@ from .speculation.drafter import Drafter
     max_batch_size=arguments.whole,
     **arguments.seams,
     adjust=arguments.optional(arguments.function(2)),
+    drafter=arguments.optional(arguments.instance(Drafter)),
+    progress=arguments.flag,
 )
 def generate(
     model: Model,
@@ -85,6 +87,8 @@ def generate(
     max_batch_size=arguments.whole,
     **arguments.seams,
     adjust=arguments.optional(arguments.function(2)),
+    drafter=arguments.optional(arguments.instance(Drafter)),
+    progress=arguments.flag,
 )
 def stream(
     model: Model,

@@ -27,8 +27,8 @@ _SERVES = {
     "max_length": "max_tokens, which counts new tokens alone",
     "min_new_tokens": "min_tokens",
     "do_sample": "temperature, which is 0 where do_sample is False",
-    "best_of": "beam_search, or n requests and the logprobs of each",
-    "num_return_sequences": "a prompt given as often",
+    "best_of": "n, and the logprobs of each sample",
+    "num_return_sequences": "n",
     "num_beams": "beam_search, with beam_width",
     "use_beam_search": "beam_search",
     "eos_token_id": "stop_token_ids",
@@ -51,7 +51,7 @@ _SERVES = {
     "messages": "prompts, which may be the messages of a chat",
     "sampling_params": "sampling",
     "generation_config": "sampling, whose defaults are those of generation_config.json",
-    "use_tqdm": "callback",
+    "use_tqdm": "progress",
 }
 """What does here what vLLM and transformers have other names for."""
 

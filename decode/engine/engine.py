@@ -97,6 +97,7 @@ class Engine:
         batch_invariant=arguments.flag,
         **arguments.seams,
         adjust=arguments.optional(arguments.function(2)),
+        drafter=arguments.optional(arguments.instance(Drafter)),
     )
     def __init__(
         self,
