@@ -451,9 +451,12 @@ def test_ctrl_c_ends_a_reply_and_keeps_the_conversation(monkeypatch, capsys):
 
 def test_log_probabilities_are_a_table_after_the_text(capsys, monkeypatch):
     encoded, encode = [], rl.Tokenizer.encode
-    monkeypatch.setattr(
-        rl.Tokenizer, "encode", lambda self, text, *rest: encoded.append(text) or encode(self, text, *rest)
-    )
+
+    def recorded(self, text, *rest, **options):
+        encoded.append(text)
+        return encode(self, text, *rest, **options)
+
+    monkeypatch.setattr(rl.Tokenizer, "encode", recorded)
     args = ["generate", "Once upon a time", "--max-tokens", "5", "--seed", "1", "--logprobs", "2"]
     assert main(args) == 0
     assert encoded.count("Once upon a time") == 1
