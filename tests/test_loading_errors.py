@@ -276,7 +276,7 @@ def test_shards_of_impossible_names(tmp_path, shard):
 
 def test_a_path_that_is_too_long():
     with pytest.raises(ValueError, match=r"load_model: path is 'x+\.\.\.x+'; no file can have that name"):
-        rl.load_model("x" * 5000)
+        load_model("x" * 5000)
 
 
 # --- errors: damaged files ---
