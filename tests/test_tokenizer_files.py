@@ -141,8 +141,10 @@ def test_what_the_backend_cannot_take():
     backend = Backend(models.WordLevel({"a": 0}))  # without an unknown token
     with pytest.raises(ValueError, match=r"the tokenizer cannot encode zebra: .*UNK"):
         Tokenizer(backend).encode("zebra")
-    with pytest.raises(ValueError, match=r"the text has half a character, '\\udc80', at 1"):
+    with pytest.raises(ValueError, match="the text has byte 0x80, which is not UTF-8, at 1"):
         Tokenizer(backend).encode("a\udc80")
+    with pytest.raises(ValueError, match=r"the text has half a character, '\\ud800', at 1"):
+        Tokenizer(backend).encode("a\ud800")
     with pytest.raises(ValueError, match=r"the tokenizer cannot decode \[-1\]"):
         Tokenizer(backend).decode([-1])
 
