@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     before = measured_roof(["bfloat16"])
     models = {name: load_model(args.model, **format) for name, format in formats.items()}
     first = next(iter(models.values()))
-    # Tokens of a text that a model knows, so that peers which look at them have ordinary ones.
+    # Random ones, of the half of the vocabulary in which no special tokens are.
     prompt = np.random.default_rng(0).integers(100, first.config.vocab_size // 2, args.prompt).tolist()
     peers, out = _peers(args.gguf, args.prompt + args.tokens, max(args.rows))
     turns: dict[tuple[str, int], Turn] = {}
