@@ -9,9 +9,10 @@ the time to the first of them. Peers that are not installed are left out and nam
 """
 
 import argparse
+import functools
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,25 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         formats = {name: parse(name) for name in args.formats}
         if not args.gguf.is_file():
             raise ValueError(f"--gguf {str(args.gguf)!r} is no file")
+        if args.tokens < 2:
+            raise ValueError(f"--tokens is {args.tokens}; it must be at least 2, for a time between them")
     before = measured_roof(["bfloat16"])
     models = {name: load_model(args.model, **format) for name, format in formats.items()}
     first = next(iter(models.values()))
-    # Random ones, of the half of the vocabulary in which no special tokens are.
-    prompt = np.random.default_rng(0).integers(100, first.config.vocab_size // 2, args.prompt).tolist()
+    rng = np.random.default_rng(0)
+
+    def prompts(rows: int) -> list[list[int]]:
+        """New ones, of which no program has anything in a cache: of the half without special tokens."""
+        return rng.integers(100, first.config.vocab_size // 2, (rows, args.prompt)).tolist()
+
     peers, out = _peers(args.gguf, args.prompt + args.tokens, max(args.rows))
     turns: dict[tuple[str, int], Turn] = {}
     for rows in args.rows:
-        prompts = [[*prompt[row:], *prompt[:row]] for row in range(rows)]
+        make = functools.partial(prompts, rows)
         for name, model in models.items():
-            turns[name, rows] = _ours(model, prompts, args.tokens)
+            turns[name, rows] = _ours(model, make, args.tokens)
         for name, peer in peers.items():
-            turns[name, rows] = _theirs(peer, prompts, args.tokens)
+            turns[name, rows] = _theirs(peer, make, args.tokens)
     timed, failures = in_turns(turns, args.repeats)
     sizes = {name: parameter_bytes(model.params) for name, model in models.items()}
     rows = [
@@ -94,20 +101,27 @@ def _peers(gguf: Path, length: int, rows: int) -> tuple[dict[str, Any], dict[str
     return peers, out
 
 
-def _ours(model: Model, prompts: Sequence[list[int]], tokens: int) -> Turn:
+def _ours(model: Model, make: Callable[[], list[list[int]]], tokens: int) -> Turn:
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    warm_up(model, prompts, params)
+    warm_up(model, make(), params)
 
     def turn() -> Mapping[str, float]:
-        outputs = [chunk.output for chunk in stream(model, prompts, params) if chunk.output is not None]
-        return {"ttft": max(out.ttft for out in outputs), "tpot": max(out.tpot for out in outputs)}
+        prompts, begun, made = make(), set(), 0
+        started = first = time.perf_counter()
+        for chunk in stream(model, prompts, params):
+            if len(begun) == len(prompts):  # those that began sooner have made some of their tokens by then
+                made += len(chunk.tokens)
+            elif chunk.tokens:
+                begun.add(chunk.index)
+                first = time.perf_counter()
+        return {"ttft": first - started, "tpot": (time.perf_counter() - first) / made * len(prompts)}
 
     return turn
 
 
-def _theirs(peer: Any, prompts: Sequence[list[int]], tokens: int) -> Turn:
+def _theirs(peer: Any, make: Callable[[], list[list[int]]], tokens: int) -> Turn:
     def turn() -> Mapping[str, float]:
-        ttft, tpot = peer.generate(prompts, tokens)
+        ttft, tpot = peer.generate(make(), tokens)
         return {"ttft": ttft, "tpot": tpot}
 
     return turn
@@ -175,8 +189,10 @@ class OpenVino:
         config = self.genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, do_sample=False)
         ids = np.array(prompts, np.int64)
         tensors = (self.openvino.Tensor(array) for array in (ids, np.ones_like(ids)))
+        started = time.perf_counter()
         metrics = self.pipeline.generate(self.genai.TokenizedInputs(*tensors), config).perf_metrics
-        return metrics.get_ttft().mean / 1e3, metrics.get_tpot().mean / 1e3
+        ttft = metrics.get_ttft().mean / 1e3  # its time per token is of all rows' tokens, one after the other
+        return ttft, (time.perf_counter() - started - ttft) / (tokens - 1)
 
 
 PEERS = {"llama.cpp": ("llama_cpp", LlamaCpp), "OpenVINO GenAI": ("openvino_genai", OpenVino)}
