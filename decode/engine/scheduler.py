@@ -214,10 +214,13 @@ class Scheduler:
             self._register(row)
 
     def _decode_steps(self) -> int:
-        """One where somebody waits, a row is stepwise, or one comes to a border before the host has its tokens."""
+        """One where prompts are read or may soon begin, a row is stepwise, or one comes to a border before the host has
+        its tokens. While all slots are taken, those that wait begin when a row ends, which is no sooner than at its
+        limit or by a stop."""
         most = buckets.SPECULATION_ROUNDS if self._drafted else buckets.DECODE_STEPS
         near = any(0 < border - row.computed < most for row in self.running for border in row.borders)
-        alone = not (self.waiting or any(row.reading or row.stepwise for row in self.running))
+        full = not any(self._free_slots) and all(row.computed + most < row.max_length for row in self.running)
+        alone = (full or not self.waiting) and not any(row.reading or row.stepwise for row in self.running)
         return most if alone and not near and not self.one_shape else 1
 
     def _prefills(self, budget: int) -> list[list[Chunk]]:
