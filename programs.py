@@ -17,12 +17,20 @@ from jax.sharding import Mesh
 from .decode.cache import KVCache, init_cache, page_dtype
 from .decode.prefill import prefill
 from .decode.step import decode_step
+from .model import arguments
 from .model.config import ModelConfig
 from .model.kv_specs import kv_specs
 from .model.params import abstract_params
 from .sharding import hlo
 from .sharding.rules import named_sharding
 from .sharding.targets import compile_for_target, target_mesh
+
+_PROGRAM = {
+    "config": arguments.config,
+    "mesh": arguments.instance(Mesh, hint="as make_mesh or target_mesh returns it"),
+    "batch_size": arguments.whole,
+    "max_length": arguments.whole,
+}
 
 __all__ = [
     "abstract_cache",
@@ -36,6 +44,7 @@ __all__ = [
 ]
 
 
+@arguments.arguments(**_PROGRAM)
 def abstract_cache(
     config: ModelConfig,
     mesh: Mesh,
@@ -53,6 +62,7 @@ def abstract_cache(
     return KVCache(pages, rows)
 
 
+@arguments.arguments(**_PROGRAM, tokens=arguments.whole)
 def lower_prefill(
     config: ModelConfig,
     mesh: Mesh,
@@ -81,6 +91,7 @@ def lower_prefill(
     return prefill.lower(abstract_params(config, mesh), config, new, lengths, cache)
 
 
+@arguments.arguments(**_PROGRAM)
 def lower_decode(
     config: ModelConfig,
     mesh: Mesh,

@@ -12,8 +12,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from ..model import arguments
 from .deployment import Deployment
 
+_SIZES = {"deployment": arguments.instance(Deployment), "batch": arguments.whole}
 _PARTS = ("weights", "kv_read", "kv_write", "activations", "logits")
 
 
@@ -73,6 +75,7 @@ class Counts:
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in fields})
 
 
+@arguments.arguments(**_SIZES, context=arguments.whole)
 def count_decode(deployment: Deployment, batch: int, context: int) -> Counts:
     """One decode step.
 
@@ -84,11 +87,13 @@ def count_decode(deployment: Deployment, batch: int, context: int) -> Counts:
     return count_step(deployment, batch, tokens=1, cached=context - 1)
 
 
+@arguments.arguments(**_SIZES, tokens=arguments.whole, cached=arguments.whole)
 def count_prefill(deployment: Deployment, batch: int, tokens: int, cached: int = 0) -> Counts:
     """One prefill chunk, which yields the logits after its last token; arguments as in `count_step`."""
     return count_step(deployment, batch, tokens, cached)
 
 
+@arguments.arguments(**_SIZES, tokens=arguments.whole, cached=arguments.whole, scored=arguments.whole)
 def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0, scored: int = 1) -> Counts:
     """One run of a program.
 
@@ -100,7 +105,7 @@ def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0,
       scored: tokens a row whose logits are made: 1, or all when a draft's tokens are verified.
 
     Raises:
-      ValueError: a size out of range, or rows longer than the model's `max_position`.
+      TypeError, ValueError: a size out of range, or rows longer than the model's `max_position`.
     """
     config = deployment.config
     for name, value, least in (

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from ..model import arguments
 from ..model.config import DTYPES, ModelConfig
 from ..model.kv_specs import KV_DTYPES, KVSpec, kv_specs, pages_per_row
 from ..model.params import Params, ParamSpec, float_specs, kv_replicas, param_name, param_specs
@@ -32,7 +33,8 @@ class Deployment:
       page_size: positions a page of the cache.
 
     Raises:
-      ValueError: a format that is not known, a size that is not positive, or a model that so many devices cannot share.
+      TypeError, ValueError: a format that is not known, a size that is not positive, or a model that so many devices
+        cannot share.
     """
 
     config: ModelConfig
@@ -42,8 +44,12 @@ class Deployment:
     page_size: int = 64
 
     def __post_init__(self):
+        arguments.config("Deployment: config", self.config)
+        for name in ("tensor", "page_size"):
+            arguments.whole(f"Deployment: {name}", getattr(self, name))
         for name, known in (("weights", WEIGHT_FORMATS), ("kv", KV_FORMATS)):
             value = getattr(self, name)
+            arguments.optional(arguments.text)(f"Deployment: {name}", value)
             if value is not None and value not in known:
                 raise ValueError(f"{name} {value!r} is not known; known: {', '.join(known)}")
         for name in ("tensor", "page_size"):

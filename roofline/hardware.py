@@ -55,7 +55,9 @@ class Hardware:
         """
         rate = self.peaks.get("tf32" if dtype == "float32" and "tf32" in self.peaks else dtype)
         if rate is None:
-            raise ValueError(f"{self.name} has no peak for {dtype!r}; it has {', '.join(self.peaks)}: take one of them")
+            raise ValueError(
+                f"{self.name} has no peak for dtype {dtype!r}; it has {', '.join(self.peaks)}: take one of them"
+            )
         return rate
 
     def ridge(self, dtype: str) -> float:
@@ -96,7 +98,7 @@ def find_hardware(name: str) -> Hardware:
     Raises:
       ValueError: there is none; the message lists those that there are.
     """
-    if name not in HARDWARE:
+    if not isinstance(name, str) or name not in HARDWARE:
         raise ValueError(f"hardware {name!r} is not known; known: {', '.join(HARDWARE)}")
     return HARDWARE[name]
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+from ..model import arguments
 from ..model.config import ModelConfig
 from ..model.schemes import SCHEMES
 from .deployment import Deployment
@@ -11,6 +12,14 @@ from .hardware import Hardware
 from .predict import Phase, cost_per_million, predict_decode, predict_prefill
 
 _MOST_DEVICES = 64
+_PLANNED = {
+    "config": arguments.config,
+    "hardware": arguments.instance(Hardware, hint="such as find_hardware('h100')"),
+    "context": arguments.whole,
+    "weights": arguments.optional(arguments.text),
+    "kv": arguments.optional(arguments.text),
+    "memory_fraction": arguments.number,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +70,15 @@ class PlanRow:
         return self.decode and self.batch / self.decode.seconds
 
 
+@arguments.arguments(
+    **_PLANNED,
+    tensors=arguments.sequence,
+    batches=arguments.sequence,
+    prompt=arguments.whole,
+    chunk=arguments.optional(arguments.whole),
+    efficiency=arguments.number,
+    price=arguments.optional(arguments.number),
+)
 def plan(
     config: ModelConfig,
     hardware: Hardware,
@@ -91,7 +109,7 @@ def plan(
       price: of one device for an hour, in any currency.
 
     Raises:
-      ValueError: an argument out of range, or a degree that the model cannot be shared by.
+      TypeError, ValueError: an argument out of range, or a degree that the model cannot be shared by.
     """
     check_plan(config, tensors, batches, context, prompt, weights, kv, memory_fraction, efficiency, price)
     usable = memory_fraction * hardware.memory
@@ -140,6 +158,8 @@ def check_plan(
 ) -> None:
     """ValueError for arguments that `plan` refuses, whatever the hardware."""
     for name, values in (("tensors", tensors), ("batches", batches)):
+        for value in values:
+            arguments.whole(f"plan: {name}", value)
         if not values or min(values) < 1:
             raise ValueError(f"{name} are {list(values)}; give at least one, each at least 1")
     if not 1 <= context <= config.max_position:
@@ -157,6 +177,7 @@ def check_plan(
         Deployment(config, weights, kv, tensor)
 
 
+@arguments.arguments(**_PLANNED, row=arguments.instance(PlanRow, hint="as plan returns it"))
 def remedies(
     config: ModelConfig,
     hardware: Hardware,

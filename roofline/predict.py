@@ -8,9 +8,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from ..model import arguments
 from .counts import Counts, count_decode, count_prefill
 from .deployment import Deployment
 from .hardware import Hardware
+
+_HARDWARE = arguments.instance(Hardware, hint="such as find_hardware('h100')")
+_STEP = {
+    "deployment": arguments.instance(Deployment),
+    "hardware": _HARDWARE,
+    "batch": arguments.whole,
+    "efficiency": arguments.number,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +71,13 @@ class Phase:
         return max(seconds, key=seconds.__getitem__)
 
 
+@arguments.arguments(
+    steps=arguments.instance(Counts, list, tuple, hint="as count_step returns it"),
+    hardware=_HARDWARE,
+    dtype=arguments.text,
+    tensor=arguments.whole,
+    efficiency=arguments.number,
+)
 def predict(
     steps: Counts | Sequence[Counts],
     hardware: Hardware,
@@ -85,6 +101,8 @@ def predict(
     if not 0 < efficiency <= 1:
         raise ValueError(f"efficiency is {efficiency}; it must be above 0 and at most 1")
     steps = [steps] if isinstance(steps, Counts) else list(steps)
+    for step in steps:
+        arguments.instance(Counts, hint="as count_step returns it")("predict: steps", step)
     peak, bandwidth = hardware.peak(dtype), hardware.bandwidth
     compute = [step.flops / peak / efficiency for step in steps]
     memory = [step.bytes / bandwidth / efficiency for step in steps]
@@ -105,6 +123,7 @@ def predict(
     )
 
 
+@arguments.arguments(**_STEP, prompt=arguments.whole, chunk=arguments.optional(arguments.whole))
 def predict_prefill(
     deployment: Deployment,
     hardware: Hardware,
@@ -133,6 +152,7 @@ def predict_prefill(
     return predict(steps, hardware, deployment.config.dtype, tensor=deployment.tensor, efficiency=efficiency)
 
 
+@arguments.arguments(**_STEP, context=arguments.whole)
 def predict_decode(
     deployment: Deployment, hardware: Hardware, *, batch: int, context: int, efficiency: int | float = 1.0
 ) -> Phase:
@@ -180,6 +200,12 @@ class Generation:
         return self.decode.seconds / self.seconds
 
 
+@arguments.arguments(
+    **_STEP,
+    prompt=arguments.whole,
+    new_tokens=arguments.whole,
+    chunk=arguments.optional(arguments.whole),
+)
 def predict_generation(
     deployment: Deployment,
     hardware: Hardware,
@@ -207,11 +233,17 @@ def predict_generation(
     return Generation(prefill, predict(steps, hardware, dtype, tensor=tensor, efficiency=efficiency), new_tokens)
 
 
+@arguments.arguments(price_per_hour=arguments.number, tokens_per_second=arguments.number)
 def cost_per_million(price_per_hour: int | float, tokens_per_second: int | float) -> float:
     """Price of a million tokens, in the currency of the price.
 
     Args:
       price_per_hour: of all devices together.
       tokens_per_second: of all rows together.
+
+    Raises:
+      TypeError, ValueError: an argument that is no number, or a rate that is not positive.
     """
+    if tokens_per_second <= 0:
+        raise ValueError(f"tokens_per_second is {tokens_per_second}; it must be positive")
     return price_per_hour / 3600 / tokens_per_second * 1e6

@@ -5,12 +5,14 @@ Source: Leviathan, Kalman and Matias 2023, "Fast Inference from Transformers via
 
 import dataclasses
 
+from ..model import arguments
 from .counts import count_step
 from .deployment import Deployment
 from .hardware import Hardware
 from .predict import Phase, predict, predict_decode
 
 
+@arguments.arguments(acceptance=arguments.number, draft_tokens=arguments.whole)
 def expected_tokens(acceptance: int | float, draft_tokens: int) -> float:
     """Tokens that a round yields on average, the target's own included: (1 - a^(k+1)) / (1 - a).
 
@@ -56,6 +58,16 @@ class Speculation:
         return self.plain_seconds / self.tpot
 
 
+@arguments.arguments(
+    target=arguments.instance(Deployment),
+    draft=arguments.instance(Deployment),
+    hardware=arguments.instance(Hardware, hint="such as find_hardware('h100')"),
+    batch=arguments.whole,
+    context=arguments.whole,
+    acceptance=arguments.number,
+    draft_tokens=arguments.whole,
+    efficiency=arguments.number,
+)
 def predict_speculation(
     target: Deployment,
     draft: Deployment,

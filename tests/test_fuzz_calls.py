@@ -17,6 +17,7 @@ import numpy as np
 
 import ridgeline as rl
 from fuzzing import ODD_VALUES, Outcomes
+from ridgeline import programs, roofline
 from ridgeline.model.schemes import SCHEMES
 from tiny import byte_tokenizer, tiny_config, tiny_model
 
@@ -154,6 +155,47 @@ def public_calls(model: rl.Model, directory: Any) -> dict[str, Call]:
     }
 
 
+def calls_without_arrays(config: rl.ModelConfig) -> dict[str, Call]:
+    deployment, card = roofline.Deployment(config), roofline.find_hardware("h100")
+    counts = roofline.count_decode(deployment, batch=2, context=3)
+    return {
+        "programs.lower_decode": (
+            lambda **given: repr(programs.lower_decode(**given)),
+            lambda: {"config": config, "mesh": rl.make_mesh(), "batch_size": 2, "max_length": 32, "kv_dtype": None},
+        ),
+        "roofline.Deployment": (
+            roofline.Deployment,
+            lambda: {"config": config, "weights": "int8", "kv": None, "tensor": 1, "page_size": 16},
+        ),
+        "roofline.predict": (
+            roofline.predict,
+            lambda: {"steps": counts, "hardware": card, "dtype": "float32", "tensor": 1},
+        ),
+        "roofline.count_step": (
+            roofline.count_step,
+            lambda: {"deployment": deployment, "batch": 2, "tokens": 3, "cached": 4, "scored": 1},
+        ),
+        "roofline.predict_generation": (
+            roofline.predict_generation,
+            lambda: {"deployment": deployment, "hardware": card, "batch": 2, "prompt": 4, "new_tokens": 3, "chunk": 2},
+        ),
+        "roofline.predict_speculation": (
+            roofline.predict_speculation,
+            lambda: {
+                **{"target": deployment, "draft": deployment, "hardware": card, "batch": 1, "context": 8},
+                **{"acceptance": 0.5, "draft_tokens": 3, "efficiency": 0.9},
+            },
+        ),
+        "roofline.plan": (
+            roofline.plan,
+            lambda: {
+                **{"config": config, "hardware": card, "tensors": [1], "batches": [1, 2], "context": 32, "prompt": 8},
+                **{"chunk": None, "weights": None, "kv": "int8", "memory_fraction": 0.5, "efficiency": 1, "price": 2},
+            },
+        ),
+    }
+
+
 _ALIASES = {"name": "preset", "conversation": "messages", "quantize": "scheme", "sampling": "SamplingParams"}
 _ALIASES |= {"max_length": "the engine takes", "path": "directory"}
 
@@ -180,7 +222,8 @@ def test_odd_arguments(request, tmp_path, monkeypatch):
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         outcomes = Outcomes(TypeError, ValueError, FloatingPointError)
-        calls = public_calls(small_model(), tmp_path)
+        model = small_model()
+        calls = public_calls(model, tmp_path) | calls_without_arrays(model.config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for call, make in calls.values():

@@ -60,7 +60,7 @@ def test_float32_products_are_tf32_where_there_is_tf32():
 
 
 def test_a_missing_peak_names_those_that_there_are():
-    with pytest.raises(ValueError, match="A100 SXM 80 GB has no peak for 'fp8'; it has float32, tf32"):
+    with pytest.raises(ValueError, match="A100 SXM 80 GB has no peak for dtype 'fp8'; it has float32, tf32"):
         HARDWARE["a100-80gb"].peak("fp8")
 
 
