@@ -1,10 +1,14 @@
 """What every test file shares: where compiled programs are kept, the check of shapes, and the models."""
 
 import importlib.util
+import os
 import pathlib
 from importlib import metadata
 
 import jax
+
+if jax.__version_info__ < (0, 11):  # without these XLA:CPU compiles what is not optimized in half the time
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 import pytest
 from jaxtyping import install_import_hook
 
@@ -29,20 +33,19 @@ def pytest_addoption(parser):
     parser.addoption("--mutation-seed", type=int, default=0, help="which (default: %(default)s)")
 
 
-COMPILED_QUICKLY = {
-    *("test_fork", "test_generate", "test_generate_parity", "test_interventions", "test_parity", "test_score"),
-    *("test_speculation", "test_transformations", "test_transformer"),
-    # On eight devices:
-    *("test_engine", "test_quantized_checkpoints", "test_quantized_kv", "test_sharded_loading", "test_tensor_parallel"),
+COMPILED_FULLY = {
+    *("test_compile", "test_contracts", "test_hlo", "test_kernel_programs", "test_kernel_resources", "test_kv_quantization"),
+    *("test_layers", "test_prefill_decode", "test_products_cpu", "test_ptx", "test_quantized_weights", "test_request"),
+    *("test_roofline_counts", "test_roofline_measure", "test_sampling_programs", "test_targets", "test_training"),
+    *("test_decode_mosaic", "test_matmul_mosaic", "test_prefill_mosaic"),
 }
-"""Files of tests that compile many programs and run each of them a few times: XLA leaves out most optimizations there,
-which is a third of the time. Files in which programs are read, or run for long, are not among them."""
+"""Files of tests in which programs are read, or run for long. Elsewhere they are many, and each runs a few times: XLA
+leaves out most optimizations there, which is half of the time."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def optimizations(request):
-    name = request.path.stem
-    quick = name in COMPILED_QUICKLY and (name != "test_engine" or request.path.parent.name == "multi_device")
+    quick = request.path.stem not in COMPILED_FULLY and not request.path.stem.startswith("test_benchmarks")
     jax.config.update("jax_disable_most_optimizations", quick)
 
 
