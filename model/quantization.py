@@ -138,7 +138,7 @@ def _rounded_e2m1(blocks: Float[Array, "..."]) -> tuple[Num[Array, "..."], Num[A
     sizes = jnp.abs(jnp.ldexp(blocks, -exponents))
     between = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # where one value ends and the next, from even to odd, begins
     codes = sum((sizes >= end if index % 2 else sizes > end).astype(jnp.int32) for index, end in enumerate(between))
-    return codes | (blocks < 0).astype(jnp.int32) << 3, exponents + 127
+    return codes | jnp.signbit(blocks).astype(jnp.int32) << 3, exponents + 127
 
 
 def e2m1(codes: Num[Array, "..."]) -> Float[Array, "..."]:

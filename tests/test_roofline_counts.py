@@ -90,7 +90,7 @@ def test_of_experts_those_are_read_that_tokens_are_expected_to_have(tensor):
     assert deployment.weight_bytes_read(1) == others + 2 * one_expert
     assert deployment.weight_bytes_read(2) == others + round(8 * (1 - 0.75**2) * one_expert)
     assert deployment.weight_bytes_read(1000) == deployment.parameter_bytes
-    measured = dataclasses.replace(deployment, routing=(1.0, 0.5, 0.5, 0, 0, 0, 0, 0))
+    measured = dataclasses.replace(deployment, routing=(1.0, 0.5, 0.5, *[0.0] * 5))
     assert measured.weight_bytes_read(3) == others + round((1 + 2 * (1 - 0.5**3)) * one_expert)
     with pytest.raises(ValueError, match="it must be 8 fractions"):
         dataclasses.replace(deployment, routing=(1.0,))

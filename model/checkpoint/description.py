@@ -27,7 +27,12 @@ _SCHEME: dict[str, Kind] = {
     **dict.fromkeys(("zero_points", "dynamic", "sorted_inputs", "static"), flag),
 }
 _QUANTIZATION = {"layers": an_object(_SCHEME), "output": an_object(_SCHEME), "skip": list_of(text)}
-_CONFIG = {"dtype": one_of(*DTYPES), "tie_embeddings": flag, "quantization": an_object(_QUANTIZATION)}
+_CONFIG = {
+    "dtype": one_of(*DTYPES),
+    "tie_embeddings": flag,
+    "experts": an_object({}),
+    "quantization": an_object(_QUANTIZATION),
+}
 _DECLARED: dict[str, Kind] = {"format": whole(), "ridgeline": text, "config": an_object(_CONFIG)}
 """What ridgeline.json may hold; of the configuration, what config.json does not say too."""
 
@@ -106,8 +111,7 @@ def _config(fields: Fields) -> ModelConfig:
     )
     checked = {name: fields.get(name) for name in ("dtype", "tie_embeddings")}
     quantization = _quantization(fields.object("quantization")) if "quantization" in fields else None
-    experts = fields.values.get("experts")
-    experts = None if experts is None else ExpertsConfig(**experts)
+    experts = ExpertsConfig(**fields["experts"].values) if "experts" in fields else None
     parts = {"layers": layers, "experts": experts, "quantization": quantization}
     return ModelConfig(**{**fields.values, **checked, **parts})
 
