@@ -31,7 +31,7 @@ from .decode.speculation.draft_model import ModelDrafter
 from .decode.speculation.ngram import NGramDrafter
 from .decode.step import decode_step
 from .model.checkpoint import CheckpointError
-from .model.config import LayerConfig, ModelConfig, RopeConfig
+from .model.config import ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
 from .model.hf.view import from_hf_view, hf_view
 from .model.loading import Model, load_model
 from .model.params import count_parameters, init_params, param_specs
@@ -60,6 +60,7 @@ __all__ = [
     "Engine",
     "EngineFull",
     "EngineStats",
+    "ExpertsConfig",
     "KVCache",
     "LayerConfig",
     "Model",

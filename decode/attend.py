@@ -54,21 +54,22 @@ class CachedAttend(LayerwiseAttend):
         leaf = jax.tree.leaves(state)[0]
         mesh, specs = mesh_of(leaf), kv_specs(self.config, "fp8" if leaf.dtype == jnp.uint8 else leaf.dtype)
 
-        def local(q, k, v, pages, tables, positions, new):
+        def local(q, k, v, pages, tables, positions, new, sinks):
             if mesh is not None and tables is not None:
                 # Tables name pages of the whole pool; each data shard holds a run of them.
                 tables = tables - lax.axis_index("data") * pages.k.shape[0]
             pages = write_pages(pages, k, v, tables, positions, jnp.arange(T) < new[:, None])
             starts = positions[:, 0]
             if self.form == "prefill":
-                return prefill_attention(q, pages, tables, starts, starts + new, spec.options), pages
+                return prefill_attention(q, pages, tables, starts, starts + new, spec.options, sinks=sinks), pages
             queries = q[:, 0] if T == 1 else q
             # All T: of a row with fewer, the others' results are nobody's, and no token of the row sees past its own.
-            out = decode_attention(queries, pages, tables, starts + T * (new > 0), spec.options)
+            out = decode_attention(queries, pages, tables, starts + T * (new > 0), spec.options, sinks=sinks)
             return out.reshape(q.shape), pages
 
         layer_axes = jax.tree.map(lambda leaf: leaf.axes, specs[spec.layer])
         in_axes = (_HEADS, _HEADS, _HEADS, layer_axes, None if tables is None else _ROWS, _ROWS, _ROWS)
+        in_axes += (None if spec.sinks is None else ("kv_heads",),)
         with jax.named_scope("cached_attention"):
             run = shard_map(local, mesh, in_axes, (_HEADS, layer_axes))
-            return run(q, k, v, state, tables, self.positions, self.new)
+            return run(q, k, v, state, tables, self.positions, self.new, spec.sinks)

@@ -78,20 +78,80 @@ class LayerConfig:
       rope: the layer's rotary embedding.
       window: sliding-window width in tokens, the token itself included; None attends to everything.
       attention: what kind of attention the layer has: "grouped", queries that share KV heads.
-      mlp: what kind of MLP it has: "dense".
+      mlp: what kind of MLP it has: "dense", or the routed "experts" of `ModelConfig.experts`.
     """
 
     rope: RopeConfig
     window: int | None = None
     attention: Literal["grouped"] = "grouped"
-    mlp: Literal["dense"] = "dense"
+    mlp: Literal["dense", "experts"] = "dense"
 
     def __post_init__(self):
         _check_types(self)
         _one_of("attention", self.attention, ("grouped",))
-        _one_of("mlp", self.mlp, ("dense",))
+        _one_of("mlp", self.mlp, ("dense", "experts"))
         if self.window is not None and self.window <= 0:
             raise ValueError(f"sliding window is {self.window}; it must be positive, or None for full attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """The routed experts of a layer, all layers alike: each token goes through a few of many small MLPs.
+
+    Attributes:
+      count: experts of a layer, E.
+      per_token: of which each token goes through so many, k.
+      ffn_dim: of each of them.
+      scores: what the router's logits become, "softmax" over all experts or "sigmoid" of each.
+      renormalize: whether the scores of a token's experts are divided by their sum. After a softmax this is the
+        softmax over the logits of the token's experts alone.
+      scale: multiplies the sum of a token's experts.
+      router_bias: whether the router has a bias, which is added to its logits.
+      selection_bias: whether a bias is added to the scores when experts are selected, and only then.
+      groups, groups_per_token: consecutive experts form so many groups, and a token's experts come from the so many
+        of them whose two best scores have the largest sums.
+      mlp_bias: whether experts have biases.
+      shared_ffn_dim: of one more expert, which all tokens go through; 0 where there is none.
+      shared_gate: whether the sigmoid of one more product with the token multiplies what that one yields.
+      swiglu_limit: bounds the gate from above and the up projection on both sides, and makes the inner activations
+        (up + 1) * gate * sigmoid(swiglu_alpha * gate), as in gpt-oss; None leaves activation(gate) * up.
+      swiglu_alpha: as above.
+    """
+
+    count: int
+    per_token: int
+    ffn_dim: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = True
+    scale: float = 1.0
+    router_bias: bool = False
+    selection_bias: bool = False
+    groups: int = 1
+    groups_per_token: int = 1
+    mlp_bias: bool = False
+    shared_ffn_dim: int = 0
+    shared_gate: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
+
+    def __post_init__(self):
+        _check_types(self)
+        _one_of("scores", self.scores, ("softmax", "sigmoid"))
+        for name in ("count", "per_token", "ffn_dim", "groups", "groups_per_token"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"experts: {name} is {getattr(self, name)}; it must be positive")
+        if self.shared_ffn_dim < 0 or (self.shared_gate and not self.shared_ffn_dim):
+            raise ValueError(f"experts: shared_ffn_dim is {self.shared_ffn_dim}; a shared expert needs a positive one")
+        if self.count % self.groups or self.groups_per_token > self.groups:
+            raise ValueError(
+                f"experts: {self.count} in {self.groups} groups, {self.groups_per_token} of them for a token; the "
+                "groups must divide the experts, and a token cannot have more than there are"
+            )
+        if self.groups > 1 and self.count // self.groups < 2:
+            raise ValueError(f"experts: {self.groups} groups of {self.count} experts are too small; two or more each")
+        eligible = self.count // self.groups * self.groups_per_token
+        if self.per_token > eligible:
+            raise ValueError(f"experts: per_token is {self.per_token}; it must be at most {eligible}, of {self.count}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +171,8 @@ class ModelConfig:
       embed_scale: multiplies the token embeddings.
       query_scale: multiplies q . k before the softmax.
       attn_soft_cap, logit_soft_cap: cap * tanh(x / cap) on attention scores and on logits.
+      attn_sinks: whether each head has a learned logit that takes its share of the softmax and has no value.
+      experts: the routed experts of the layers that have them; None where none has.
       dtype: of weights, activations and KV cache; sums, norms, softmax and logits are float32 always.
       quantization: which weights are stored in fewer bits, and how; None leaves all in `dtype`.
     """
@@ -137,6 +199,8 @@ class ModelConfig:
     embed_scale: float = 1.0
     attn_soft_cap: float | None = None
     logit_soft_cap: float | None = None
+    attn_sinks: bool = False
+    experts: ExpertsConfig | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Quantization | None = None
 
@@ -158,6 +222,9 @@ class ModelConfig:
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
                 "every KV head must serve the same number of query heads"
             )
+        if (self.experts is not None) != any(layer.mlp == "experts" for layer in self.layers):
+            kinds = sorted({layer.mlp for layer in self.layers})
+            raise ValueError(f"experts is {self.experts} and layers have mlp {kinds}; only layers of experts need it")
         for index, layer in enumerate(self.layers):
             if layer.rope.rotary_dim > self.head_dim:
                 raise ValueError(

@@ -24,6 +24,8 @@ _CHAINS = 4  # of additions, each of which waits for the one before
 def terms_of(w: Num[Array, "O I"] | QuantizedArray) -> int:
     """Terms of a block: the most that divide the columns and are whole groups; 0 where there are none in the range."""
     values, group = (w.values, _group(w)) if isinstance(w, QuantizedArray) else (w, None)
+    if isinstance(w, QuantizedArray) and w.scheme.dtype == "float4_e2m1fn":
+        return 0
     lanes = _lanes_of(values)
     unit = 1 if group is None else group // lanes
     if values.shape[1] % lanes or unit == 0 or unit * lanes != (group or lanes):

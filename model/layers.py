@@ -6,8 +6,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from .grouped import expert_of_rows, grouped_product
 from .params import Params, ParamSpec
 from .products import Product, weight_product
 from .quantization import QuantizedArray
@@ -49,6 +50,32 @@ def linear(
     y = product(x, w, spec.axes[: num_out + 1]).reshape(rows + outputs)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
+    return y.astype(out_dtype or x.dtype)
+
+
+def grouped_linear(
+    x: Float[Array, "R I"],
+    w: Float[Array, "E *out I"] | QuantizedArray,
+    sizes: Int[Array, "E"],
+    bias: Float[Array, "E *out"] | None = None,
+    *,
+    out_dtype: jax.typing.DTypeLike | None = None,
+) -> Float[Array, "R *out"]:
+    """`linear` of rows that each have the weight and bias of their expert; only those of experts with rows are read.
+
+    Args:
+      x: rows in the order of their experts.
+      w: all experts of this device, an array or a `QuantizedArray`.
+      sizes: rows of each expert. Rows past their sum come out as zeros.
+      bias: added in float32.
+      out_dtype: of the result, x's own by default.
+    """
+    if x.shape[1] != w.shape[-1]:
+        raise ValueError(f"grouped_linear contracts {x.shape[1]} of x with {w.shape[-1]} of w; they differ")
+    y = grouped_product(x, w, sizes)
+    if bias is not None:
+        bias = jnp.pad(bias.astype(jnp.float32), ((0, 1), *((0, 0),) * (bias.ndim - 1)))
+        y = y + bias[expert_of_rows(sizes, x.shape[0])]
     return y.astype(out_dtype or x.dtype)
 
 

@@ -26,7 +26,7 @@ from .checkpoint.settings import read_config
 from .config import DTYPES, ModelConfig
 from .generation import GenerationDefaults, generation_defaults
 from .hf import TensorMap, config_from_hf, in_other_orders, is_multimodal, tensors_of, text_part
-from .params import Params, abstract_params, float_specs, kv_replicas, param_shardings
+from .params import Params, abstract_params, count_parameters, float_specs, kv_replicas, param_shardings
 from .schemes import Quantization, quantization
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -63,10 +63,11 @@ class Model:
     def __repr__(self) -> str:
         c, layers = self.config, self.config.quantization and self.config.quantization.layers
         parameters = sum(spec.size for spec in jax.tree.leaves(float_specs(c)))
+        active = "" if c.experts is None else f" ({count_parameters(c, active=True):,} a token)"
         nbytes = sum(array.nbytes for array in jax.tree.leaves(self.params))
         held = c.dtype if layers is None else f"{layers.dtype} and {c.dtype}"
         return (
-            f"Model {self.name!r}: {c.family}, {c.num_layers} layers, {parameters:,} parameters in {held}, "
+            f"Model {self.name!r}: {c.family}, {c.num_layers} layers, {parameters:,} parameters{active} in {held}, "
             f"{nbytes / 1e9:.3g} GB\n"
             f"  vocab_size {c.vocab_size}, embed_dim {c.embed_dim}, ffn_dim {c.ffn_dim}, {c.num_heads} heads of "
             f"{c.head_dim}, {c.num_kv_heads} KV heads, max_position {c.max_position}\n"
@@ -229,7 +230,7 @@ def _open_weights(
     checkpoint, multimodal = Checkpoint(directory), is_multimodal(raw)
     if multimodal:
         config = config.replace(tie_embeddings=not has_head(checkpoint))
-    tensors = as_stored(checkpoint, tensors_of(config, raw))
+    tensors = as_stored(checkpoint, tensors_of(config, raw, held=checkpoint.tensors))
     if floats := in_other_orders(text_part(raw), tensors, checkpoint.get):
         warnings.warn(
             f"{directory}: {listing([*floats])} are kept in {dtype or config.dtype}, not in 4 or 8 bits: the matrices "
@@ -243,7 +244,7 @@ def _open_weights(
     config = with_stored_scales(checkpoint, config, tensors)
     config = config if dtype is None else config.replace(dtype=dtype)
     copies = 1 if mesh is None else kv_replicas(config, mesh.shape["tensor"])
-    tensors = as_stored(checkpoint, tensors_of(config, raw, copies))
+    tensors = as_stored(checkpoint, tensors_of(config, raw, copies, checkpoint.tensors))
     check_tensors(checkpoint, config, tensors, multimodal)
     return checkpoint, config, tensors
 

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ..sharding.rules import named_sharding
 from . import arguments
 from .config import LayerConfig, ModelConfig
-from .quantization import QuantizedArray, quantize, scale_axes, stored_shapes
+from .quantization import QuantizedArray, quantize, scale_axes, stored_dtype, stored_shapes
 from .schemes import Scheme
 
 Params = dict[str, Any]
@@ -35,6 +35,7 @@ class ParamSpec:
       axes: a logical name an axis, which `sharding` maps to mesh axes; None is never sharded.
       init: "normal" (fan-in scaled), "ones" or "zeros".
       in_axes: how many trailing axes a product with it contracts; 0 where there is none.
+      quantizable: whether it may be stored in fewer bits; embeddings and routers never are.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class ParamSpec:
     axes: tuple[str | None, ...]
     init: Literal["normal", "ones", "zeros"] = "normal"
     in_axes: int = 0
+    quantizable: bool = True
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -74,7 +76,7 @@ def param_specs(config: ModelConfig, tensor: int = 1) -> Params:
 
 def scheme_of(config: ModelConfig, name: str, spec: ParamSpec) -> Scheme | None:
     """How a parameter of `float_specs` is stored; None is as it is."""
-    quantized = config.quantization is not None and spec.in_axes and name != "embedding"
+    quantized = config.quantization is not None and spec.in_axes and spec.quantizable
     return config.quantization.scheme_of(name) if quantized else None
 
 
@@ -83,9 +85,9 @@ def _quantized(spec: ParamSpec, scheme: Scheme) -> QuantizedArray:
     values, scales = stored_shapes(spec.shape, scheme, spec.in_axes)
     axes = scale_axes(spec.axes, spec.in_axes, scales)
     return QuantizedArray(
-        values=ParamSpec(values, "uint8" if scheme.dtype == "int4" else scheme.dtype, spec.axes),
-        scales=ParamSpec(scales, scheme.scale_dtype, axes),
-        zeros=ParamSpec(scales, "uint8" if scheme.dtype == "int4" else "int8", axes) if scheme.zero_points else None,
+        values=ParamSpec(values, stored_dtype(scheme.dtype), spec.axes),
+        scales=ParamSpec(scales, stored_dtype(scheme.scale_dtype), axes),
+        zeros=ParamSpec(scales, stored_dtype(scheme.dtype), axes) if scheme.zero_points else None,
         scheme=scheme,
         order=ParamSpec((math.prod(spec.shape[-spec.in_axes :]),), "int32", (None,)) if scheme.sorted_inputs else None,
         input_scale=ParamSpec((1,), "float32", (None,)) if scheme.static else None,
@@ -100,7 +102,7 @@ def float_specs(config: ModelConfig, tensor: int = 1) -> Params:
     """
     V, D, copies = config.vocab_size, config.embed_dim, kv_replicas(config, tensor)
     specs = {
-        "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1),
+        "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1, quantizable=False),
         "layers": [_layer_specs(config, layer, copies) for layer in config.layers],
         "final_norm": _norm(config, (D, "embed")),
     }
@@ -128,6 +130,8 @@ def _grouped_attention(config: ModelConfig, copies: int) -> dict[str, ParamSpec]
         specs["qkv_bias"] = _bias(config, kv_heads, qkv, head)
     if config.out_bias:
         specs["out_bias"] = _bias(config, embed)
+    if config.attn_sinks:
+        specs["sinks"] = _bias(config, kv_heads, group)
     if config.qk_norm == "head":
         specs |= {"q_norm": _norm(config, head), "k_norm": _norm(config, head)}
     elif config.qk_norm == "full":
@@ -143,9 +147,32 @@ def _dense_mlp(config: ModelConfig) -> dict[str, ParamSpec]:
     return specs
 
 
+def _experts(config: ModelConfig) -> dict[str, ParamSpec]:
+    experts, both, embed = config.experts, (2, None), (config.embed_dim, "embed")
+    count, ffn, shared = (experts.count, "experts"), (experts.ffn_dim, "ffn"), (experts.shared_ffn_dim, "ffn")
+    # Every device routes, by the whole router.
+    routed = (experts.count, None)
+    specs = {
+        "router": dataclasses.replace(_weight(config, routed, embed), quantizable=False),
+        "gate_up": _weight(config, count, both, ffn, embed),
+        "down": _weight(config, count, embed, ffn),
+    }
+    if experts.router_bias:
+        specs["router_bias"] = _bias(config, routed)
+    if experts.selection_bias:
+        specs["selection_bias"] = dataclasses.replace(_bias(config, routed), dtype="float32")
+    if experts.mlp_bias:
+        specs |= {"gate_up_bias": _bias(config, count, both, ffn), "down_bias": _bias(config, count, embed)}
+    if experts.shared_ffn_dim:
+        specs |= {"shared_gate_up": _weight(config, both, shared, embed), "shared_down": _weight(config, embed, shared)}
+    if experts.shared_gate:
+        specs["shared_gate"] = dataclasses.replace(_weight(config, (1, None), embed), quantizable=False)
+    return specs
+
+
 _ATTENTION = {"grouped": _grouped_attention}
 """The parameters of a layer's attention, by `LayerConfig.attention`."""
-_MLP = {"dense": _dense_mlp}
+_MLP = {"dense": _dense_mlp, "experts": _experts}
 """Those of its MLP, by `LayerConfig.mlp`."""
 
 
@@ -255,8 +282,17 @@ def _init(spec: ParamSpec, key: jax.Array) -> jax.Array:
     return (jax.random.normal(key, spec.shape, jnp.float32) * fan_in**-0.5).astype(spec.dtype)
 
 
-@arguments.arguments(config=arguments.config)
-def count_parameters(config: ModelConfig) -> int:
-    """How many numbers the model's parameters are, however they are stored."""
-    specs = float_specs(config.replace(quantization=None))
-    return sum(spec.size for spec in jax.tree.leaves(specs))
+@arguments.arguments(config=arguments.config, active=arguments.flag)
+def count_parameters(config: ModelConfig, active: bool = False) -> int:
+    """How many numbers the model's parameters are, however they are stored.
+
+    Args:
+      config: the model.
+      active: whether of routed experts only so many are counted as a token goes through.
+    """
+    specs, experts = jax.tree.leaves(float_specs(config.replace(quantization=None))), config.experts
+    idle = 0
+    if active and experts is not None:
+        routed = sum(spec.size for spec in specs if "experts" in spec.axes)
+        idle = routed * (experts.count - experts.per_token) // experts.count
+    return sum(spec.size for spec in specs) - idle

@@ -79,7 +79,8 @@ def _dtype_of_sums(x: Array, w: Array | QuantizedArray, axes: Axes) -> jax.typin
 
 
 def _kernel_takes(x: Float[Array, "M I"], w: QuantizedArray) -> bool:
-    return x.shape[1] % (w.scheme.group or 1) == 0 and (w.zeros is None or w.scheme.dtype == "int4")
+    takes_scheme = w.scheme.dtype != "float4_e2m1fn" and (w.zeros is None or w.scheme.dtype == "int4")
+    return x.shape[1] % (w.scheme.group or 1) == 0 and takes_scheme
 
 
 def _by_xla(

@@ -9,12 +9,12 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float, Num
 
 from .lanes_cpu import by_lanes, e4m3, terms_of
-from .quantization import ZERO_NIBBLE, QuantizedArray, dequantize
+from .quantization import ZERO_NIBBLE, QuantizedArray, dequantize, e2m1, scales_of
 
 FEW_ROWS = 64
 """Up to so many rows a product waits for its weight, on CPUs and GPUs."""
 _ROWS_BY_LANES = 4  # of integers: one after the other they take less than to widen the weight
-_BLOCK = 1 << 20  # numbers of a weight that are widened at a time, and stay in cache
+BLOCK = 1 << 20  # numbers of a weight that are widened at a time, and stay in cache
 _BY_LANES = {"int8", "uint8", "bfloat16", "float16", "float8_e4m3fn"}
 _DIGITS = 3
 _MOST_BY_DIGITS = 1 << 24 if jax.__version_info__ >= (0, 11) else 0  # numbers of a weight; XLA:CPU copies larger ones
@@ -25,11 +25,11 @@ def product_cpu(x: Float[Array, "M I"], w: Num[Array, "*out I"] | QuantizedArray
     if _cpu_devices() != 1:  # over several, an axis that may be split is neither merged nor cut
         return _widened(x, w) if isinstance(w, QuantizedArray) else _dense(x, w)
     shape = w.shape
-    y = _on_one_device(x, jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), _by_output(w)))
+    y = on_one_cpu(x, jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), by_output(w)))
     return y.reshape(-1, *shape[:-1])
 
 
-def _on_one_device(x: Float[Array, "M I"], w: Num[Array, "O I"] | QuantizedArray) -> Float[Array, "M O"]:
+def on_one_cpu(x: Float[Array, "M I"], w: Num[Array, "O I"] | QuantizedArray) -> Float[Array, "M O"]:
     rows, quantized = x.shape[0], isinstance(w, QuantizedArray)
     values = w.values if quantized else w
     dtype = values.dtype.name
@@ -42,7 +42,7 @@ def _on_one_device(x: Float[Array, "M I"], w: Num[Array, "O I"] | QuantizedArray
     if by_digits:
         return _int8_by_digits(x, w)
     if in_16_bits:
-        return _in_blocks(_by_bfloat16, x, w, 2 * _BLOCK)
+        return _in_blocks(_by_bfloat16, x, w, 2 * BLOCK)
     if rows <= FEW_ROWS and (quantized or dtype == "float16"):
         return _in_blocks(_by_float32, x, w)
     return _widened(x, w) if quantized else _dense(x, w)
@@ -52,7 +52,7 @@ def _row_by_row(x: Float[Array, "M I"], w: Num[Array, "O I"] | QuantizedArray) -
     return by_lanes(x, w) if x.shape[0] == 1 else lax.map(lambda row: by_lanes(row[None], w)[0], x)
 
 
-def _by_output(w: Num[Array, "*out I"] | QuantizedArray) -> Num[Array, "*out I"] | QuantizedArray:
+def by_output(w: Num[Array, "*out I"] | QuantizedArray) -> Num[Array, "*out I"] | QuantizedArray:
     """The weight with scales for each output, where they are of blocks."""
     if not isinstance(w, QuantizedArray) or w.scheme.rows == 1:
         return w
@@ -66,18 +66,19 @@ def _by_float32(x: Float[Array, "M I"], w: Num[Array, "R I"] | QuantizedArray) -
     x = x.astype(jnp.float32)
     if not isinstance(w, QuantizedArray):
         return _weight_left(x, w.astype(jnp.float32))
-    if w.scheme.dtype != "int4":
+    if not w.scheme.packed:
         return _widened(x, w)
     groups = w.scales.shape[1]
     if w.values.shape[1] % groups or (w.scheme.group or x.shape[1]) * groups != x.shape[1]:
         return _weight_left(x, dequantize(w))
     # The two numbers of a byte are multiplied apart: to lay them side by side takes longer than the product.
-    scales = w.scales.astype(jnp.float32)[:, :, None]
+    scales = scales_of(w)[:, :, None]
     zeros = ZERO_NIBBLE if w.zeros is None else w.zeros.astype(jnp.float32)[:, :, None]
 
     def half(numbers: Array) -> Float[Array, "R J"]:
-        numbers = numbers.reshape(numbers.shape[0], groups, -1).astype(jnp.float32)
-        return ((numbers - zeros) * scales).reshape(numbers.shape[0], -1)
+        numbers = numbers.reshape(numbers.shape[0], groups, -1)
+        floats = e2m1(numbers) if w.scheme.dtype == "float4_e2m1fn" else numbers.astype(jnp.float32) - zeros
+        return (floats * scales).reshape(numbers.shape[0], -1)
 
     return _weight_left(x[:, ::2], half(w.values & 15)) + _weight_left(x[:, 1::2], half(w.values >> 4))
 
@@ -93,7 +94,7 @@ def _in_blocks(
     product: Callable[..., Float[Array, "M R"]],
     x: Float[Array, "M I"],
     w: Num[Array, "O I"] | QuantizedArray,
-    most: int = _BLOCK,
+    most: int = BLOCK,
 ) -> Float[Array, "M O"]:
     """A product by as many outputs at a time as stay in cache when they are widened or copied."""
     outputs, inputs = w.shape
@@ -104,7 +105,7 @@ def _in_blocks(
 
     def block(first: Array) -> Float[Array, "M R"]:
         tied = lax.optimization_barrier((first, w))  # else XLA widens the whole weight before the loop
-        return product(x, jax.tree.map(lambda part: _rows_of(part, tied[0], size), tied[1]))
+        return product(x, jax.tree.map(lambda part: rows_of(part, tied[0], size), tied[1]))
 
     count = -(-outputs // size)
     last = outputs - size  # of which the block before may have some too
@@ -113,7 +114,7 @@ def _in_blocks(
     return y if count * size == outputs else jnp.concatenate([y[:, :whole], y[:, whole - outputs :]], axis=1)
 
 
-def _rows_of(array: Num[Array, "O N"], first: Array, size: int) -> Num[Array, "R N"]:
+def rows_of(array: Num[Array, "O N"], first: Array, size: int) -> Num[Array, "R N"]:
     if array.dtype != jnp.float8_e4m3fn:
         return lax.dynamic_slice_in_dim(array, first, size)
     bits = lax.bitcast_convert_type(array, jnp.int8)  # XLA:CPU would widen all of them to cut them

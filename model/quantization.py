@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Float, Num, UInt8
 
 from .arguments import arguments, array, instance, whole
@@ -29,9 +30,9 @@ class QuantizedArray:
     """A weight [*out, *in] in a scheme. A pytree, which `linear` takes in place of an array.
 
     Attributes:
-      values: [*out, *in] of the scheme's dtype. int4 is uint8 [*out, *in[:-1], in[-1] / 2]: input 2i in the low four
-        bits of byte i and 2i + 1 in the high ones, each from 0 to 15, 8 standing for zero where there are no zero
-        points.
+      values: [*out, *in] of the scheme's dtype. Packed ones are uint8 [*out, *in[:-1], in[-1] / 2]: input 2i in the low
+        four bits of byte i and 2i + 1 in the high ones. int4 is from 0 to 15, 8 standing for zero where there are no
+        zero points; e2m1 has its sign in the highest bit.
       scales: [*out[:-1], out[-1] / R, N], R outputs (`Scheme.block_rows`) and a group of the inputs, all their axes
         taken as one, sharing each.
       zeros: like the scales, uint8 for int4 and int8 for int8; None without zero points.
@@ -50,8 +51,7 @@ class QuantizedArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
-        packed = 2 if self.scheme.dtype == "int4" else 1
-        return (*self.values.shape[:-1], self.values.shape[-1] * packed)
+        return (*self.values.shape[:-1], self.values.shape[-1] * (2 if self.scheme.packed else 1))
 
     @property
     def nbytes(self) -> int:
@@ -63,12 +63,12 @@ def stored_shapes(shape: tuple[int, ...], scheme: Scheme, in_axes: int) -> tuple
     """The shapes of `values`, and of `scales` and `zeros`, of a weight.
 
     Raises:
-      ValueError: int4 of a last axis that is odd.
+      ValueError: values two to a byte of a last axis that is odd.
     """
     *out, last_out = shape[: len(shape) - in_axes]
     inputs = math.prod(shape[len(shape) - in_axes :])
     scales = (*out, last_out // scheme.block_rows(last_out), scheme.groups(inputs))
-    if scheme.dtype != "int4":
+    if not scheme.packed:
         return shape, scales
     if shape[-1] % 2:
         raise ValueError(f"a weight of shape {shape} cannot be stored two to a byte: its last axis is odd; use int8")
@@ -112,11 +112,48 @@ def quantize(w: Float[Array, "..."], scheme: Scheme, in_axes: int = 1) -> Quanti
         low, high = _extreme(jnp.min, blocks), _extreme(jnp.max, blocks)
         scales = _scales(jnp.where(-low >= high, low, high) / -8, scheme.scale_dtype)
         values = jnp.clip(jnp.round(blocks / scales), -8, 7) + ZERO_NIBBLE
+    elif scheme.dtype == "float4_e2m1fn":
+        values, scales = _rounded_e2m1(blocks)
     else:
         values, scales = rounded(blocks, scheme.dtype, (-3, -1), scheme.scale_dtype)
     values = _unblock(values, w.shape, in_axes)
-    values = pack_int4(values.astype(jnp.uint8)) if scheme.dtype == "int4" else values.astype(scheme.dtype)
-    return QuantizedArray(values.reshape(shape), scales.astype(scheme.scale_dtype).reshape(scales_shape), zeros, scheme)
+    values = pack_int4(values.astype(jnp.uint8)) if scheme.packed else values.astype(scheme.dtype)
+    scales = scales.astype(stored_dtype(scheme.scale_dtype)).reshape(scales_shape)
+    return QuantizedArray(values.reshape(shape), scales, zeros, scheme)
+
+
+def stored_dtype(dtype: str) -> str:
+    """Of arrays that hold such numbers: the narrowest are held as bytes, which every platform has."""
+    return "uint8" if dtype in ("int4", "float4_e2m1fn", "float8_e8m0fnu") else dtype
+
+
+def _rounded_e2m1(blocks: Float[Array, "..."]) -> tuple[Num[Array, "..."], Num[Array, "..."]]:
+    """Four bits each, and the bytes of their scales, of which a block's largest number is 4 to 7.99 times one.
+
+    Source: OCP Microscaling Formats 1.0, section 6.3. Numbers are rounded to nearest, ties to even; those beyond 6
+    become 6.
+    """
+    largest = jnp.max(jnp.abs(blocks), axis=(-3, -1), keepdims=True)
+    exponents = jnp.where(largest < jnp.finfo(jnp.float32).tiny, 0, jnp.maximum(jnp.frexp(largest)[1] - 3, -126))
+    sizes = jnp.abs(jnp.ldexp(blocks, -exponents))
+    between = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # where one value ends and the next, from even to odd, begins
+    codes = sum((sizes >= end if index % 2 else sizes > end).astype(jnp.int32) for index, end in enumerate(between))
+    return codes | jnp.signbit(blocks).astype(jnp.int32) << 3, exponents + 127
+
+
+def e2m1(codes: Num[Array, "..."]) -> Float[Array, "..."]:
+    """The float32 numbers that four bits each stand for."""
+    codes = codes.astype(jnp.int32)
+    exponent, mantissa = codes >> 1 & 3, codes & 1
+    halves = jnp.where(exponent == 0, mantissa, (mantissa | 2) << jnp.maximum(exponent - 1, 0))
+    return jnp.where(codes >= 8, -0.5, 0.5) * halves.astype(jnp.float32)
+
+
+def scales_of(w: QuantizedArray) -> Float[Array, "..."]:
+    """Its scales in float32."""
+    if w.scheme.scale_dtype != "float8_e8m0fnu":
+        return w.scales.astype(jnp.float32)
+    return lax.bitcast_convert_type(w.scales.astype(jnp.int32) << 23, jnp.float32)
 
 
 def rounded(
@@ -145,21 +182,22 @@ def dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike = jnp.float32) -> 
     """The weight [*out, *in] that is stored: (values - zeros) * scales in float32, rounded to `dtype`."""
     in_axes = w.values.ndim - w.scales.ndim + 1
     out = w.shape[: len(w.shape) - in_axes]
-    values = unpack_int4(w.values) if w.scheme.dtype == "int4" else w.values
-    values = values.astype(jnp.float32).reshape(*out, -1)
+    values = unpack_int4(w.values) if w.scheme.packed else w.values
+    values = e2m1(values) if w.scheme.dtype == "float4_e2m1fn" else values.astype(jnp.float32)
+    values = values.reshape(*out, -1)
     expand = functools.partial(_expand, outputs=out[-1], inputs=values.shape[-1], scheme=w.scheme)
     if w.zeros is not None:
         values = values - expand(w.zeros.astype(jnp.float32))
     elif w.scheme.dtype == "int4":
         values = values - ZERO_NIBBLE
-    values = values * expand(w.scales.astype(jnp.float32))
+    values = values * expand(scales_of(w))
     if w.order is not None:
         values = jnp.zeros_like(values).at[..., w.order].set(values)
     return values.astype(dtype).reshape(w.shape)
 
 
 def pack_int4(values: UInt8[Array, "*lead I"]) -> UInt8[Array, "*lead I/2"]:
-    """Numbers from 0 to 15, two to a byte, the even ones in the low bits."""
+    """Four bits each, numbers from 0 to 15, two to a byte, the even ones in the low bits."""
     return values[..., ::2] | values[..., 1::2] << 4
 
 

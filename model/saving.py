@@ -22,6 +22,7 @@ from .hf import HFConfig, config_from_hf, family_of, text_part
 from .hf.compress import compressed, quantization_settings
 from .hf.view import hf_tensors, parameters
 from .loading import Model, dtype_name
+from .params import float_specs, param_name
 from .quantization import QuantizedArray
 
 
@@ -112,13 +113,15 @@ def _hf_config(model: Model, config: ModelConfig, given: Mapping[str, Any] | Non
 
 def _tensors(model: Model, config: ModelConfig, hf: HFConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the checkpoint, parameter by parameter."""
-    for _, array, pieces in parameters(model.params, config):
+    paths = jax.tree_util.tree_leaves_with_path(float_specs(config))
+    dtypes = {param_name(path): spec.dtype for path, spec in paths}
+    for parameter, array, pieces in parameters(model.params, config):
         for name, tensor in hf_tensors(jax.tree.map(np.asarray, array), pieces).items():
             if isinstance(tensor, QuantizedArray):
                 yield from compressed(hf["quantization_config"], name, tensor).items()
                 continue
             with np.errstate(over="ignore"):
-                cast = np.asarray(tensor).astype(jnp.dtype(config.dtype))
+                cast = np.asarray(tensor).astype(jnp.dtype(dtypes[parameter]))
             if np.isinf(cast).any() and not np.isinf(tensor).any():
                 raise CheckpointError(f"{name!r} holds values beyond float16's 65504; save it as bfloat16 or float32")
             yield name, cast

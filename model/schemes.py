@@ -10,19 +10,20 @@ class Scheme:
     """How one matrix [*out, *in] is stored: a weight is (value - zero) * scale. Static under jit.
 
     Attributes:
-      dtype: of the values: "int8", "float8_e4m3fn", or "int4", two to a byte.
+      dtype: of the values: "int8", "float8_e4m3fn", or, two to a byte, "int4" or "float4_e2m1fn", which is a sign and
+        one of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
       group: consecutive inputs that share a scale, the last group may be shorter; None is all of them.
       rows: consecutive outputs that share it. A last output axis that `rows` does not divide has blocks of their
         greatest common divisor.
       zero_points: whether a group has a zero point (integers alone); without one the values are symmetric about zero.
-      scale_dtype: of the scales.
+      scale_dtype: of the scales; "float8_e8m0fnu" is a power of two, which is held as its byte, the exponent plus 127.
       sorted_inputs: whether the inputs are stored in another order, sorted so that each group lies together.
       dynamic: whether products with many rows (prefill) round activations to `dtype` too, a scale a row, so that they
         run at the rate of 8-bit products.
       static: whether they do so by one scale, which was measured beforehand and is stored with the weight.
     """
 
-    dtype: Literal["int8", "int4", "float8_e4m3fn"]
+    dtype: Literal["int8", "int4", "float8_e4m3fn", "float4_e2m1fn"]
     group: int | None = None
     rows: int = 1
     zero_points: bool = False
@@ -32,9 +33,14 @@ class Scheme:
     static: bool = False
 
     @property
+    def packed(self) -> bool:
+        """Whether two values share a byte."""
+        return self.dtype in ("int4", "float4_e2m1fn")
+
+    @property
     def scales_outputs(self) -> bool:
         """Whether a product may take the values as they are, and multiply its outputs by the scales afterwards."""
-        return self.group is None and self.dtype != "int4" and not self.zero_points
+        return self.group is None and not self.packed and not self.zero_points
 
     def block_rows(self, outputs: int) -> int:
         """Outputs that share a scale where the last output axis has so many."""
@@ -57,6 +63,7 @@ SCHEMES: dict[str, Scheme] = {
     "int4-zero": Scheme("int4", group=128, zero_points=True),
     "int4-64-zero": Scheme("int4", group=64, zero_points=True),
     "int4-32-zero": Scheme("int4", group=32, zero_points=True),
+    "mxfp4": Scheme("float4_e2m1fn", group=32, scale_dtype="float8_e8m0fnu"),
 }
 """Weights in 8 bits with a scale an output channel or a 128 x 128 block, in 4 bits with a scale a group of inputs."""
 

@@ -14,6 +14,7 @@ from ..pallas_kernels.pages import AttentionOptions
 from . import arguments
 from .config import ModelConfig
 from .layers import gated_mlp, linear, rms_norm, soft_cap
+from .moe import experts_mlp
 from .params import Params, float_specs
 from .products import Product, weight_product
 from .promotion import own_promotion
@@ -22,14 +23,16 @@ from .rope import apply_rope, rope_tables
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec(AttentionOptions):
-    """What one layer asks of attention, besides q, k and v. Static under jit.
+    """What one layer asks of attention, besides q, k and v. Static under jit, but for the sinks.
 
     Attributes:
       scale, window, soft_cap: as in `AttentionOptions`.
       layer: its index.
+      sinks: [K, G], as the attention ops take them; None where the layer has none.
     """
 
     layer: int = 0
+    sinks: Any = dataclasses.field(default=None, compare=False)
 
     @property
     def options(self) -> AttentionOptions:
@@ -65,7 +68,9 @@ Component = Callable[[str, Float[Array, "B T ..."], int], Float[Array, "B T ..."
 | --- | --- |
 | "heads" | [B, T, K, G, H], what each head brings, before the output projection |
 | "attention" | [B, T, D], what attention adds to the stream: after the projection, and a norm where one follows |
-| "neurons" | [B, T, F], the MLP's inner activations: activation(gate) * up |
+| "neurons" | [B, T, F], the MLP's inner activations: activation(gate) * up; of experts [B, T, k, F], the best first |
+| "router" | [B, T, E] float32, the logits by which a layer's experts are selected; `moe.route` says how |
+| "shared_neurons" | [B, T, F], the inner activations of an expert that all tokens go through |
 | "mlp" | [B, T, D], what the MLP adds to the stream |
 
 The stream after the last layer is the embeddings and the sum of all "attention" and "mlp". The names are those of
@@ -81,7 +86,7 @@ def attend_to_tokens(
     state: Any,
 ) -> tuple[Float[Array, "B T K G H"], Any]:
     """An `Attend` whose keys and values are those of the tokens themselves: teacher forcing, without a cache."""
-    return causal_attention(q, k, v, spec), state
+    return causal_attention(q, k, v, spec, sinks=spec.sinks), state
 
 
 @own_promotion
@@ -174,7 +179,7 @@ def _check_width(function, x, config):
 
 def _layer(x, weights, rope, attend, state, config, index, product, component=None):
     layer, specs = config.layers[index], float_specs(config)["layers"][index]
-    spec = AttentionSpec(config.query_scale, layer.window, config.attn_soft_cap, index)
+    spec = AttentionSpec(config.query_scale, layer.window, config.attn_soft_cap, index, weights.get("sinks"))
 
     def see(name: str, x: Array) -> Array:
         return x if component is None else component(name, x, index)
@@ -192,8 +197,7 @@ def _layer(x, weights, rope, attend, state, config, index, product, component=No
         x = x + see("attention", norm(h, weights["post_attn_norm"]) if after else h)
     with jax.named_scope("mlp"):
         h = norm(x, weights["mlp_norm"]) if before else x
-        neurons = functools.partial(see, "neurons")
-        h = _MLP[layer.mlp](h, weights, specs, config.activation, product, neurons)
+        h = _MLP[layer.mlp](h, weights, specs, config, product, None if component is None else see)
         x = x + see("mlp", norm(h, weights["post_mlp_norm"]) if after else h)
     return x, state
 
@@ -213,9 +217,14 @@ def _grouped_attention(x, weights, specs, config, norm, rope, attend, product):
     return linear(out, weights["out"], specs["out"], weights.get("out_bias"), product=product), state
 
 
+def _dense_mlp(x, weights, specs, config, product, see):
+    neurons = {} if see is None else {"neurons": functools.partial(see, "neurons")}
+    return gated_mlp(x, weights, specs, config.activation, product, **neurons)
+
+
 _ATTENTION = {"grouped": _grouped_attention}
 """What computes a layer's attention, by `LayerConfig.attention`."""
-_MLP = {"dense": gated_mlp}
+_MLP = {"dense": _dense_mlp, "experts": experts_mlp}
 """What computes its MLP, by `LayerConfig.mlp`."""
 _STATIC = ("config", "residual", "component")
 

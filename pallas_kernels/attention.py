@@ -26,10 +26,18 @@ _MAX_DECODE_TOKENS = 16  # newest tokens a row that the decode kernel takes
 
 
 def causal_attention(
-    q: Float[Array, "B T K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], options: AttentionOptions
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    options: AttentionOptions,
+    *,
+    sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B T K G H"]:
-    """Causal attention of a whole sequence over itself; differentiable, and plain jnp on every device."""
-    return reference.causal_attention(q, k, v, options)
+    """Causal attention of a whole sequence over itself; differentiable, and plain jnp on every device.
+
+    `sinks` are as in `prefill_attention`.
+    """
+    return reference.causal_attention(q, k, v, options, sinks)
 
 
 def attention_weights(

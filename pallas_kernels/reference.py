@@ -23,10 +23,14 @@ _TINY = jnp.finfo(jnp.float32).tiny
 
 
 def causal_attention(
-    q: Float[Array, "B T K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], options: AttentionOptions
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    options: AttentionOptions,
+    sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     def block(q_block, first):
-        probs = attention_weights(q_block, k, first, options)
+        probs = attention_weights(q_block, k, first, options, sinks)
         return jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
     return _over_queries(block, q)
@@ -45,7 +49,7 @@ def attention_weights(
     scores = jnp.where(visible, _logits(scores, options), _NEVER)
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)
-    of_sinks = jnp.broadcast_to(sinks[:, :, None, None], (*scores.shape[:-1], 1))
+    of_sinks = jnp.broadcast_to(sinks[:, :, None, None].astype(scores.dtype), (*scores.shape[:-1], 1))
     return jax.nn.softmax(jnp.concatenate([scores, of_sinks], axis=-1), axis=-1)[..., :-1]
 
 

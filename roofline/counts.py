@@ -13,6 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from ..model import arguments
+from ..model.config import LayerConfig, ModelConfig
 from .deployment import Deployment
 
 _SIZES = {"deployment": arguments.instance(Deployment), "batch": arguments.whole}
@@ -36,7 +37,8 @@ class Counts:
 
     Attributes:
       weights: parameters read, and the products with them. Of the embedding the rows of the tokens are read; the
-        output matrix, which may be the same one, is read whole.
+        output matrix, which may be the same one, is read whole; of routed experts those that the tokens are expected
+        to have.
       kv_read: keys and values that the new tokens see, their own included, and attention's arithmetic.
       kv_write: keys and values of the new tokens.
       activations: operands and results of the products, and the residual stream.
@@ -123,25 +125,26 @@ def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0,
         )
     n, element = deployment.tensor, jnp.dtype(config.dtype).itemsize
     D, V, H, L = config.embed_dim, config.vocab_size // n, config.head_dim, config.num_layers
-    K, G, F = deployment.kv_heads, deployment.q_per_kv, config.ffn_dim // n
+    K, G = deployment.kv_heads, deployment.q_per_kv
     rows, scored_rows = batch * tokens, batch * scored
 
     untied = deployment.embedding_bytes if config.has_unembedding else 0
-    windows = [layer.window for layer in config.layers]
+    layers = config.layers
+    windows = [layer.window for layer in layers]
     pairs = kv_read = 0
-    for (window, kv), layers in collections.Counter(zip(windows, deployment.kv_bytes_by_layer, strict=True)).items():
-        pairs += layers * _visible_pairs(tokens, cached, window)
+    for (window, kv), count in collections.Counter(zip(windows, deployment.kv_bytes_by_layer, strict=True)).items():
+        pairs += count * _visible_pairs(tokens, cached, window)
         keys = cached + tokens if window is None else min(cached + tokens, window - 1 + tokens)
-        kv_read += layers * keys * kv
+        kv_read += count * keys * kv
 
     qkv, queries = K * (G + 2) * H, K * G * H
-    # A layer: the input of qkv, its result written and read, attention's output written and read, gate and up
-    # written and read, the input of gate_up; the residual stream is read and written by each of the two blocks.
-    elements = L * (2 * D + 2 * qkv + 2 * queries + 4 * F + 4 * D) + D
+    # A layer: the input of qkv, its result written and read, attention's output written and read; the residual stream
+    # is read and written by each of the two blocks.
+    elements = L * (D + 2 * qkv + 2 * queries + 4 * D) + D + sum(_mlp_elements(config, layer, n) for layer in layers)
     return Counts(
         weights=Part(
             flops=2 * rows * deployment.matrix_elements + 2 * scored_rows * V * D,
-            bytes=deployment.parameter_bytes - untied + rows * D * element,
+            bytes=deployment.weight_bytes_read(rows) - untied + rows * D * element,
         ),
         kv_read=Part(flops=4 * batch * pairs * K * G * H, bytes=batch * kv_read),
         kv_write=Part(bytes=rows * deployment.kv_bytes_per_token),
@@ -151,6 +154,18 @@ def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0,
         all_reduces=0 if n == 1 else 2 * L + 1,
         tokens=rows,
     )
+
+
+def _mlp_elements(config: ModelConfig, layer: LayerConfig, devices: int) -> int:
+    """What an MLP moves of a token: the input of gate_up, gate and up written and read, by each expert that it has.
+
+    What several experts yield is written and read once more, to be added up.
+    """
+    if layer.mlp == "dense":
+        return config.embed_dim + 4 * config.ffn_dim // devices
+    experts = config.experts
+    inner = experts.per_token * experts.ffn_dim + experts.shared_ffn_dim
+    return (3 * experts.per_token + bool(experts.shared_ffn_dim)) * config.embed_dim + 4 * inner // devices
 
 
 def _visible_pairs(tokens: int, cached: int, window: int | None) -> int:

@@ -31,6 +31,7 @@ class Deployment:
       kv: of the KV cache, one of `KV_FORMATS`; "int8" and "fp8" bring a float32 scale a token and head.
       tensor: devices that share every layer.
       page_size: positions a page of the cache.
+      routing: the fraction of tokens that each expert of a layer gets, as measured; None is the same for all.
 
     Raises:
       TypeError, ValueError: a format that is not known, a size that is not positive, or a model that so many devices
@@ -42,6 +43,7 @@ class Deployment:
     kv: str | None = None
     tensor: int = 1
     page_size: int = 64
+    routing: tuple[float, ...] | None = None
 
     def __post_init__(self):
         arguments.config("Deployment: config", self.config)
@@ -56,6 +58,9 @@ class Deployment:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         config = self.config
+        experts = 0 if config.experts is None else config.experts.count
+        if self.routing is not None and (len(self.routing) != experts or not all(0 <= p <= 1 for p in self.routing)):
+            raise ValueError(f"routing is {self.routing}; it must be {experts} fractions, one an expert of a layer")
         if self.weights in SCHEMES:
             config = config.replace(quantization=Quantization(SCHEMES[self.weights]))
         elif self.weights is not None:
@@ -96,9 +101,30 @@ class Deployment:
 
     @functools.cached_property
     def matrix_elements(self) -> int:
-        """Elements of the matrices of the layers, each multiplied once a token."""
-        sizes = self._local_sizes(float_specs(self.config, self.tensor))
-        return sum(size for spec, size in sizes.values() if spec.in_axes and "vocab" not in spec.axes)
+        """Elements of the matrices of the layers by which a token is multiplied, once each; of experts, its own."""
+        sizes = self._local_sizes(float_specs(self.config, self.tensor)).values()
+        matrices = [(spec, size) for spec, size in sizes if spec.in_axes and "vocab" not in spec.axes]
+        routed, experts = sum(size for spec, size in matrices if "experts" in spec.axes), self.config.experts
+        others = sum(size for _, size in matrices) - routed
+        return others + (routed * experts.per_token // experts.count if routed else 0)
+
+    def weight_bytes_read(self, tokens: int) -> int:
+        """Of the parameters that a step of so many tokens reads: of experts, those that are expected to get any.
+
+        Of E experts of which each token has k that is E * (1 - (1 - k / E) ** tokens), if all are as likely.
+        """
+        experts = self.config.experts
+        if experts is None:
+            return self.parameter_bytes
+        fractions = self.routing or (experts.per_token / experts.count,) * experts.count
+        idle = sum((1 - fraction) ** tokens for fraction in fractions) / experts.count
+        return self.parameter_bytes - round(idle * self._expert_bytes)
+
+    @functools.cached_property
+    def _expert_bytes(self) -> int:
+        """Of all routed experts."""
+        specs = self._local_sizes(param_specs(self.config, self.tensor))
+        return sum(self._stored[name] for name, (spec, _) in specs.items() if "experts" in spec.axes)
 
     @property
     def embedding_bytes(self) -> int:

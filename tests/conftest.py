@@ -34,8 +34,16 @@ def pytest_addoption(parser):
 
 
 COMPILED_FULLY = {
-    *("test_compile", "test_contracts", "test_hlo", "test_kernel_programs", "test_kernel_resources", "test_kv_quantization"),
-    *("test_layers", "test_prefill_decode", "test_products_cpu", "test_ptx", "test_quantized_weights", "test_request"),
+    *("test_compile", "test_contracts", "test_hlo", "test_kernel_programs", "test_kernel_resources"),
+    *(
+        "test_kv_quantization",
+        "test_layers",
+        "test_prefill_decode",
+        "test_products_cpu",
+        "test_ptx",
+        "test_quantized_weights",
+        "test_request",
+    ),
     *("test_roofline_counts", "test_roofline_measure", "test_sampling_programs", "test_targets", "test_training"),
     *("test_decode_mosaic", "test_matmul_mosaic", "test_prefill_mosaic"),
 }

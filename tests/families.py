@@ -11,6 +11,8 @@ from ridgeline.model.hf import config_from_hf, family_of
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "parity"
 # Divisible by 8 and by 3, so that every mesh below is legal.
 SIZES = {"vocab_size": 528, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+SIZES |= {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 48}
+SIZES |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 12)
 
 
 def write_checkpoint(directory: pathlib.Path, family: str, heads: int, kv_heads: int, **sizes: int) -> pathlib.Path:

@@ -105,7 +105,7 @@ def test_command(hf, capsys):
     assert model.config.dtype == "float32"
     assert_same(model.params, load_model(hf, dtype="float32").params)
     description = json.loads((out / "ridgeline.json").read_text())
-    assert (description["format"], description["config"]["vocab_size"]) == (3, 29)
+    assert (description["format"], description["config"]["vocab_size"]) == (4, 29)
     assert re.match(r"\d+\.\d+\.\d+", description["ridgeline"])
     assert main(["convert", str(hf), str(out)]) == 1
     assert "out exists already; give another directory, or remove it first" in capsys.readouterr().err
@@ -144,8 +144,8 @@ def test_an_unknown_dtype_is_told_first(hf):
 
 def test_newer_and_broken_formats(converted):
     file = converted / "ridgeline.json"
-    edit(file, format=4, ridgeline="9.1.0")
-    refused(converted, r"ridgeline\.json is of format 4, written by Ridgeline 9\.1\.0; this is .* up to 3: upgrade it")
+    edit(file, format=5, ridgeline="9.1.0")
+    refused(converted, r"ridgeline\.json is of format 5, written by Ridgeline 9\.1\.0; this is .* up to 4: upgrade it")
     edit(file, format="one")
     refused(converted, r"ridgeline\.json: format is 'one', expected a whole number")
     file.write_text("{")
@@ -162,8 +162,8 @@ def test_fields_of_another_type(converted):
 
 
 def test_fields_of_a_later_version(converted):
-    edit(converted / "ridgeline.json", config__experts=8)
-    refused(converted, r"holds a config that is not valid here \(.*experts.*\); convert the checkpoint again")
+    edit(converted / "ridgeline.json", config__memory_layers=8)
+    refused(converted, r"holds a config that is not valid here \(.*memory_layers.*\); convert the checkpoint again")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import math
 
 import jax
 import pytest
 
 import ridgeline as rl
 from ridgeline.model.hf import FAMILIES, config_from_hf, family_of
+from ridgeline.model.params import float_specs
 from ridgeline.model.presets import PRESETS
 
 PUBLISHED = PRESETS | {
@@ -17,7 +19,56 @@ PUBLISHED = PRESETS | {
         "max_position_embeddings": 131_072,
         "rope_scaling": PRESETS["phi-4-mini"]["rope_scaling"],
         "sliding_window": 262_144,
-    }
+    },
+    # Qwen/Qwen1.5-MoE-A2.7B
+    "qwen1.5-moe-a2.7b": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "decoder_sparse_step": 1,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 8192,
+        "max_window_layers": 21,
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 1408,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 16,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1_000_000.0,
+        "shared_expert_intermediate_size": 5632,
+        "sliding_window": 32_768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 151_936,
+    },
+    # allenai/OLMoE-1B-7B-0924
+    "olmoe-1b-7b": {
+        "architectures": ["OlmoeForCausalLM"],
+        "attention_bias": False,
+        "clip_qkv": None,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "max_position_embeddings": 4096,
+        "model_type": "olmoe",
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 16,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 50_304,
+    },
 }
 
 
@@ -33,13 +84,13 @@ def _rope(config, layer=0):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_tensor_map_fills_every_parameter_once(name):
     config = config_from_hf(_hf(name))
-    specs = jax.tree_util.tree_leaves_with_path(rl.param_specs(config))
+    specs = jax.tree_util.tree_leaves_with_path(float_specs(config))
     sizes = {".".join(str(getattr(k, "key", getattr(k, "idx", ""))) for k in path): spec.size for path, spec in specs}
     places = family_of(config).tensors(config)
     assert places.keys() == sizes.keys()
     for path, pieces in places.items():
         rows = [piece.rows or (0, piece.shape[0]) for piece in pieces]
-        tails = [piece.shape[1] if len(piece.shape) > 1 else 1 for piece in pieces]
+        tails = [math.prod(piece.shape[1:]) for piece in pieces]
         assert sum((b - a) * tail for (a, b), tail in zip(rows, tails, strict=True)) == sizes[path], path
 
 
@@ -95,6 +146,68 @@ def test_qwen_biases_and_norms():
     assert (qwen2.qkv_bias, qwen2.out_bias, qwen2.qk_norm) == (True, False, None)
     assert (qwen3.qkv_bias, qwen3.out_bias, qwen3.qk_norm) == (False, False, "head")
     assert config_from_hf(_hf("qwen3-8b", head_dim=...)).head_dim == 128
+
+
+# As the model cards state them, in thousands of millions: all, those of a token, and how many of the embedding and the
+# output projection the second does not count.
+SIZES = {
+    "mixtral-8x7b": (46.7, 12.9, 0),
+    "mixtral-8x22b": (140.6, 39.1, 0),
+    "qwen1.5-moe-a2.7b": (14.3, 2.7, 0),
+    "qwen3-30b-a3b": (30.5, 3.3, 0),
+    "qwen3-235b-a22b": (235, 22, 0),
+    "olmoe-1b-7b": (6.9, 1.3, 0),
+    "gpt-oss-20b": (20.9, 3.6, 1),
+    "gpt-oss-120b": (116.8, 5.1, 1),
+    "glm-4.5-air": (106, 12, 2),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_experts_are_as_many_as_the_model_cards_say(name):
+    config, (total, active, left_out) = config_from_hf(_hf(name)), SIZES[name]
+    assert rl.count_parameters(config) / 1e9 == pytest.approx(total, rel=0.01)
+    counted = rl.count_parameters(config, active=True) - left_out * config.vocab_size * config.embed_dim
+    assert counted / 1e9 == pytest.approx(active, rel=0.03)
+
+
+def test_layers_of_experts_and_dense_ones():
+    def kinds(name, **changes):
+        return [layer.mlp for layer in config_from_hf(_hf(name, **changes)).layers]
+
+    assert kinds("glm-4.5-air") == ["dense"] + ["experts"] * 45
+    assert kinds("glm-4.5-air", num_hidden_layers=2, first_k_dense_replace=5) == ["dense"] * 2
+    changes = {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    assert kinds("qwen3-30b-a3b", **changes) == ["dense", "experts", "dense", "dense", "dense"]
+
+
+def test_routers_of_the_families():
+    def experts(name, **changes):
+        return config_from_hf(_hf(name, **changes)).experts
+
+    assert experts("mixtral-8x7b") == rl.ExpertsConfig(8, 2, 14_336)
+    assert experts("qwen3-30b-a3b") == rl.ExpertsConfig(128, 8, 768)
+    assert experts("qwen3-30b-a3b", norm_topk_prob=...).renormalize is False
+    assert experts("qwen3-30b-a3b", num_experts=..., num_local_experts=16).count == 16
+    shared = rl.ExpertsConfig(60, 4, 1408, renormalize=False, shared_ffn_dim=5632, shared_gate=True)
+    assert experts("qwen1.5-moe-a2.7b") == shared
+    gpt_oss = rl.ExpertsConfig(128, 4, 2880, router_bias=True, mlp_bias=True, swiglu_limit=7.0)
+    assert experts("gpt-oss-120b") == gpt_oss
+    glm = experts("glm-4.5-air", n_group=8, topk_group=4, routed_scaling_factor=2.5)
+    assert (glm.scores, glm.groups, glm.groups_per_token, glm.scale) == ("sigmoid", 8, 4, 2.5)
+    assert glm.selection_bias
+    assert glm.renormalize
+    assert not glm.router_bias
+
+
+def test_gpt_oss_has_windows_sinks_and_yarn():
+    config = config_from_hf(_hf("gpt-oss-20b"))
+    assert config.attn_sinks
+    assert [layer.window for layer in config.layers] == [128, None] * 12
+    assert (_rope(config).kind, _rope(config).truncate, _rope(config).theta) == ("yarn", False, 150_000.0)
+    assert _rope(config).attention_factor == pytest.approx(1.3465735902799727)
+    bare = config_from_hf(_hf("gpt-oss-20b", rope_scaling=..., layer_types=..., swiglu_limit=...))
+    assert bare == config
 
 
 def test_qwen_yarn():

@@ -25,6 +25,13 @@ PARAMETERS = {
     "phi-3-mini-4k": 3_821_079_552,
     "phi-4-mini": 3_836_021_760,
     "olmo-2-7b": 7_298_617_344,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "gpt-oss-20b": 20_914_757_184,  # of which the Hub counts two experts' numbers as one, in a byte
+    "gpt-oss-120b": 116_829_156_672,
+    "glm-4.5-air": 106_852_251_264,  # without the layer that drafts
 }
 
 

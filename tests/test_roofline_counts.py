@@ -1,5 +1,6 @@
 """Counts against what XLA says of the compiled programs, and against arithmetic by hand."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -76,7 +77,33 @@ def test_flops_and_bytes_are_those_that_xla_counts(family, program):
 
 
 def test_every_family_is_among_them():
-    assert {family_config(family).family for family in FAMILIES} == set(HF_FAMILIES)
+    """But those of routed experts, of whose loops XLA counts one step."""
+    routed = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe"}
+    assert {family_config(family).family for family in FAMILIES} == set(HF_FAMILIES) - routed
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_of_experts_those_are_read_that_tokens_are_expected_to_have(tensor):
+    deployment = Deployment(preset("mixtral-8x7b"), tensor=tensor)
+    one_expert = 32 * 3 * 4096 * 14_336 * 2 // tensor
+    others = deployment.parameter_bytes - 8 * one_expert
+    assert deployment.weight_bytes_read(1) == others + 2 * one_expert
+    assert deployment.weight_bytes_read(2) == others + round(8 * (1 - 0.75**2) * one_expert)
+    assert deployment.weight_bytes_read(1000) == deployment.parameter_bytes
+    measured = dataclasses.replace(deployment, routing=(1.0, 0.5, 0.5, *[0.0] * 5))
+    assert measured.weight_bytes_read(3) == others + round((1 + 2 * (1 - 0.5**3)) * one_expert)
+    with pytest.raises(ValueError, match="it must be 8 fractions"):
+        dataclasses.replace(deployment, routing=(1.0,))
+
+
+def test_a_token_is_multiplied_by_its_own_experts_alone():
+    dense = 32 * (4096 * 6144 + 4096 * 4096 + 8 * 4096)
+    deployment = Deployment(preset("mixtral-8x7b"))
+    assert deployment.matrix_elements == dense + 2 * 32 * 3 * 4096 * 14_336
+    counts = count_decode(deployment, 4, 100)
+    assert counts.weights.flops == 2 * 4 * (deployment.matrix_elements + 32_000 * 4096)
+    # Of the embedding, four rows.
+    assert counts.weights.bytes == deployment.weight_bytes_read(4) - 2 * 32_000 * 4096 + 4 * 4096 * 2
 
 
 def test_bytes_of_parameters_and_cache_are_those_held():

@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 
 from ..config import ModelConfig
+from ..hf import family_of
 from ..hf.family import Piece, TensorMap
 from .files import CheckpointError, listing
 from .layout import HEAD, decoder_prefix
@@ -40,7 +41,9 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMa
     extra = [name for name in infos if name not in expected and name not in implied]
     others = [name for name in extra if multimodal and not _is_of_decoder(name, tensors)]
     scales = [name for name in extra if config.quantization is not None and _SCALES.search(name)]
-    extra = [name for name in extra if name not in {*others, *scales}]
+    unused = family_of(config).unused
+    further = [] if unused is None else [name for name in extra if name.startswith(unused(config))]
+    extra = [name for name in extra if name not in {*others, *scales, *further}]
 
     quantized = config.quantization is not None
     for name in (*expected, *implied, *extra):
@@ -66,6 +69,8 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, tensors: TensorMa
     if others:
         parts = sorted({".".join(name.split(".")[: 1 + name.startswith("model.")]) for name in others})
         _say(checkpoint, f"the text part alone is loaded, without the {len(others)} tensors of {listing(parts)}")
+    if further:
+        _say(checkpoint, f"the {len(further)} tensors of {unused(config)[:-1]}, which drafts tokens, are not used")
     if scales:
         kinds = sorted({name.rpartition(".")[2] for name in scales})
         _say(

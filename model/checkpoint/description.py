@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..config import DTYPES, LayerConfig, ModelConfig, RopeConfig
+from ..config import DTYPES, ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
 from ..fields import Fields, Kind, an_object, flag, list_of, one_of, text, whole
 from ..schemes import Quantization, Scheme
 from .files import CheckpointError, is_there, listing, read_object
@@ -16,18 +16,23 @@ ARRAYS = "params"
 """The folder that holds the parameters, in orbax's layout."""
 INCOMPLETE = ".incomplete"
 """What a conversion adds to the name of the directory until it is whole."""
-FORMAT = 3
+FORMAT = 4
 """Raised when older versions could no longer read, or would misread, what is written."""
 
 _SCHEME: dict[str, Kind] = {
-    "dtype": one_of("int8", "int4", "float8_e4m3fn"),
+    "dtype": one_of("int8", "int4", "float8_e4m3fn", "float4_e2m1fn"),
     "group": whole(),
     "rows": whole(),
-    "scale_dtype": one_of(*DTYPES),
+    "scale_dtype": one_of(*DTYPES, "float8_e8m0fnu"),
     **dict.fromkeys(("zero_points", "dynamic", "sorted_inputs", "static"), flag),
 }
 _QUANTIZATION = {"layers": an_object(_SCHEME), "output": an_object(_SCHEME), "skip": list_of(text)}
-_CONFIG = {"dtype": one_of(*DTYPES), "tie_embeddings": flag, "quantization": an_object(_QUANTIZATION)}
+_CONFIG = {
+    "dtype": one_of(*DTYPES),
+    "tie_embeddings": flag,
+    "experts": an_object({}),
+    "quantization": an_object(_QUANTIZATION),
+}
 _DECLARED: dict[str, Kind] = {"format": whole(), "ridgeline": text, "config": an_object(_CONFIG)}
 """What ridgeline.json may hold; of the configuration, what config.json does not say too."""
 
@@ -106,7 +111,9 @@ def _config(fields: Fields) -> ModelConfig:
     )
     checked = {name: fields.get(name) for name in ("dtype", "tie_embeddings")}
     quantization = _quantization(fields.object("quantization")) if "quantization" in fields else None
-    return ModelConfig(**{**fields.values, **checked, "layers": layers, "quantization": quantization})
+    experts = ExpertsConfig(**fields["experts"].values) if "experts" in fields else None
+    parts = {"layers": layers, "experts": experts, "quantization": quantization}
+    return ModelConfig(**{**fields.values, **checked, **parts})
 
 
 def _quantization(fields: Fields) -> Quantization:

@@ -217,7 +217,7 @@ def _fill(
         elif piece.rows is not None:
             part = tensor[slice(*piece.rows)].reshape(sizes)[_within(shared, region)]
         else:
-            part = tensor.reshape(sizes)[_within(shared, region)]
+            part = piece.as_in_parameter(tensor).reshape(sizes)[_within(shared, region)]
         checks = check_finite or out.dtype == np.float16 != part.dtype
         for source, target in _pieces(part, out[_within(shared, wanted)]):
             _copy(source, target)
@@ -291,9 +291,13 @@ def _runs(sizes: list[int], wanted: tuple[slice, ...], first: int = 0) -> list[s
 
 
 def _blocks(wanted: _Ranges, itemsize: int) -> list[_Ranges]:
-    """Ranges cut into parts of about BLOCK bytes along the longest axis but the last, whose elements lie together."""
+    """Ranges cut into parts of about BLOCK bytes, along the first axis that all threads can share, such as experts.
+
+    Where there is none it is the longest but the last, whose elements lie together.
+    """
     sizes = [stop - start for start, stop in wanted]
-    axis = max(range(max(1, len(sizes) - 1)), key=sizes.__getitem__)
+    axes = range(max(1, len(sizes) - 1))
+    axis = next((axis for axis in axes if sizes[axis] >= THREADS), max(axes, key=sizes.__getitem__))
     step = max(1, BLOCK * sizes[axis] // (math.prod(sizes) * itemsize))
     first, last = wanted[axis]
     return [

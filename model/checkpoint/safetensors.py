@@ -31,6 +31,7 @@ FLOATS = {"F32": np.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": np.d
 DTYPES = FLOATS | {
     "F8_E4M3": jnp.dtype("float8_e4m3fn"),
     "I8": np.dtype("int8"),
+    "U8": np.dtype("uint8"),
     "I32": np.dtype("int32"),
     "I64": np.dtype("int64"),
 }

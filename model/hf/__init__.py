@@ -1,17 +1,35 @@
 """Hugging Face checkpoints: one small file a family, and the look-up over them."""
 
+from collections.abc import Iterable
+
 from ..config import ModelConfig
 from ..fields import CheckpointError, Fields
-from . import gemma2, gemma3, llama, mistral, olmo2, phi3, qwen2, qwen3
+from . import (
+    gemma2,
+    gemma3,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
+from .experts import fused_experts
 from .family import Family, HFConfig, Piece, TensorMap
 from .multimodal import ARCHITECTURES as MULTIMODAL
 from .multimodal import is_multimodal, text_part
 from .quantized import in_other_orders, stored_quantization, stored_tensors
 from .tensors import with_copied_heads
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2)
-}
+_DENSE = (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2)
+_ROUTED = (mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, glm4_moe)
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (*_DENSE, *_ROUTED)}
 """Every supported family, by name."""
 
 
@@ -34,14 +52,14 @@ def config_from_hf(hf_config: HFConfig, file: str = "config.json") -> ModelConfi
     try:
         family = _family_for(hf)
         config = family.config(hf)
-        return config.replace(quantization=stored_quantization(hf, config, family.tensors(config)))
+        return config.replace(quantization=stored_quantization(hf, config, family.tensors))
     except CheckpointError:
         raise
     except ValueError as error:  # of fields that do not go together
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def tensors_of(config: ModelConfig, hf_config: HFConfig, kv_replicas: int = 1) -> TensorMap:
+def tensors_of(config: ModelConfig, hf_config: HFConfig, kv_replicas: int = 1, held: Iterable[str] = ()) -> TensorMap:
     """Where the checkpoint of that config.json keeps each parameter, or each part of those that it holds quantized.
 
     The names are those of a text model with a head, "model.layers.0..." and "lm_head.weight"; a checkpoint may put them
@@ -51,8 +69,11 @@ def tensors_of(config: ModelConfig, hf_config: HFConfig, kv_replicas: int = 1) -
       config: the model.
       hf_config: as `config_from_hf` takes it.
       kv_replicas: copies of each KV head that the parameters have; see `params.kv_replicas`.
+      held: the names of the checkpoint's tensors, which tell whether each expert is one or a layer's all are.
     """
     tensors = with_copied_heads(config, family_of(config).tensors(config), kv_replicas)
+    if any(name.endswith(".experts.gate_up_proj") for name in held):
+        tensors = fused_experts(tensors)
     return stored_tensors(text_part(hf_config), config, tensors)
 
 

@@ -15,6 +15,7 @@ def decoder_config(
     *,
     windows: Sequence[int | None] | None = None,
     ropes: Sequence[RopeConfig] | None = None,
+    mlps: Sequence[str] | None = None,
     activation_key: str = "hidden_act",
     **fields: Any,
 ) -> ModelConfig:
@@ -25,6 +26,7 @@ def decoder_config(
       hf: the contents of config.json, completed with the family's defaults.
       windows: sliding window of each layer, or None for none at all.
       ropes: rotary embedding of each layer, or None to read the one that all layers share.
+      mlps: what kind of MLP each layer has, or None for dense ones.
       activation_key: where the activation is named.
       **fields: what the family sets otherwise.
 
@@ -39,6 +41,9 @@ def decoder_config(
         ropes = [rope_from_hf(hf, parameters, head_dim(hf))] * layers
     if windows is None:
         windows = [None] * layers
+    if mlps is None:
+        mlps = ["dense"] * layers
+    each = zip(ropes, windows, mlps, strict=True)
     shared = {
         "vocab_size": hf["vocab_size"],
         "embed_dim": hf["hidden_size"],
@@ -46,7 +51,7 @@ def decoder_config(
         "num_heads": hf["num_attention_heads"],
         "num_kv_heads": kv_heads(hf),
         "head_dim": head_dim(hf),
-        "layers": tuple(LayerConfig(rope, window) for rope, window in zip(ropes, windows, strict=True)),
+        "layers": tuple(LayerConfig(rope, window, mlp=mlp) for rope, window, mlp in each),
         "max_position": _max_position(hf, ropes),
         "norm_eps": hf["rms_norm_eps"],
         "query_scale": head_dim(hf) ** -0.5,

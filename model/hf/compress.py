@@ -8,11 +8,12 @@ import numpy as np
 from ..config import ModelConfig
 from ..fields import Fields
 from ..quantization import QuantizedArray
-from ..schemes import Scheme
+from ..schemes import SCHEMES, Scheme
 from . import packing
 from .compressed import compressed_tensors
 from .declared import QUANTIZATION
 from .family import HFConfig, Piece
+from .mxfp4 import SETTINGS, in_blocks
 
 
 def quantization_settings(config: ModelConfig, left: list[str]) -> HFConfig:
@@ -26,6 +27,10 @@ def quantization_settings(config: ModelConfig, left: list[str]) -> HFConfig:
       ValueError: a quantization that the layout cannot say.
     """
     layers, output = config.quantization.layers, config.quantization.output
+    if config.family == "gpt_oss":
+        return SETTINGS
+    if SCHEMES["mxfp4"] in (layers, output):
+        raise ValueError("the layout that is written has no mxfp4 but of gpt-oss; save the model in another scheme")
     if output is not None and config.tie_embeddings:
         raise ValueError(
             "the output projection is quantized beside the embedding that it is tied to, and Hugging Face's layout "
@@ -57,6 +62,8 @@ def compressed(settings: HFConfig, name: str, matrix: QuantizedArray) -> dict[st
       name: of the matrix if it were not quantized, "... .weight".
       matrix: as `hf_view` has it.
     """
+    if settings == SETTINGS:
+        return in_blocks(name, matrix)
     stored = compressed_tensors(Fields(settings, QUANTIZATION, "config.json", "quantization_config."))
     scheme, (outputs, inputs) = stored.scheme, matrix.shape
     pieces = stored.parts(scheme, Piece(name, matrix.shape), scheme.rows)
@@ -95,6 +102,7 @@ def _weights(scheme: Scheme, config: ModelConfig) -> Mapping[str, object]:
         # Blocks of query, key and value matrices end where heads do; all matrices have blocks of one size.
         outputs = [config.head_dim, config.ffn_dim, config.embed_dim]
         outputs += [config.vocab_size] if config.quantization.output else []
+        outputs += [config.experts.ffn_dim, config.experts.shared_ffn_dim] if config.experts else []
         rows = math.gcd(scheme.rows, *outputs)
         weights |= {"strategy": "block", "block_structure": [rows, scheme.group]}
     elif scheme.group is not None:

@@ -17,6 +17,7 @@ ACTIVATIONS = {
 
 _MOST_LAYERS = 4096
 _SIZE, _HEADS = whole(1, 2**24), whole(1, 2**16)
+_EXPERTS = whole(1, 2**14)
 _FACTOR, _ROTATIONS, _THETA = number(1e-3, 1e6), number(0, 1e6), number(1, 1e15, above=True)
 _DTYPE = one_of(*DTYPES, *(f"torch.{dtype}" for dtype in DTYPES))
 _TOKENS = list_of(whole(-1), one=True)
@@ -125,6 +126,25 @@ CONFIG: dict[str, Kind] = {
     "use_sliding_window": flag,
     "max_window_layers": whole(0),
     "sliding_window_pattern": whole(1, _MOST_LAYERS),
+    "num_local_experts": _EXPERTS,
+    "num_experts": _EXPERTS,
+    "n_routed_experts": _EXPERTS,
+    "num_experts_per_tok": _EXPERTS,
+    "moe_intermediate_size": _SIZE,
+    "shared_expert_intermediate_size": _SIZE,
+    "n_shared_experts": whole(0, 2**8),
+    "norm_topk_prob": flag,
+    "routed_scaling_factor": number(0, 1e3, above=True),
+    "n_group": _EXPERTS,
+    "topk_group": _EXPERTS,
+    "first_k_dense_replace": whole(0, _MOST_LAYERS),
+    "decoder_sparse_step": whole(1, _MOST_LAYERS),
+    "mlp_only_layers": list_of(whole(0, _MOST_LAYERS)),
+    "use_qk_norm": flag,
+    "qkv_bias": flag,
+    "clip_qkv": number(0, 1e6),
+    "swiglu_limit": number(0, 1e6, above=True),
+    "swiglu_alpha": number(0, 1e3, above=True),
     "query_pre_attn_scalar": number(1e-3, 1e6),
     "attn_logit_softcapping": number(1e-3, 1e6),
     "final_logit_softcapping": number(1e-3, 1e6),

@@ -34,7 +34,8 @@ class Implied:
 class Piece:
     """The part of a parameter that one checkpoint tensor holds.
 
-    `parameter[index] == tensor[rows].reshape(parameter[index].shape)`, where a packed tensor is unpacked first.
+    `parameter[index] == tensor[rows].reshape(parameter[index].shape)`, where a packed tensor is unpacked first and one
+    with an `order` is transposed.
 
     Attributes:
       tensor: its name in the checkpoint.
@@ -45,6 +46,8 @@ class Piece:
       unpack: (tensor, rows, columns, *those of `beside`) -> those of the matrix that a packed tensor stands for.
       beside: further tensors that unpacking takes.
       implied: tensors that may lie beside it.
+      split, order: the tensor is the parameter's part, or of a quantized one that of `values` or `scales`, once its
+        axes are cut to the sizes `split` and put in this order; None where they lie as in the parameter.
     """
 
     tensor: str
@@ -55,6 +58,24 @@ class Piece:
     unpack: Callable[..., np.ndarray] | None = None
     beside: tuple[str, ...] = ()
     implied: tuple[Implied, ...] = ()
+    split: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+
+    def as_in_parameter(self, tensor: Any) -> Any:
+        """The whole tensor with its axes as those of the parameter: a view of NumPy's."""
+        return tensor if self.order is None else tensor.reshape(self.split).transpose(self.order)
+
+    def as_in_checkpoint(self, part: Any) -> Any:
+        """The inverse, of the parameter's part."""
+        if self.order is None:
+            return part.reshape(-1, *self.shape[1:])
+        part = part.reshape(self.part_shape).transpose(np.argsort(self.order))
+        return part.reshape(self.shape)
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of what `as_in_parameter` gives."""
+        return self.shape if self.order is None else tuple(self.split[axis] for axis in self.order)
 
     def renamed(self, name: Callable[[str], str]) -> "Piece":
         """The same where the checkpoint has other names."""
@@ -83,6 +104,7 @@ class Family:
       model_types: the `model_type` that stands in where a config.json names no architecture.
       config: config.json -> ModelConfig.
       tensors: ModelConfig -> where each parameter lies in the checkpoint.
+      unused: ModelConfig -> how the names of tensors begin that checkpoints hold and the model does not need.
     """
 
     name: str
@@ -90,3 +112,4 @@ class Family:
     model_types: tuple[str, ...]
     config: Callable[[Fields], ModelConfig]
     tensors: Callable[[ModelConfig], TensorMap]
+    unused: Callable[[ModelConfig], str] | None = None

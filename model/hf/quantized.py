@@ -20,6 +20,7 @@ from .declared import QUANTIZATION
 from .family import Implied, Piece, TensorMap
 from .fp8 import fp8, modelopt
 from .gptq import awq, gptq
+from .mxfp4 import mxfp4
 from .stored import REMEDY, Stored
 
 _METHODS: dict[str, Callable[[Fields], Stored]] = {
@@ -28,16 +29,19 @@ _METHODS: dict[str, Callable[[Fields], Stored]] = {
     "gptq": gptq,
     "fp8": fp8,
     "modelopt": modelopt,
+    "mxfp4": mxfp4,
 }
 
 
-def stored_quantization(hf: Fields, config: ModelConfig, floats: TensorMap) -> Quantization | None:
+def stored_quantization(
+    hf: Fields, config: ModelConfig, tensors: Callable[[ModelConfig], TensorMap]
+) -> Quantization | None:
     """Which parameters a checkpoint holds quantized, and how; None where config.json says nothing of it.
 
     Args:
       hf: the contents of config.json.
       config: the model, before it is quantized.
-      floats: where its parameters would lie if none were.
+      tensors: the family's, which say where its parameters would lie if none were.
 
     Raises:
       ValueError: a method, or a setting of one, that is not supported.
@@ -45,6 +49,7 @@ def stored_quantization(hf: Fields, config: ModelConfig, floats: TensorMap) -> Q
     stored = _stored(hf)
     if stored is None:
         return None
+    floats = tensors(config)
     is_stored = {name: _is_stored(stored, name, floats) for name, _ in _matrices(config, floats)}
     output = is_stored.pop("unembedding", False)
     skip = tuple(name for name, stored_so in is_stored.items() if not stored_so)
@@ -135,7 +140,8 @@ def _matrices(config: ModelConfig, floats: TensorMap) -> list[tuple[str, ParamSp
     """The parameters that may be quantized, by name: those of linear modules."""
     named = [(param_name(path), spec) for path, spec in jax.tree_util.tree_leaves_with_path(float_specs(config))]
     # An output projection that is tied to the embedding is stored as the embedding.
-    return [(name, spec) for name, spec in named if spec.in_axes and floats[name] != floats["embedding"]]
+    weights = [(name, spec) for name, spec in named if spec.in_axes and spec.quantizable]
+    return [(name, spec) for name, spec in weights if floats[name] != floats["embedding"]]
 
 
 def _is_stored(stored: Stored, name: str, floats: TensorMap) -> bool:

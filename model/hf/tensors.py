@@ -18,8 +18,13 @@ _NORMS = {
 }
 
 
+_DENSE = ("gate_up", "gate_up_bias", "down", "down_bias")
+
+
 def decoder_tensors(
-    config: ModelConfig, projections: Callable[[ModelConfig, str], TensorMap] | None = None
+    config: ModelConfig,
+    projections: Callable[[ModelConfig, str], TensorMap] | None = None,
+    experts: Callable[[ModelConfig, str], TensorMap] | None = None,
 ) -> TensorMap:
     """The pieces of every parameter.
 
@@ -27,6 +32,7 @@ def decoder_tensors(
       config: the model.
       projections: (config, prefix of the layer's tensors) -> pieces of `qkv` and `gate_up` and their biases, for
         families that name them otherwise than `separate_projections`.
+      experts: the same of all that a layer of experts has in place of a dense MLP.
     """
     V, D = config.vocab_size, config.embed_dim
     found = {
@@ -35,9 +41,11 @@ def decoder_tensors(
     }
     if config.has_unembedding:
         found["unembedding"] = found["embedding"] if config.tie_embeddings else whole("lm_head.weight", V, D)
-    for index in range(config.num_layers):
+    for index, kinds in enumerate(config.layers):
         prefix = f"model.layers.{index}."
         layer = _layer(config, prefix) | (projections or separate_projections)(config, prefix)
+        if kinds.mlp == "experts":
+            layer = {name: pieces for name, pieces in layer.items() if name not in _DENSE} | experts(config, prefix)
         found |= {f"layers.{index}.{name}": pieces for name, pieces in layer.items()}
     return found
 
@@ -106,6 +114,8 @@ def _layer(config: ModelConfig, prefix: str) -> TensorMap:
         found["out_bias"] = whole(f"{prefix}self_attn.o_proj.bias", D)
     if config.mlp_bias:
         found["down_bias"] = whole(f"{prefix}mlp.down_proj.bias", D)
+    if config.attn_sinks:
+        found["sinks"] = whole(f"{prefix}self_attn.sinks", config.num_heads)
     for name, tensor in _NORMS[config.norm_position].items():
         found[name] = whole(f"{prefix}{tensor}.weight", D)
     q_norm, k_norm = (f"{prefix}self_attn.{name}_norm.weight" for name in "qk")

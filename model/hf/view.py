@@ -1,5 +1,6 @@
 """Parameters under Hugging Face's names and in its shapes, and back: the loader's own table, read the other way."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,7 +29,8 @@ def hf_view(params: Params, config: ModelConfig) -> HFView:
     """The parameters by the names, and in the shapes, of Hugging Face's model of that family.
 
     Under jit they are slices and reshapes that cost nothing. Of KV heads that are copied over devices, one copy is
-    shown; an output projection that is tied to the embedding is not.
+    shown; an output projection that is tied to the embedding is not. Each expert is shown by itself, where the family
+    does not have them as one tensor.
 
     Args:
       params: as `param_specs(config)`; arrays of JAX or of NumPy.
@@ -80,7 +82,7 @@ def from_hf_view(view: Mapping[str, Any], config: ModelConfig, mesh: Mesh | None
         shapes = {"values": values, "scales": scales} | ({"zeros": scales} if scheme.zero_points else {})
         return parts[0][1].replace(
             **{
-                part: _put_together(shape, [(piece, getattr(matrix, part)) for piece, matrix in parts])
+                part: _put_together(shape, [(_in_place(piece), getattr(matrix, part)) for piece, matrix in parts])
                 for part, shape in shapes.items()
             }
         )
@@ -116,7 +118,9 @@ def _is_tied(name: str, tensors: TensorMap) -> bool:
 
 def _part_of(array: Tensor, piece: Piece) -> Tensor:
     if not isinstance(array, QuantizedArray):
-        return array[piece.index].reshape(-1, *piece.shape[1:])
+        return piece.as_in_checkpoint(array[piece.index])
+    if piece.order is not None:
+        return array
     outputs = array.scales.ndim - 1
     return _by_rows(lambda part: part[piece.index].reshape(-1, math.prod(part.shape[outputs:])), array)
 
@@ -141,7 +145,7 @@ def _put_together(shape: tuple[int, ...], parts: list[tuple[Piece, Any]]) -> Arr
     dtype = jnp.result_type(*(tensor for _, tensor in parts))
     whole = jnp.zeros(shape, dtype)
     for piece, tensor in parts:
-        wanted, tensor = whole[piece.index].shape, jnp.asarray(tensor)
+        wanted, tensor = whole[piece.index].shape, piece.as_in_parameter(jnp.asarray(tensor))
         first, last = (row * tensor.shape[0] // piece.shape[0] for row in piece.rows or (0, piece.shape[0]))
         rows = tensor[first:last]
         times = math.prod(wanted) // rows.size  # blocks of scales may reach over more outputs than a head has
@@ -149,11 +153,17 @@ def _put_together(shape: tuple[int, ...], parts: list[tuple[Piece, Any]]) -> Arr
     return whole
 
 
+def _in_place(piece: Piece) -> Piece:
+    """A piece of a quantized matrix, whose axes the view leaves as they are."""
+    return dataclasses.replace(piece, shape=piece.part_shape, split=None, order=None)
+
+
 def _check(view: Mapping[str, Any], tensors: TensorMap) -> None:
-    shapes = {piece.tensor: piece.shape for pieces in tensors.values() for piece in pieces}
-    for difference, names in (("lacks", shapes.keys() - view.keys()), ("has besides", view.keys() - shapes.keys())):
+    held = {piece.tensor: piece for pieces in tensors.values() for piece in pieces}
+    for difference, names in (("lacks", held.keys() - view.keys()), ("has besides", view.keys() - held.keys())):
         if names:
             raise ValueError(f"the view {difference} {', '.join(sorted(names)[:5])}, by the configuration")
-    for name, shape in shapes.items():
+    for name, piece in held.items():
+        shape = piece.part_shape if isinstance(view[name], QuantizedArray) else piece.shape
         if tuple(view[name].shape) != shape:
             raise ValueError(f"{name!r} has shape {tuple(view[name].shape)} in the view, expected {shape}")

@@ -19,6 +19,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 _ON_THE_HUB = {
     "gemma-2-27b": ("google/gemma-2-27b", "google/gemma-2-27b-it"),
     "gemma-2-9b": ("google/gemma-2-9b", "google/gemma-2-9b-it"),
+    "glm-4.5-air": ("zai-org/GLM-4.5-Air",),
+    "gpt-oss-120b": ("openai/gpt-oss-120b",),
+    "gpt-oss-20b": ("openai/gpt-oss-20b",),
     "gemma-3-1b": ("google/gemma-3-1b-it", "google/gemma-3-1b-pt"),
     "llama-2-7b": ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"),
     **{
@@ -31,10 +34,14 @@ _ON_THE_HUB = {
     "llama-3.2-3b": ("meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.2-3B-Instruct"),
     "mistral-7b-v0.1": ("mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-Instruct-v0.1"),
     "mistral-7b-v0.3": ("mistralai/Mistral-7B-v0.3", "mistralai/Mistral-7B-Instruct-v0.3"),
+    "mixtral-8x22b": ("mistralai/Mixtral-8x22B-v0.1",),
+    "mixtral-8x7b": ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
     "olmo-2-7b": ("allenai/OLMo-2-1124-7B", "allenai/OLMo-2-1124-7B-Instruct"),
     "phi-3-mini-4k": ("microsoft/Phi-3-mini-4k-instruct",),
     "phi-4-mini": ("microsoft/Phi-4-mini-instruct",),
     "qwen2.5-7b": ("Qwen/Qwen2.5-7B",),
+    "qwen3-235b-a22b": ("Qwen/Qwen3-235B-A22B",),
+    "qwen3-30b-a3b": ("Qwen/Qwen3-30B-A3B",),
     "qwen3-32b": ("Qwen/Qwen3-32B",),
     "qwen3-8b": ("Qwen/Qwen3-8B",),
 }
