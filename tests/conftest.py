@@ -30,10 +30,25 @@ def pytest_addoption(parser):
 
 
 COMPILED_QUICKLY = {
-    *("test_fork", "test_generate", "test_generate_parity", "test_interventions", "test_parity", "test_score"),
+    *(
+        "test_eagle",
+        "test_fork",
+        "test_generate",
+        "test_generate_parity",
+        "test_interventions",
+        "test_parity",
+        "test_score",
+    ),
     *("test_speculation", "test_transformations", "test_transformer"),
     # On eight devices:
-    *("test_engine", "test_quantized_checkpoints", "test_quantized_kv", "test_sharded_loading", "test_tensor_parallel"),
+    *(
+        "test_engine",
+        "test_padded_vocabulary",
+        "test_quantized_checkpoints",
+        "test_quantized_kv",
+        "test_sharded_loading",
+        "test_tensor_parallel",
+    ),
 }
 """Files of tests that compile many programs and run each of them a few times: XLA leaves out most optimizations there,
 which is a third of the time. Files in which programs are read, or run for long, are not among them."""
