@@ -64,7 +64,8 @@ def param_specs(config: ModelConfig, tensor: int = 1) -> Params:
 
     Args:
       config: the model.
-      tensor: devices that share each layer, which copy KV heads where there are more of them; see `kv_replicas`.
+      tensor: devices that share each layer. They copy KV heads where there are more of them (`kv_replicas`), and pad
+        the vocabulary (`padded_vocabulary`): placement, which files and logits know nothing of.
     """
 
     def stored(path: tuple, spec: ParamSpec) -> Any:
@@ -100,14 +101,18 @@ def float_specs(config: ModelConfig, tensor: int = 1) -> Params:
 
     Made once a configuration and shared: not to be changed.
     """
-    V, D, copies = config.vocab_size, config.embed_dim, kv_replicas(config, tensor)
+    D, copies = config.embed_dim, kv_replicas(config, tensor)
     specs = {
-        "embedding": ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1, quantizable=False),
+        "embedding": ParamSpec(
+            (padded_vocabulary(config, tensor), D), config.dtype, ("vocab", "embed"), in_axes=1, quantizable=False
+        ),
         "layers": [_layer_specs(config, layer, copies) for layer in config.layers],
         "final_norm": _norm(config, (D, "embed")),
     }
     if config.has_unembedding:
-        specs["unembedding"] = ParamSpec((V, D), config.dtype, ("vocab", "embed"), in_axes=1)
+        scheme = config.quantization and config.quantization.output
+        rows = padded_vocabulary(config, tensor, scheme)
+        specs["unembedding"] = ParamSpec((rows, D), config.dtype, ("vocab", "embed"), in_axes=1)
     return specs
 
 
@@ -206,6 +211,28 @@ def kv_replicas(config: ModelConfig, tensor: int) -> int:
             f"divide {K}, or be {K} times a divisor of {G}"
         )
     return copies
+
+
+def padded_vocabulary(config: ModelConfig, tensor: int, scheme: Scheme | None = None) -> int:
+    """Rows of a matrix of the vocabulary, as many on each of `tensor` devices; those past V are zeros and no tokens.
+
+    Args:
+      config: the model.
+      tensor: devices that share each layer.
+      scheme: that the matrix is stored in; devices share whole blocks of rows.
+
+    Raises:
+      ValueError: with the padding, blocks would be larger than those of the matrix itself.
+    """
+    V = config.vocab_size
+    block = 1 if scheme is None else scheme.block_rows(V)
+    rows = -(-V // (block * tensor)) * block * tensor
+    if scheme is not None and scheme.block_rows(rows) != block:
+        raise ValueError(
+            f"vocab_size {V} makes blocks of {block} rows, not {scheme.rows}, which a tensor axis of {tensor} cannot "
+            "share; store the output projection in another scheme, such as int8"
+        )
+    return rows
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:

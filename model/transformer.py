@@ -15,7 +15,7 @@ from . import arguments
 from .config import ModelConfig
 from .layers import gated_mlp, linear, rms_norm, soft_cap
 from .moe import experts_mlp
-from .params import Params, float_specs
+from .params import Params, ParamSpec, float_specs
 from .products import Product, weight_product
 from .promotion import own_promotion
 from .rope import apply_rope, rope_tables
@@ -169,7 +169,8 @@ def unembed(
     with jax.named_scope("unembed"):
         name = "unembedding" if config.has_unembedding else "embedding"
         logits = linear(x, params[name], float_specs(config)[name], out_dtype=jnp.float32, product=product)
-        return soft_cap(logits, config.logit_soft_cap)
+        # Over devices the vocabulary may be padded, to parts of one size.
+        return soft_cap(logits[..., : config.vocab_size], config.logit_soft_cap)
 
 
 def _check_width(function, x, config):
@@ -206,7 +207,27 @@ def _layer(x, weights, rope, attend, state, config, index, product, component=No
 _layer_traced_once = jax.jit(_layer, static_argnames=("config", "index", "product"))
 
 
-def _grouped_attention(x, weights, specs, config, norm, rope, attend, product):
+def grouped_attention(
+    x: Float[Array, "B T I"],
+    weights: Params,
+    specs: dict[str, ParamSpec],
+    config: ModelConfig,
+    norm: Callable[..., Array],
+    rope: tuple[Array, Array],
+    attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+    product: Product,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Attention with grouped queries, from the norm before it to the projection after it.
+
+    Args:
+      x: what queries, keys and values are made of.
+      weights, specs: of a layer.
+      config: the model.
+      norm: `rms_norm` of it, of queries and keys.
+      rope: as `rope_tables` makes them.
+      attend: an `Attend` of q, k and v alone.
+      product: as in `linear`.
+    """
     qkv = linear(x, weights["qkv"], specs["qkv"], weights.get("qkv_bias"), product=product)  # [B, T, K, G + 2, H]
     G = qkv.shape[-2] - 2  # fewer than the configuration's where KV heads are copied
     q, k, v = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
@@ -222,7 +243,7 @@ def _dense_mlp(x, weights, specs, config, product, see):
     return gated_mlp(x, weights, specs, config.activation, product, **neurons)
 
 
-_ATTENTION = {"grouped": _grouped_attention}
+_ATTENTION = {"grouped": grouped_attention}
 """What computes a layer's attention, by `LayerConfig.attention`."""
 _MLP = {"dense": _dense_mlp, "experts": experts_mlp}
 """What computes its MLP, by `LayerConfig.mlp`."""

@@ -124,7 +124,7 @@ def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0,
             f"{config.max_position}; take fewer"
         )
     n, element = deployment.tensor, jnp.dtype(config.dtype).itemsize
-    D, V, H, L = config.embed_dim, config.vocab_size // n, config.head_dim, config.num_layers
+    D, V, H, L = config.embed_dim, -(-config.vocab_size // n), config.head_dim, config.num_layers
     K, G = deployment.kv_heads, deployment.q_per_kv
     rows, scored_rows = batch * tokens, batch * scored
 

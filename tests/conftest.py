@@ -33,28 +33,20 @@ def pytest_addoption(parser):
     parser.addoption("--mutation-seed", type=int, default=0, help="which (default: %(default)s)")
 
 
-COMPILED_FULLY = {
-    *("test_compile", "test_contracts", "test_hlo", "test_kernel_programs", "test_kernel_resources"),
-    *(
-        "test_kv_quantization",
-        "test_layers",
-        "test_prefill_decode",
-        "test_products_cpu",
-        "test_ptx",
-        "test_quantized_weights",
-        "test_request",
-    ),
-    *("test_roofline_counts", "test_roofline_measure", "test_sampling_programs", "test_targets", "test_training"),
-    *("test_decode_mosaic", "test_matmul_mosaic", "test_prefill_mosaic"),
-}
+COMPILED_FULLY = """
+    compile contracts decode_mosaic grouped hlo kernel_programs kernel_resources kv_quantization layers matmul_mosaic
+    prefill_decode prefill_mosaic products_cpu ptx quantized_weights request roofline_counts roofline_measure
+    sampling_programs targets training
+"""
 """Files of tests in which programs are read, or run for long. Elsewhere they are many, and each runs a few times: XLA
 leaves out most optimizations there, which is half of the time."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def optimizations(request):
-    quick = request.path.stem not in COMPILED_FULLY and not request.path.stem.startswith("test_benchmarks")
-    jax.config.update("jax_disable_most_optimizations", quick)
+    name = request.path.stem.removeprefix("test_")
+    fully = name in COMPILED_FULLY.split() or name.startswith("benchmarks")
+    jax.config.update("jax_disable_most_optimizations", not fully)
 
 
 @pytest.fixture(autouse=True, scope="module")

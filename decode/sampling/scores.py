@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from ...sharding.rules import constrain, is_split, mesh_of, shard_map
+from ...sharding.rules import RULES, constrain, is_split, mesh_of, shard_map
 from .layout import NO_MIN_P, SamplingPlan, Settings
 from .state import SamplingState
 
@@ -191,6 +191,9 @@ def top(logits: Float[Array, "B T V"], count: int) -> tuple[Float[Array, "B T N"
         return lax.platform_dependent(logits, ids, cpu=best, default=best_of_chunks)
 
     logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 would rank below 0.0
+    if in_parts:  # of one size, as shard_map wants them: what is added ranks below every token
+        added = -logits.shape[-1] % mesh.shape[RULES["vocab"]]
+        logits = jnp.pad(logits, ((0, 0), (0, 0), (0, added)), constant_values=-jnp.inf)
     candidates = shard_map(local, mesh, (split,), (split, split))(logits)
     return _best(*(constrain(x, "batch") for x in candidates), count) if in_parts else candidates
 

@@ -76,13 +76,15 @@ def load_params(
     tree = specs_read(config, tensors, 1 if mesh is None else mesh.shape["tensor"])
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names, specs = [param_name(path) for path, _ in paths], [spec for _, spec in paths]
+    unpadded = jax.tree.leaves(specs_read(config, tensors))
+    held = [own if spec.axes[0] == "vocab" else spec for own, spec in zip(unpadded, specs, strict=True)]
     shardings = [None] * len(specs) if mesh is None else jax.tree.leaves(spec_shardings(tree, mesh))
     final = [None] * len(specs) if mesh is None else treedef.flatten_up_to(param_shardings(config, mesh))
     default = jax.config.jax_default_device  # a thread's own setting, which the workers would not see
 
     def load(shard: _Shard) -> list[jax.Array]:
-        spec = specs[shard.parameter]
-        host = read_parameter(checkpoint, spec, tensors[names[shard.parameter]], shard.index, readers, check_finite)
+        pieces = tensors[names[shard.parameter]]
+        host = read_parameter(checkpoint, held[shard.parameter], pieces, shard.index, readers, check_finite)
         with jax.default_device(default):
             arrays = [jax.device_put(host, device) for device in shard.devices]
         # Transfers are queued: without waiting, the host would hold more than is accounted for.
@@ -164,6 +166,8 @@ def read_parameter(
 ) -> np.ndarray:
     """A slice of one parameter, in the parameter's dtype: only the bytes of that slice are read.
 
+    What of it lies past the parameter's end, as where devices pad the vocabulary, is zeros.
+
     Args:
       checkpoint: the open checkpoint, whose tensors have the shapes that the pieces state.
       spec: the parameter.
@@ -180,11 +184,16 @@ def read_parameter(
       CheckpointError: a value that is not finite, or that the parameter's dtype cannot hold.
       ValueError: an index that is not one slice of step 1 an axis, or pieces that do not cover the slice.
     """
-    wanted = _ranges(index, spec.shape)
-    out = _aligned(tuple(stop - start for start, stop in wanted), jax.numpy.dtype(spec.dtype))
+    whole = _ranges(index, tuple(max(size, part.stop or 0) for part, size in zip(index, spec.shape, strict=True)))
+    out = _aligned(tuple(stop - start for start, stop in whole), jax.numpy.dtype(spec.dtype))
+    wanted = [(min(start, size), min(stop, size)) for (start, stop), size in zip(whole, spec.shape, strict=True)]
+    if wanted != whole:
+        out[...] = 0
+    if any(start == stop for start, stop in wanted):
+        return out
 
     def fill(block: _Ranges) -> None:
-        _fill(out[_within(block, wanted)], checkpoint, spec, pieces, block, check_finite)
+        _fill(out[_within(block, whole)], checkpoint, spec, pieces, block, check_finite)
 
     blocks = _blocks(wanted, out.itemsize)
     if pool is None or len(blocks) == 1:

@@ -68,7 +68,7 @@ def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mes
     wanted, specs = _flat(tree), _flat(param_specs(stored))
     final = dict.fromkeys(wanted, _default_sharding()) if mesh is None else _flat(param_shardings(config, mesh))
     copies = kv_replicas(config, tensor)
-    copied = {name for name, spec in specs.items() if spec.shape != wanted[name].shape}
+    copied = {n for n, spec in specs.items() if spec.shape != wanted[n].shape and "kv_heads" in spec.axes}
     read_as = final | {name: _before_copying(name, specs[name], mesh, copies) for name in copied}
     if config.dtype == "float16" != stored.dtype:
         raise CheckpointError(
@@ -77,11 +77,14 @@ def restore(directory: Path, stored: ModelConfig, config: ModelConfig, mesh: Mes
         )
     _check_arrays(directory, specs)
     abstract = {
-        name: jax.ShapeDtypeStruct(spec.shape, wanted[name].dtype, sharding=read_as[name])
-        for name, spec in specs.items()
+        name: jax.ShapeDtypeStruct(
+            (specs if name in copied else wanted)[name].shape, spec.dtype, sharding=read_as[name]
+        )
+        for name, spec in wanted.items()
     }
     context = v1.Context()
     largest = max(max(spec.nbytes, wanted[name].nbytes) for name, spec in specs.items())
+    context.array.loading.enable_padding_and_truncation = True  # of the vocabulary, with zeros
     context.memory.read_concurrent_bytes = largest + 1  # orbax wants each read to be smaller than the limit
     try:
         with context:

@@ -13,13 +13,24 @@ from jaxtyping import Array
 
 from .. import arguments
 from ..config import ModelConfig
-from ..params import Params, ParamSpec, float_specs, kv_replicas, param_name, param_shardings, scheme_of, store
+from ..params import (
+    Params,
+    ParamSpec,
+    float_specs,
+    kv_replicas,
+    param_name,
+    param_shardings,
+    param_specs,
+    scheme_of,
+    store,
+)
 from ..quantization import QuantizedArray, stored_shapes
 from . import family_of
 from .family import Piece, TensorMap
 from .tensors import with_copied_heads
 
 Tensor = Array | np.ndarray | QuantizedArray
+_OF_VOCABULARY = ("embedding", "unembedding")
 HFView = dict[str, Tensor]
 """Every tensor of a checkpoint by its name, such as "model.layers.0.self_attn.q_proj.weight"."""
 
@@ -29,8 +40,8 @@ def hf_view(params: Params, config: ModelConfig) -> HFView:
     """The parameters by the names, and in the shapes, of Hugging Face's model of that family.
 
     Under jit they are slices and reshapes that cost nothing. Of KV heads that are copied over devices, one copy is
-    shown; an output projection that is tied to the embedding is not. Each expert is shown by itself, where the family
-    does not have them as one tensor.
+    shown, of a vocabulary that is padded, the tokens; an output projection that is tied to the embedding is not. Each
+    expert is shown by itself, where the family does not have them as one tensor.
 
     Args:
       params: as `param_specs(config)`; arrays of JAX or of NumPy.
@@ -87,17 +98,35 @@ def from_hf_view(view: Mapping[str, Any], config: ModelConfig, mesh: Mesh | None
             }
         )
 
-    params = jax.tree_util.tree_map_with_path(parameter, float_specs(config, tensor))
-    return params if mesh is None else jax.device_put(params, param_shardings(config, mesh))
+    unpadded = {name: spec for name, spec in float_specs(config).items() if name in _OF_VOCABULARY}
+    params = jax.tree_util.tree_map_with_path(parameter, float_specs(config, tensor) | unpadded)
+    if mesh is None:
+        return params
+    params = jax.tree.map(_padded, params, param_specs(config, tensor))
+    return jax.device_put(params, param_shardings(config, mesh))
 
 
 def parameters(params: Params, config: ModelConfig) -> list[tuple[str, Tensor, tuple[Piece, ...]]]:
     """Each parameter that a checkpoint holds: its dotted name, the array, and where it lies in the checkpoint."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
     named = {param_name(path): leaf for path, leaf in leaves}
+    named |= {name: _tokens_of(named[name], config) for name in _OF_VOCABULARY if name in named}
     copies = named["layers.0.qkv"].shape[0] // config.num_kv_heads
     tensors = with_copied_heads(config, family_of(config).tensors(config), copies)
     return [(name, leaf, tensors[name]) for name, leaf in named.items() if not _is_tied(name, tensors)]
+
+
+def _tokens_of(matrix: Tensor, config: ModelConfig) -> Tensor:
+    """The rows that are tokens of a matrix that may be padded."""
+    rows = matrix.shape[0]
+    if rows == config.vocab_size:
+        return matrix
+    return _by_rows(lambda part: part[: len(part) * config.vocab_size // rows], matrix)
+
+
+def _padded(array: Array, spec: ParamSpec) -> Array:
+    widths = [(0, whole - size) for size, whole in zip(array.shape, spec.shape, strict=True)]
+    return jnp.pad(array, widths) if any(after for _, after in widths) else array
 
 
 def hf_tensors(array: Tensor, pieces: tuple[Piece, ...]) -> HFView:
