@@ -24,6 +24,7 @@ from .dispatch import Implementation, serve
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
+_MOST_ROWS = 64  # that the kernel takes
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -97,6 +98,8 @@ def check_kernel(
     """NotImplementedError, with the reason, unless the kernel serves such a product."""
     from .matmul_schedule import make_schedule
 
+    if x.shape[0] > _MOST_ROWS:
+        raise NotImplementedError(f"{x.shape[0]} rows of activations; the kernel takes up to {_MOST_ROWS}")
     make_schedule(x, values, scales, zeros)
 
 

@@ -7,6 +7,7 @@ stream-K, Osama et al. 2023). Everything follows from shapes.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,27 @@ import jax.numpy as jnp
 from . import layouts
 from .dispatch import current_device
 
-_COLUMNS = (8, 16, 32, 64)  # to which rows of activations are padded: few kernels, all of whose registers are known
+COLUMNS = (8, 16, 32, 64, 128)  # to which rows of activations are padded: few kernels, with known registers
 WARPGROUP_ROWS = 64  # of the weight: the height of one wgmma
+ROW_ALIGNMENT = 8  # of tiles of activations: what the tiling of shared memory copies at once
 _STEP_BYTES = (128, 64)  # of a row of the weight in a step: the swizzles at which copies and wgmma do best
 _LEAST_BYTES = 16  # that TMA copies of a row, and that strides are multiples of
 _MOST_STAGES = 12
 _BALANCED = 0.9  # of the steps that the blocks have time for: shares that are as equal are equal enough
 _Operand = jax.Array | jax.ShapeDtypeStruct
+
+
+class Table(NamedTuple):
+    """Who does what, where the line is of units, each a band of one of many weights and a tile of rows, `steps` steps.
+
+    Attributes:
+      shares: [blocks, 2] int32, the step of the line at which a thread block begins, and how many it takes.
+      units: [units, 5] int32, the band among those of all weights, the first row of the tile, the first block that
+        takes a step of it, and the first and the end of the tile's rows that are multiplied by this weight.
+    """
+
+    shares: Any
+    units: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +101,14 @@ def make_schedule(
     zeros: _Operand | None,
     *,
     blocks: int | None = None,
+    products: int = 1,
 ) -> Schedule:
     """The schedule of one product, of which it sees shapes and dtypes.
 
     Args:
       x, values, scales, zeros: as in `matmul_mosaic`.
       blocks: thread blocks; None is one a multiprocessor.
+      products: how many such products, of other weights, share the blocks, at most.
 
     Raises:
       NotImplementedError: the kernel does not take such operands, and why.
@@ -100,8 +117,6 @@ def make_schedule(
     N = values.shape[0]
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"activations are {x.dtype}; the kernel takes bfloat16 and float16")
-    if M > _COLUMNS[-1]:
-        raise NotImplementedError(f"{M} rows of activations; the kernel takes up to {_COLUMNS[-1]}")
     if scales is None and values.dtype != x.dtype:
         raise NotImplementedError(f"the weight is {values.dtype}, activations {x.dtype}; the kernel takes one for both")
     blocks = blocks or current_device().multiprocessors or layouts.MULTIPROCESSORS
@@ -117,7 +132,7 @@ def make_schedule(
             f"multiples of {WARPGROUP_ROWS}"
         )
 
-    columns = next(columns for columns in _COLUMNS if columns >= M)
+    columns = next(columns for columns in COLUMNS if columns >= M)
     # Sums of many columns leave each thread registers for 64 bytes of a row of 4 bits.
     sizes = _STEP_BYTES[1:] if bits == 4 and columns > 16 else _STEP_BYTES
     widths = [size * 8 // bits for size in sizes]
@@ -127,19 +142,21 @@ def make_schedule(
         raise NotImplementedError(f"the weight has {K} inputs of {bits} bits; the kernel takes {wanted}")
     width = fitting[0]
     small = group is not None and group <= (32 if zeros is None else 64)
-    tallest = 2 if small and columns > 32 else 4  # as many as find registers for each small group's sums
-    heights = [n for n in (4, 2, 1) if n <= tallest and N % (n * WARPGROUP_ROWS) == 0]
+    # As many as find registers for each small group's sums, or for operands beside many.
+    tallest = 2 if (small and columns > 32) or (bits < 16 and columns > 64) else 4
+    counts = (4, 2, 1) if N % (2 * WARPGROUP_ROWS) == 0 else (3, 1)
+    heights = [n for n in counts if n <= tallest and N % (n * WARPGROUP_ROWS) == 0]
     if not heights:
         raise NotImplementedError(f"the weight has {N} outputs; the kernel takes multiples of {WARPGROUP_ROWS}")
     steps = K // width
 
     def balance(warpgroups: int) -> float:
-        total = N // (warpgroups * WARPGROUP_ROWS) * steps
+        total = N // (warpgroups * WARPGROUP_ROWS) * steps * products
         return total / (-(-total // blocks) * blocks)
 
     warpgroups = next((n for n in heights if balance(n) >= _BALANCED), max(heights, key=balance))
     bands = N // (warpgroups * WARPGROUP_ROWS)
-    share = -(-bands * steps // blocks)
+    share = -(-products * bands * steps // blocks)
     row_bytes = width * bits // 8
     for n, entry in enumerate((scales if scale_rows == 1 else None, zeros)):
         if group is not None and entry is not None:
@@ -147,5 +164,5 @@ def make_schedule(
             row_bytes += entries[n] * entry.dtype.itemsize
     stage = warpgroups * WARPGROUP_ROWS * row_bytes + columns * width * 2
     stages = min(_MOST_STAGES, (layouts.SHARED_BYTES - layouts.RESERVED_BYTES - layouts.PADDING_BYTES) // stage)
-    used = -(-bands * steps // share)
+    used = -(-products * bands * steps // share)
     return Schedule(columns, bits, width, group, scale_rows, warpgroups, bands, steps, share, used, *entries, stages)
