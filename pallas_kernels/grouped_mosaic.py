@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, UInt8
 
-from .grouped_schedule import make_grouped_schedule, make_table, padded_rows
+from .grouped_schedule import make_grouped_schedule, make_table, padded_rows, pieces
 from .matmul_mosaic import stream
 
 
@@ -35,12 +35,13 @@ def grouped_matmul_mosaic(
     """
     R, O = x.shape[0], w.shape[1]  # noqa: E741
     g = make_grouped_schedule(x, w, scales, zeros, blocks=blocks)
-    table, pieces = make_table(g, sizes, R)
+    table, tile, real = make_table(g, sizes, R)
     rows = padded_rows(g, R)
     out = jax.ShapeDtypeStruct((g.pieces, rows, O), x.dtype if g.whole else jnp.float32)
     x = jnp.pad(x, ((0, rows - R), (0, 0)))
     partial = stream(g.product, x, w, scales, zeros, table, out, name="grouped_matmul", interpret=interpret)
     if g.whole:
-        return jnp.where(pieces[:, :1] > 0, partial[0, :R], 0)
-    written = jnp.arange(g.pieces)[:, None, None] < jnp.repeat(pieces, g.product.rows, axis=1)
+        return jnp.where(real[:, None], partial[0, :R], 0)
+    number = jnp.where(real[:, None], pieces(g, table.ends[-1], tile), 0)
+    written = jnp.arange(g.pieces)[:, None, None] < jnp.repeat(number, g.product.rows, axis=1)
     return jnp.where(written, partial[:, :R], 0).sum(axis=0)

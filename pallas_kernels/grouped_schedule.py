@@ -5,21 +5,20 @@ each such pair is a unit of the streaming kernel's work (`matmul_schedule`), and
 are known on the device only: shapes follow from the most tiles that so many rows and groups can make.
 
 Few rows: all units form one line, of which every thread block takes as many steps, and bands that several blocks touch
-are added up. Many rows: a block takes whole units, w, w + blocks and so on, and writes the result. Units that run
-together share what they read, for they go through up to 16 tiles of a group before the next band.
+are added up. Many rows: a block takes whole units, w, w + blocks and so on, and writes the result. Units go through 16
+tiles before the next band, so that those which run together share what they read.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from .matmul_schedule import COLUMNS, ROW_ALIGNMENT, Schedule, Table, make_schedule
+from .matmul_schedule import COLUMNS, ROW_ALIGNMENT, TILES_TOGETHER, Schedule, Table, make_schedule
 
 _FEW_ROWS = 512  # of all groups, whose partial sums are small beside the weights that they take to compute
 _MANY_ROWS = 96  # of a group, from which tiles of 128 rows are mostly full
-_TILES_TOGETHER = 16  # of 128 rows and 4,096 inputs in 16 bits are 17 MB, a third of an H100's L2
 _Operand = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -30,24 +29,20 @@ class GroupedSchedule:
     Attributes:
       product: the schedule of one tile of rows.
       tiles: of rows, the most there can be.
-      whole: whether a thread block takes whole units.
-      least: steps of a thread block, if it takes any, where it does not.
     """
 
     product: Schedule
     tiles: int
-    whole: bool
-    least: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether a thread block takes whole units."""
+        return self.product.share == 0
 
     @property
     def pieces(self) -> int:
         """The most partial sums that a unit has."""
-        return 1 if self.whole else -(-(self.product.steps - 1) // self.least) + 1
-
-    @property
-    def units_a_block(self) -> int:
-        """The most that a thread block has which takes whole ones."""
-        return -(-self.tiles * self.product.bands // self.product.blocks)
+        return 1 if self.whole else -(-(self.product.steps - 1) // self.product.share) + 1
 
 
 def make_grouped_schedule(
@@ -76,66 +71,56 @@ def make_grouped_schedule(
     # Partial sums take at most half the bytes of one weight.
     pieces = max(2, x.shape[1] * product.bits // (64 * R))
     least = max(-(-(product.steps - 1) // (pieces - 1)), -(-product.bands * product.steps // product.blocks), 1)
-    return GroupedSchedule(product, tiles, whole, least)
+    return GroupedSchedule(dataclasses.replace(product, share=0 if whole else least), tiles)
 
 
-def make_table(g: GroupedSchedule, sizes: Int[Array, "E"], rows: int) -> tuple[Table, Int[Array, "R bands"]]:
-    """What the kernel is told, and how many partial sums each of `rows` rows has of each band; 0 for rows of no group.
+def make_table(
+    g: GroupedSchedule, sizes: Int[Array, "E"], rows: int
+) -> tuple[Table, Int[Array, "R"], Bool[Array, "R"]]:
+    """What the kernel is told; the tile of each of `rows` rows; and whether it has one.
+
+    Sums over all groups take the place of scans, searches and gathers: each is one small kernel of XLA's.
 
     Args:
       g: the schedule.
       sizes: rows of each group.
       rows: of the activations, of all groups and those after.
     """
-    s, E = g.product, sizes.shape[0]
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    starts = ends - sizes.astype(jnp.int32)
-    first_rows = starts // ROW_ALIGNMENT * ROW_ALIGNMENT
-    counts = jnp.where(ends > starts, -(-(ends - first_rows) // s.columns), 0)  # tiles of each group
-    tile_ends = jnp.cumsum(counts, dtype=jnp.int32)
+    columns, sizes = g.product.columns, sizes.astype(jnp.int32)
+    group, tile, row = (jnp.arange(n, dtype=jnp.int32) for n in (sizes.shape[0], g.tiles, rows))
 
-    tile = jnp.arange(g.tiles, dtype=jnp.int32)
-    group = jnp.minimum(_place(tile_ends, tile), E - 1)
-    first_tile = (tile_ends - counts)[group]
-    together = first_tile + (tile - first_tile) // _TILES_TOGETHER * _TILES_TOGETHER  # the first of those
-    width = jnp.minimum(_TILES_TOGETHER, tile_ends[group] - together)
+    def total(where, values):
+        return jnp.where(where, values, 0).sum(axis=1, dtype=jnp.int32)
+
+    until = group[:, None] >= group
+    ends = total(until, sizes)
+    starts = ends - sizes
+    aligned = starts // ROW_ALIGNMENT * ROW_ALIGNMENT
+    counts = jnp.where(sizes > 0, -(-(ends - aligned) // columns), 0)  # of tiles
+    tile_ends = total(until, counts)
+    first = tile_ends - counts
+
+    mine = (first <= tile[:, None]) & (tile[:, None] < tile_ends)  # [tiles, E]
+    low = aligned + (tile[:, None] - first) * columns
+    start = jnp.minimum(low, padded_rows(g, rows) - columns)  # which keeps tiles within the activations
+    real = jnp.maximum(starts, low) - start, jnp.minimum(ends, low + columns) - start
+    table = Table(tile_ends, *(total(mine, values) for values in (group, start, *real)))
+
+    mine = (starts <= row[:, None]) & (row[:, None] < ends)  # [rows, E]
+    return table, total(mine, first + (row[:, None] - aligned) // columns), row < ends[-1]
+
+
+def pieces(g: GroupedSchedule, tiles: Int[Array, ""], tile: Int[Array, "R"]) -> Int[Array, "R bands"]:
+    """How many partial sums each band of each tile has, where there are `tiles` in all."""
+    s = g.product
+    share = jnp.maximum(-(-tiles * s.bands * s.steps // s.blocks), s.share)
+    before = tile // TILES_TOGETHER * TILES_TOGETHER
+    together = jnp.minimum(tiles - before, TILES_TOGETHER)
     band = jnp.arange(s.bands, dtype=jnp.int32)
-    unit = (together * s.bands + tile - together)[:, None] + band * width[:, None]  # [tiles, bands]
-    total = tile_ends[-1] * s.bands  # units
-
-    block = jnp.arange(s.blocks, dtype=jnp.int32)
-    if g.whole:
-        steps = jnp.maximum(-(-(total - block) // s.blocks), 0) * s.steps
-        shares = jnp.stack([block * (g.units_a_block * s.steps), steps], axis=1)
-        first_block, place = unit % s.blocks, unit % s.blocks * g.units_a_block + unit // s.blocks
-        pieces = jnp.ones_like(unit)
-    else:
-        share = jnp.maximum(-(-total * s.steps // s.blocks), g.least)
-        steps = jnp.clip(total * s.steps - block * share, 0, share)
-        shares = jnp.stack([jnp.where(steps > 0, block * share, 0), steps], axis=1)
-        first_block, place = unit * s.steps // share, unit
-        pieces = ((unit + 1) * s.steps - 1) // share - first_block + 1
-
-    low = first_rows[group] + (tile - first_tile) * s.columns
-    start = jnp.minimum(low, padded_rows(g, rows) - s.columns)  # which keeps tiles within the activations
-    real = jnp.maximum(starts[group], low) - start, jnp.minimum(ends[group], low + s.columns) - start
-    columns = (group[:, None] * s.bands + band, start[:, None], first_block, *(row[:, None] for row in real))
-    lines = jnp.stack(jnp.broadcast_arrays(*columns), axis=-1)  # [tiles, bands, 5]
-    most = g.units_a_block * s.blocks
-    place = jnp.where((tile < tile_ends[-1])[:, None], place, most)
-    units = jnp.zeros((most, lines.shape[-1]), jnp.int32).at[place].set(lines, mode="drop", unique_indices=True)
-
-    row = jnp.arange(rows, dtype=jnp.int32)
-    group = jnp.minimum(_place(ends, row), E - 1)
-    mine = (tile_ends - counts)[group] + (row - first_rows[group]) // s.columns
-    return Table(shares, units), jnp.where((row < ends[-1])[:, None], pieces[mine], 0)
+    unit = (before * s.bands + tile - before)[:, None] + band * together[:, None]
+    return ((unit + 1) * s.steps - 1) // share - unit * s.steps // share + 1
 
 
 def padded_rows(g: GroupedSchedule, rows: int) -> int:
     """Of the activations, so that a tile fits and the last one begins at a multiple of 8."""
     return max(-(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT, g.product.columns)
-
-
-def _place(ends: Array, n: Array) -> Array:
-    """Of each n, how many ends are not above it: without a binary search, whose loop the host of a GPU would drive."""
-    return jnp.searchsorted(ends, n, side="right", method="compare_all").astype(jnp.int32)

@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Num, UInt8
 
 from . import layouts, mosaic
-from .matmul_schedule import ROW_ALIGNMENT, WARPGROUP_ROWS, Schedule, Table, make_schedule
+from .matmul_schedule import TILES_TOGETHER, WARPGROUP_ROWS, Schedule, Table, make_schedule
 from .matmul_widen import BASE_LAYOUT, RAW_LAYOUT, arranged, widen
 
 _LAYOUT = plgpu.Layout.WGMMA
@@ -160,40 +160,56 @@ def _body(s, interpreted, weight, x, factors, zeros, row_scales, table, out, *, 
 
 
 class _Share:
-    """What a thread block takes: `count` steps of the line, from `start` on, which belong to units of `s.steps`.
+    """What a thread block takes: `count` steps of the line from `start` on, where `s.steps` are a unit.
 
-    A unit is a band of a weight, and a tile of rows that it multiplies.
+    A unit is a band of a weight and a tile of rows that it multiplies. Blocks that take whole units have a line each.
     """
 
     def __init__(self, s: Schedule, table: Table | None):
-        self.s, self.table, self.block = s, table, lax.axis_index("block")
-        if table is None:
-            self.start = self.block * s.share
-            self.count = jnp.minimum(s.share, s.bands * s.steps - self.start)
-        else:
-            self.start, self.count = table.shares[self.block, 0], table.shares[self.block, 1]
+        self.s, self.table, self.block, self.share = s, table, lax.axis_index("block"), s.share
+        self.tiles = 1 if table is None else table.ends[table.ends.shape[0] - 1]
+        total = self.tiles * s.bands
+        if s.share == 0:
+            self.start = 0
+            self.count = jnp.maximum(_div(total - self.block + s.blocks - 1, s.blocks), 0) * s.steps
+            return
+        if table is not None:
+            self.share = jnp.maximum(_div(total * s.steps + s.blocks - 1, s.blocks), s.share)
+        self.count = jnp.maximum(jnp.minimum(total * s.steps - self.block * self.share, self.share), 0)
+        self.start = jnp.where(self.count > 0, self.block * self.share, 0)
 
-    def at(self, i: Any) -> tuple[Any, Any]:
+    def at(self, i: Any) -> tuple["_Unit", Any]:
         """Unit and step of it, for the block's step i."""
-        return lax.div(self.start + i, jnp.int32(self.s.steps)), lax.rem(self.start + i, jnp.int32(self.s.steps))
+        return self.unit(_div(self.start + i, self.s.steps)), lax.rem(self.start + i, jnp.int32(self.s.steps))
 
-    def band(self, unit: Any) -> Any:
-        """Of the weight, or of all weights one after another."""
-        return unit if self.table is None else self.table.units[unit, 0]
-
-    def first_row(self, unit: Any) -> Any:
-        """Of the activations that the unit multiplies."""
-        return 0 if self.table is None else pl.multiple_of(self.table.units[unit, 1], ROW_ALIGNMENT)
-
-    def piece(self, unit: Any) -> Any:
-        """The number of the block among those that take steps of the unit."""
+    def unit(self, n: Any) -> "_Unit":
+        """The n-th unit of the line."""
         if self.table is None:
-            return self.block - lax.div(unit * self.s.steps, jnp.int32(self.s.share))
-        return self.block - self.table.units[unit, 2]
+            return _Unit(n, self.block - _div(n * self.s.steps, self.s.share))
+        if self.s.share == 0:
+            piece, n = 0, self.block + n * self.s.blocks
+        else:
+            piece = self.block - lax.div(n * self.s.steps, self.share)
+        before = _div(n, TILES_TOGETHER * self.s.bands) * TILES_TOGETHER  # tiles
+        together = jnp.minimum(self.tiles - before, TILES_TOGETHER)
+        rest = n - before * self.s.bands
+        tile = before + lax.rem(rest, together)
+        band = self.table.group[tile] * self.s.bands + lax.div(rest, together)
+        return _Unit(band, piece, self.table.start[tile], (self.table.low[tile], self.table.high[tile]))
 
-    def written(self, unit: Any) -> tuple[Any, Any] | None:
-        """First and end of the tile's rows that belong to the unit, where not all do."""
-        return None if self.table is None else (self.table.units[unit, 3], self.table.units[unit, 4])
+
+class _Unit(NamedTuple):
+    """A band among those of all weights, the number of the block among those that take steps of the unit, the first row
+    of activations, and which rows from there on are the unit's, if not all."""
+
+    band: Any
+    piece: Any
+    start: Any = 0
+    rows: tuple[Any, Any] | None = None
+
+
+def _div(a: Any, b: int) -> Any:
+    return lax.div(a, jnp.int32(b))
 
 
 def _at_once(s):
@@ -209,12 +225,11 @@ def _fetch(s, share, sources, ring, i):
     stored = ring.weight.shape[-1]
     slot = lax.rem(i, jnp.int32(s.stages))
     unit, step = share.at(i)
-    band, first_row = share.band(unit), share.first_row(unit)
     filled = ring.filled.at[slot]
-    tiles = weight.at[pl.ds(band * s.warpgroups, s.warpgroups), :, pl.ds(step * stored, stored)]
+    tiles = weight.at[pl.ds(unit.band * s.warpgroups, s.warpgroups), :, pl.ds(step * stored, stored)]
     plgpu.copy_gmem_to_smem(tiles, ring.weight.at[slot], filled)
-    plgpu.copy_gmem_to_smem(x.at[pl.ds(first_row, s.columns), pl.ds(step * s.width, s.width)], ring.x.at[slot], filled)
-    rows = pl.ds(band * s.rows, s.rows)
+    plgpu.copy_gmem_to_smem(x.at[pl.ds(unit.start, s.columns), pl.ds(step * s.width, s.width)], ring.x.at[slot], filled)
+    rows = pl.ds(unit.band * s.rows, s.rows)
     for source, entries, each in ((factors, ring.scales, s.scales_a_step), (zeros, ring.zeros, s.zeros_a_step)):
         if each:  # a copy may reach beyond the step's own, to be long enough
             first = lax.div(step * s.parts, jnp.int32(each)) * each
@@ -240,7 +255,7 @@ def _multiply(s, interpreted, share, scales_of, ring, out, fetch):
         if factors is None or s.scales_a_step:
             return ()
         unit, step = share.at(jnp.maximum(jnp.minimum(i, count - 1), 0))
-        row = lax.div(share.band(unit) * s.rows + warpgroup * WARPGROUP_ROWS, jnp.int32(s.scale_rows))
+        row = _div(unit.band * s.rows + warpgroup * WARPGROUP_ROWS, s.scale_rows)
         return tuple(factors[row, step * s.parts + part] for part in range(s.parts))
 
     def operand(weight, slot, step, part):
@@ -272,7 +287,7 @@ def _multiply(s, interpreted, share, scales_of, ring, out, fetch):
     def body(i, carry):
         sums, scales = carry
         slot = lax.rem(i, jnp.int32(s.stages))
-        _, step = share.at(i)
+        step = lax.rem(share.start + i, jnp.int32(s.steps))
         next_scales = block_scales(i + 1)
 
         @pl.when((warpgroup == 0) & (i + ahead < count))
@@ -300,21 +315,21 @@ def _multiply(s, interpreted, share, scales_of, ring, out, fetch):
         plgpu.barrier_arrive(ring.freed.at[slot])
         return tuple(sums), next_scales
 
-    def unit_body(unit, scales):
+    def unit_body(n, scales):
         zeros = tuple(layouts.filled((WARPGROUP_ROWS, columns.size), 0.0, _LAYOUT) for columns in blocks)
-        first = unit * s.steps - share.start
+        first = n * s.steps - share.start
         steps = jnp.maximum(first, 0), jnp.minimum(first + s.steps, count)
         sums, scales = lax.fori_loop(*steps, body, (zeros, scales))
-        band, written = share.band(unit), share.written(unit)
+        unit = share.unit(n)
         if row_scales is not None:
-            entries = row_scales.at[pl.ds(band * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+            entries = row_scales.at[pl.ds(unit.band * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
             entries = mosaic.load(entries, BASE_LAYOUT, optimized=False)
             sums = [total * lax.broadcast_in_dim(entries, total.shape, [0]) for total in sums]
-        outputs = pl.ds(lax.rem(band, jnp.int32(s.bands)) * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        outputs = pl.ds(lax.rem(unit.band, jnp.int32(s.bands)) * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         for total, columns in zip(sums, blocks, strict=True):
-            rows = pl.ds(share.first_row(unit) + columns.start, columns.size)
-            here = None if written is None else tuple(row - columns.start for row in written)
-            target = out.at[share.piece(unit), rows, outputs]
+            rows = pl.ds(unit.start + columns.start, columns.size)
+            here = None if unit.rows is None else tuple(row - columns.start for row in unit.rows)
+            target = out.at[unit.piece, rows, outputs]
             mosaic.scatter_transposed(target, total.astype(out.dtype), here, interpreted=interpreted)
         return scales
 
@@ -322,6 +337,6 @@ def _multiply(s, interpreted, share, scales_of, ring, out, fetch):
     def _():
         pl.loop(0, jnp.minimum(ahead, count))(fetch)
 
-    first, end = (lax.div(share.start + n, jnp.int32(s.steps)) for n in (0, count + s.steps - 1))
+    first, end = (_div(share.start + n, s.steps) for n in (0, count + s.steps - 1))
     lax.fori_loop(first, end, unit_body, block_scales(0))
     mosaic.finish_together(ring.done)

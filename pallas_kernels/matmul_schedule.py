@@ -21,21 +21,26 @@ ROW_ALIGNMENT = 8  # of tiles of activations: what the tiling of shared memory c
 _STEP_BYTES = (128, 64)  # of a row of the weight in a step: the swizzles at which copies and wgmma do best
 _LEAST_BYTES = 16  # that TMA copies of a row, and that strides are multiples of
 _MOST_STAGES = 12
+TILES_TOGETHER = 16  # of rows, before the next band: 128 each with 4,096 inputs are 17 MB, a third of an H100's L2
 _BALANCED = 0.9  # of the steps that the blocks have time for: shares that are as equal are equal enough
 _Operand = jax.Array | jax.ShapeDtypeStruct
 
 
 class Table(NamedTuple):
-    """Who does what, where the line is of units, each a band of one of many weights and a tile of rows, `steps` steps.
+    """The tiles of rows of many products, each with its own weight, on the device; int32.
 
     Attributes:
-      shares: [blocks, 2] int32, the step of the line at which a thread block begins, and how many it takes.
-      units: [units, 5] int32, the band among those of all weights, the first row of the tile, the first block that
-        takes a step of it, and the first and the end of the tile's rows that are multiplied by this weight.
+      ends: [E], after the tiles of each weight: the last is the number of tiles. There is room for T.
+      group: [T], the weight.
+      start: [T], the first row of the tile, a multiple of 8.
+      low, high: [T], the first and the end of the rows of the tile that are multiplied by the weight.
     """
 
-    shares: Any
-    units: Any
+    ends: Any
+    group: Any
+    start: Any
+    low: Any
+    high: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Schedule:
       scale_rows: outputs that share a scale.
       warpgroups: that multiply, 64 rows of a band each.
       bands, steps: of the weight, and of a band.
-      share: steps a thread block takes; the last may take fewer.
+      share: steps a thread block takes; the last may take fewer. Of many products the fewest that one takes which takes
+        any, 0 where blocks take whole bands.
       blocks: thread blocks.
       scales_a_step, zeros_a_step: of each row, copied with a step; 0 where rows have none of their own.
       stages: steps in shared memory, the one being multiplied included.
@@ -164,5 +170,5 @@ def make_schedule(
             row_bytes += entries[n] * entry.dtype.itemsize
     stage = warpgroups * WARPGROUP_ROWS * row_bytes + columns * width * 2
     stages = min(_MOST_STAGES, (layouts.SHARED_BYTES - layouts.RESERVED_BYTES - layouts.PADDING_BYTES) // stage)
-    used = -(-products * bands * steps // share)
+    used = -(-bands * steps // share) if products == 1 else blocks
     return Schedule(columns, bits, width, group, scale_rows, warpgroups, bands, steps, share, used, *entries, stages)
