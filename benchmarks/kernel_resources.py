@@ -24,7 +24,7 @@ from . import attention, matmul
 from .attention_rows import Row
 from .harness import Table
 from .limits import Figure
-from .matmul_rows import LAYERS, rows
+from .matmul_rows import EXPERTS, LAYERS, MEASURED_TOKENS, expert_rows, rows
 from .matmul_rows import Row as Product
 from .mosaic_dump import ASK, captured, kernels_in
 from .timing import reason
@@ -35,7 +35,8 @@ THREADS = 2048
 BLOCKS = 32
 RESERVED = 1024  # bytes of shared memory that the system takes for each block
 
-FILLS = ("split_kernel", "matmul")  # launch as many blocks as the GPU is to hold at once; others, what the batch needs
+# These launch as many blocks as the GPU is to hold at once; others, what the batch needs.
+FILLS = ("split_kernel", "matmul", "grouped_matmul")
 
 CONTEXT = 8192
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -66,6 +67,8 @@ QUICK: list[Row | Product] = [
     *(row for row in rows(("70b tensor 8",), (64,), ("int4",)) if row.weight.endswith("down")),
     *(row for row in rows(("8b",), (16,), ("int4-32-zero",)) if row.weight.endswith("qkv")),
     *(row for row in rows(("1b",), (64,), ("int4-32",)) if row.weight.endswith("out")),
+    *expert_rows(("mixtral-8x7b",), (4096,), ("bf16", "int4")),
+    *expert_rows(("deepseek-v3",), (4096,), ("bf16", "int8")),
 ]
 ATTENTION = [
     # Every head dim, with every dtype of pages.
@@ -94,8 +97,8 @@ ATTENTION = [
     prefill(256, every=True, kv="fp8"),
     *(prefill(G=G, K=K) for G, K in ((4, 1), (8, 8), (8, 1))),
 ]
-CASES = [*ATTENTION, *rows(tuple(LAYERS), (1, 16, 64))]
-"""Attention, and products of a few rows: of every weight of a layer in every form."""
+CASES = [*ATTENTION, *rows(tuple(LAYERS), (1, 16, 64)), *expert_rows(tuple(EXPERTS), MEASURED_TOKENS)]
+"""Attention, and products of every weight of a layer in every form: of a few rows, and of experts."""
 
 
 # --- compiling ---

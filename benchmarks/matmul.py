@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..pallas_kernels.grouped import grouped_matmul
 from ..pallas_kernels.matmul import matmul
 from . import kernel_rows
 from .harness import Table
@@ -53,6 +54,8 @@ def make_inputs(row: Row, sets: int) -> Inputs:
             operands["values"] = operands["values"] * jnp.asarray(1 / size, jnp.bfloat16)
         if "zeros" in operands:
             operands["zeros"] = operands["zeros"] & 15
+        if row.experts:
+            operands["sizes"] = jnp.asarray(row.sizes, jnp.int32)
         return operands
 
     return x, {}, [one() for _ in range(sets)]
@@ -60,7 +63,14 @@ def make_inputs(row: Row, sets: int) -> Inputs:
 
 def product_of(row: Row, implementation: str) -> Contender:
     activation = "silu" if row.gated else None
-    return lambda x, operands: matmul(x, **operands, activation=activation, implementation=implementation)
+
+    def product(x, operands):
+        if not row.experts:
+            return matmul(x, **operands, activation=activation, implementation=implementation)
+        others = {name: part for name, part in operands.items() if name != "values"}
+        return grouped_matmul(x, operands["values"], **others, implementation=implementation)
+
+    return product
 
 
 def xla(row: Row) -> Contender:
@@ -76,7 +86,7 @@ def xla(row: Row) -> Contender:
 
 def contenders(row: Row) -> dict[str, Contender | str]:
     kernel = kernel_reason() or product_of(row, "mosaic")
-    peers = {"xla": xla(row)} if row.form == "bf16" else {}
+    peers = {"xla": xla(row)} if row.form == "bf16" and not row.experts else {}
     return {"mosaic": kernel, "reference": product_of(row, "reference"), **peers}
 
 

@@ -1,8 +1,10 @@
-"""The products that are measured and compiled: a layer's four weights, of three models, in every form."""
+"""The products that are measured and compiled: a layer's weights, of dense models and of experts, in every form."""
 
 import dataclasses
 import functools
 import math
+
+import numpy as np
 
 FORMS = {  # dtype of the values, inputs a scale (None: all), dtype of the scales, whether there are zero points
     "bf16": ("bfloat16", None, None, False),
@@ -22,7 +24,8 @@ Shapes = dict[str, tuple[tuple[int, ...], str]]
 @dataclasses.dataclass(frozen=True)
 class Row:
     """M rows of bfloat16 by a weight of N outputs and K inputs; N counts the gate's where it is `gated`.
-    `residual` is added to the result.
+    `residual` is added to the result. With `experts` they are many weights, and each token has a row with `top_k` of
+    them.
     """
 
     weight: str
@@ -32,9 +35,12 @@ class Row:
     form: str = "bf16"
     gated: bool = False
     residual: bool = False
+    experts: int = 0
+    top_k: int = 1
 
     def __str__(self) -> str:
-        return f"matmul {self.weight} {self.M} x {self.N} x {self.K} {self.form}"
+        weights = f"{self.experts} x " * (self.experts > 0)
+        return f"matmul {self.weight} {self.M} x {weights}{self.N} x {self.K} {self.form}"
 
     @property
     def outputs(self) -> int:
@@ -44,7 +50,8 @@ class Row:
     def operands(self) -> Shapes:
         """Shape and dtype of each array that `matmul` takes."""
         values, group, scale, zeros = FORMS[self.form]
-        lead = (2, self.outputs) if self.gated else (self.N,)
+        lead: tuple[int, ...] = (2, self.outputs) if self.gated else (self.N,)
+        lead = (self.experts, *lead) if self.experts else lead
         operands: Shapes = {
             "x": ((self.M, self.K), "bfloat16"),
             "values": ((*lead, self.K // 2 if values == "uint8" else self.K), values),
@@ -61,9 +68,20 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """That the product has to move: every operand and the result, once each."""
-        operands = sum(math.prod(shape) * ITEMSIZE[dtype] for shape, dtype in self.operands.values())
-        return operands + self.M * self.outputs * 2
+        """That the product has to move: every operand, of weights those that are hit, and the result, once each."""
+        sizes = {name: math.prod(shape) * ITEMSIZE[dtype] for name, (shape, dtype) in self.operands.items()}
+        rows = sizes.pop("x") + sizes.pop("residual", 0) + self.M * self.outputs * 2
+        if self.experts:
+            hit = int(np.count_nonzero(self.sizes))
+            return rows + sum(sizes.values()) // self.experts * hit
+        return rows + sum(sizes.values())
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Rows of each expert, where all are as likely and a token never has the same one twice."""
+        rng = np.random.default_rng(0)
+        tokens = [rng.permutation(self.experts)[: self.top_k] for _ in range(self.M // self.top_k)]
+        return np.bincount(np.concatenate(tokens), minlength=self.experts)
 
     @property
     def flops(self) -> int:
@@ -91,9 +109,37 @@ LAYERS = {
 MEASURED_ROWS = (1, 4, 16, 64)
 
 
+def experts(model: str, D: int, F: int, experts: int, top_k: int) -> list[functools.partial]:
+    """Both products of a layer of experts of D embed and F ffn; M counts rows, which are `top_k` a token."""
+    shared = {"experts": experts, "top_k": top_k}
+    return [
+        functools.partial(Row, f"{model} gate_up", 2 * F, D, **shared),
+        functools.partial(Row, f"{model} down", D, F, **shared),
+    ]
+
+
+EXPERTS = {
+    "mixtral-8x7b": experts("mixtral-8x7b", 4096, 14336, 8, 2),
+    "qwen3-30b-a3b": experts("qwen3-30b-a3b", 2048, 768, 128, 8),
+    "qwen3-235b-a22b": experts("qwen3-235b-a22b", 4096, 1536, 128, 8),
+    "gpt-oss-120b": experts("gpt-oss-120b", 2880, 2880, 128, 4),
+    "deepseek-v3": experts("deepseek-v3", 7168, 2048, 256, 8),
+}
+MEASURED_TOKENS = (1, 8, 64, 4096)
+
+
 def rows(models: tuple[str, ...], counts: tuple[int, ...], forms: tuple[str, ...] = tuple(FORMS)) -> list[Row]:
     """Row by row every form of a product, bf16 first, to which the others are compared."""
     return [product(M=M, form=form) for model in models for product in LAYERS[model] for M in counts for form in forms]
+
+
+def expert_rows(
+    models: tuple[str, ...], tokens: tuple[int, ...], forms: tuple[str, ...] = ("bf16", "int8", "fp8", "int4")
+) -> list[Row]:
+    """The same for experts. The kernel takes no 2,880 inputs of 4 bits, gpt-oss-120b's."""
+    products = [(product, product.keywords["top_k"]) for model in models for product in EXPERTS[model]]
+    rows = [product(M=top_k * n, form=form) for product, top_k in products for n in tokens for form in forms]
+    return [row for row in rows if row.form != "int4" or row.K % 128 == 0]
 
 
 QUICK = [row for row in rows(("8b",), MEASURED_ROWS, ("bf16", "int8", "int4")) if row.gated or row.M in (1, 16)]
@@ -101,4 +147,5 @@ TINY = [Row("tiny", 256, 256, 1, form, gated=True) for form in FORMS]
 
 
 def full() -> list[Row]:
-    return list(dict.fromkeys([*QUICK, *rows(("8b",), MEASURED_ROWS), *rows(tuple(LAYERS), (1, 16))]))
+    dense = [*QUICK, *rows(("8b",), MEASURED_ROWS), *rows(tuple(LAYERS), (1, 16))]
+    return list(dict.fromkeys([*dense, *expert_rows(tuple(EXPERTS), MEASURED_TOKENS)]))

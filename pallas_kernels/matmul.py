@@ -24,6 +24,7 @@ from .dispatch import Implementation, serve
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
+_MOST_ROWS = 64  # that the kernel takes
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -60,7 +61,9 @@ def matmul(
       NotImplementedError: "mosaic" does not serve the case.
       ValueError: no such implementation or activation, or shapes and dtypes that make no weight.
     """
-    _check(x, values, scales, zeros, activation)
+    if activation is not None and activation not in _ACTIVATIONS:
+        raise ValueError(f"matmul: activation is {activation!r}; choose one of {', '.join(_ACTIVATIONS)}")
+    check_operands("matmul", x, values, scales, zeros, lead=() if activation is None else (2,))
     flat = [None if part is None else part.reshape(-1, part.shape[-1]) for part in (values, scales, zeros)]
 
     def finished(sums, bias, residual):
@@ -95,6 +98,8 @@ def check_kernel(
     """NotImplementedError, with the reason, unless the kernel serves such a product."""
     from .matmul_schedule import make_schedule
 
+    if x.shape[0] > _MOST_ROWS:
+        raise NotImplementedError(f"{x.shape[0]} rows of activations; the kernel takes up to {_MOST_ROWS}")
     make_schedule(x, values, scales, zeros)
 
 
@@ -114,24 +119,24 @@ def dequantized(
     return w * jnp.repeat(scales, K // scales.shape[1], axis=1)
 
 
-def _check(x: Array, values: Array, scales: Array | None, zeros: Array | None, activation: str | None) -> None:
-    if activation is not None and activation not in _ACTIVATIONS:
-        raise ValueError(f"matmul: activation is {activation!r}; choose one of {', '.join(_ACTIVATIONS)}")
-    lead = () if activation is None else (2,)
+def check_operands(
+    op: str, x: Array, values: Array, scales: Array | None, zeros: Array | None, lead: tuple[int, ...] = ()
+) -> None:
+    """ValueError unless these make weights of `op`, with the leading axes `lead`, for x."""
     for name, part in (("values", values), ("scales", scales), ("zeros", zeros)):
         if part is not None and (part.ndim != 2 + len(lead) or part.shape[:-2] != lead):
-            wanted = "two axes" if activation is None else "three axes, the first of two"
-            raise ValueError(f"matmul: {name} are {list(part.shape)}; with activation {activation!r} pass {wanted}")
+            wanted = "two axes" if not lead else f"three axes, the first of {lead[0]}"
+            raise ValueError(f"{op}: {name} are {list(part.shape)}; pass {wanted}")
     packed = values.dtype == jnp.uint8
     N, K = values.shape[-2], values.shape[-1] * (2 if packed else 1)
     if K != x.shape[-1]:
-        raise ValueError(f"matmul: x has {x.shape[-1]} inputs and the weight {K}; they must agree")
+        raise ValueError(f"{op}: x has {x.shape[-1]} inputs and the weight {K}; they must agree")
     if (scales is None) == (values.dtype in (jnp.int8, jnp.float8_e4m3fn, jnp.uint8)):
         raise ValueError(
-            f"matmul: values are {values.dtype} and scales are {'missing' if scales is None else 'given'}; "
+            f"{op}: values are {values.dtype} and scales are {'missing' if scales is None else 'given'}; "
             "int8, float8_e4m3fn and uint8 go with scales, and no others do"
         )
     if scales is not None and (N % scales.shape[-2] or K % scales.shape[-1]):
-        raise ValueError(f"matmul: scales are {list(scales.shape)}; they must divide a weight of {[N, K]}")
+        raise ValueError(f"{op}: scales are {list(scales.shape)}; they must divide a weight of {[N, K]}")
     if zeros is not None and (not packed or zeros.shape != scales.shape):
-        raise ValueError(f"matmul: zeros are {list(zeros.shape)}; they go with uint8 values, in the shape of scales")
+        raise ValueError(f"{op}: zeros are {list(zeros.shape)}; they go with uint8 values, in the shape of scales")

@@ -8,6 +8,9 @@ flight, since a warpgroup for that alone would take a fifth of the registers.
 Weights of fewer bits are widened in registers (`matmul_widen`) and multiplied from there: by count, shared memory would
 take 36 cycles to write and read a widened 64 x 16 tile of 4 bits, of which one arrives every 25. Products of integers
 are exact; scales multiply the float32 sums of their group, or of the whole output.
+
+The same kernel serves many products at once, each of some rows with its own weight (`grouped_mosaic`): a `Table` then
+says which parts of which a block takes.
 """
 
 import functools
@@ -22,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Num, UInt8
 
 from . import layouts, mosaic
-from .matmul_schedule import WARPGROUP_ROWS, Schedule, make_schedule
+from .matmul_schedule import TILES_TOGETHER, WARPGROUP_ROWS, Schedule, Table, make_schedule
 from .matmul_widen import BASE_LAYOUT, RAW_LAYOUT, arranged, widen
 
 _LAYOUT = plgpu.Layout.WGMMA
@@ -54,31 +57,58 @@ def matmul_mosaic(
     """
     M, N = x.shape[0], values.shape[0]
     s = make_schedule(x, values, scales, zeros, blocks=blocks)
-    x = arranged(jnp.pad(x, ((0, s.columns - M), (0, 0))), s.bits)
-    factors = None if s.group is None else scales
+    x = jnp.pad(x, ((0, s.columns - M), (0, 0)))
+    out = jax.ShapeDtypeStruct((s.pieces, s.columns, N), jnp.float32)
+    partial = stream(s, x, values, scales, zeros, None, out, name="matmul", interpret=interpret)
+    pieces = np.repeat([last - first + 1 for first, last in map(s.span, range(s.bands))], s.rows)
+    written = np.arange(s.pieces)[:, None, None] < pieces
+    return jnp.where(written, partial[:, :M], 0.0).sum(axis=0)
+
+
+def stream(
+    s: Schedule,
+    x: Float[Array, "M K"],
+    values: Num[Array, "*E N C"],
+    scales: Float[Array, "*E blocks groups"] | None,
+    zeros: UInt8[Array, "*E N groups"] | None,
+    table: Table | None,
+    out: jax.ShapeDtypeStruct,
+    *,
+    name: str,
+    interpret: Any,
+) -> Float[Array, "pieces M N"]:
+    """The kernel's partial sums, of which those that no block has written may be anything.
+
+    Args:
+      s: the schedule; of a product of one tile of rows, where there is a table.
+      x: at least as many rows as the schedule has columns.
+      values, scales, zeros: the weight, or one a group.
+      table: which tiles of rows meet which weights, and who does it; None for one of each.
+      out: shape and dtype of the result.
+      name: the kernel's.
+      interpret: as in `matmul_mosaic`.
+    """
+    x = arranged(x, s.bits)
+    scales, zeros = (None if part is None else part.reshape(-1, part.shape[-1]) for part in (scales, zeros))
+    factors, row_scales = scales, None
+    if s.group is None and scales is not None:
+        factors, row_scales = None, jnp.repeat(scales[:, 0].astype(jnp.float32), s.scale_rows)
     if s.scales_a_step:
         factors = _in_steps(scales, s.scales_a_step)
     if zeros is not None:
         zeros = _in_steps(zeros, s.zeros_a_step)
-    partial = mosaic.kernel(
+    return mosaic.kernel(
         functools.partial(_body, s, interpret is not None),
-        out_type=jax.ShapeDtypeStruct((s.pieces, s.columns, N), jnp.float32),
+        out_type=out,
         grid=(s.blocks,),
         grid_names=("block",),
         num_threads=s.warpgroups,
         thread_name="warpgroup",
         scratch_types={"ring": _scratch(s, x, values, factors, zeros, interpreted=interpret is not None)},
         reduction_scratch_bytes=0,
-        kernel_name="matmul",
+        kernel_name=name,
         interpret=interpret,
-    )(values.reshape(-1, WARPGROUP_ROWS, values.shape[1]), x, factors, zeros)
-
-    pieces = np.repeat([last - first + 1 for first, last in map(s.span, range(s.bands))], s.rows)
-    written = np.arange(s.pieces)[:, None, None] < pieces
-    sums = jnp.where(written, partial[:, :M], 0.0).sum(axis=0)
-    if scales is not None and factors is None:
-        sums = sums * jnp.repeat(scales[:, 0].astype(jnp.float32), N // scales.shape[0])
-    return sums
+    )(values.reshape(-1, WARPGROUP_ROWS, values.shape[-1]), x, factors, zeros, row_scales, table)
 
 
 def _in_steps(entries: Array, count: int) -> Array:
@@ -123,44 +153,93 @@ def _scratch(s: Schedule, x: Array, values: Array, factors: Any, zeros: Any, *, 
     )
 
 
-def _body(s, interpreted, weight, x, factors, zeros, out, *, ring):
-    start = lax.axis_index("block") * s.share
-    count = jnp.minimum(s.share, s.bands * s.steps - start)
-    fetch = functools.partial(_fetch, s, start, (weight, x, factors, zeros), ring)
-    _multiply(s, interpreted, start, count, factors, ring, out, fetch)
+def _body(s, interpreted, weight, x, factors, zeros, row_scales, table, out, *, ring):
+    share = _Share(s, table)
+    fetch = functools.partial(_fetch, s, share, (weight, x, factors, zeros), ring)
+    _multiply(s, interpreted, share, (factors, row_scales), ring, out, fetch)
+
+
+class _Share:
+    """What a thread block takes: `count` steps of the line from `start` on, where `s.steps` are a unit.
+
+    A unit is a band of a weight and a tile of rows that it multiplies. Blocks that take whole units have a line each.
+    """
+
+    def __init__(self, s: Schedule, table: Table | None):
+        self.s, self.table, self.block, self.share = s, table, lax.axis_index("block"), s.share
+        self.tiles = 1 if table is None else table.ends[table.ends.shape[0] - 1]
+        total = self.tiles * s.bands
+        if s.share == 0:
+            self.start = 0
+            self.count = jnp.maximum(_div(total - self.block + s.blocks - 1, s.blocks), 0) * s.steps
+            return
+        if table is not None:
+            self.share = jnp.maximum(_div(total * s.steps + s.blocks - 1, s.blocks), s.share)
+        self.count = jnp.maximum(jnp.minimum(total * s.steps - self.block * self.share, self.share), 0)
+        self.start = jnp.where(self.count > 0, self.block * self.share, 0)
+
+    def at(self, i: Any) -> tuple["_Unit", Any]:
+        """Unit and step of it, for the block's step i."""
+        return self.unit(_div(self.start + i, self.s.steps)), lax.rem(self.start + i, jnp.int32(self.s.steps))
+
+    def unit(self, n: Any) -> "_Unit":
+        """The n-th unit of the line."""
+        if self.table is None:
+            return _Unit(n, self.block - _div(n * self.s.steps, self.s.share))
+        if self.s.share == 0:
+            piece, n = 0, self.block + n * self.s.blocks
+        else:
+            piece = self.block - lax.div(n * self.s.steps, self.share)
+        before = _div(n, TILES_TOGETHER * self.s.bands) * TILES_TOGETHER  # tiles
+        together = jnp.minimum(self.tiles - before, TILES_TOGETHER)
+        rest = n - before * self.s.bands
+        tile = before + lax.rem(rest, together)
+        band = self.table.group[tile] * self.s.bands + lax.div(rest, together)
+        return _Unit(band, piece, self.table.start[tile], (self.table.low[tile], self.table.high[tile]))
+
+
+class _Unit(NamedTuple):
+    """A band among those of all weights, the number of the block among those that take steps of the unit, the first row
+    of activations, and which rows from there on are the unit's, if not all."""
+
+    band: Any
+    piece: Any
+    start: Any = 0
+    rows: tuple[Any, Any] | None = None
+
+
+def _div(a: Any, b: int) -> Any:
+    return lax.div(a, jnp.int32(b))
 
 
 def _at_once(s):
     """Columns that are multiplied at once, and parts of a step with them."""
-    columns = s.columns if s.bits == 16 else min(s.columns, _COLUMNS_AT_ONCE)
+    few = s.bits < 16 and s.columns <= 2 * _COLUMNS_AT_ONCE
+    columns = min(s.columns, _COLUMNS_AT_ONCE) if few else s.columns
     return columns, max(1, min(_INPUTS_AT_ONCE // s.part, _COLUMNS_AT_ONCE // columns))
 
 
-def _at(s, linear):
-    """Band, and step of it."""
-    return lax.div(linear, jnp.int32(s.steps)), lax.rem(linear, jnp.int32(s.steps))
-
-
-def _fetch(s, start, sources, ring, i):
+def _fetch(s, share, sources, ring, i):
     """Starts the copies of the block's step i."""
     weight, x, factors, zeros = sources
     stored = ring.weight.shape[-1]
     slot = lax.rem(i, jnp.int32(s.stages))
-    band, step = _at(s, start + i)
+    unit, step = share.at(i)
     filled = ring.filled.at[slot]
-    tiles = weight.at[pl.ds(band * s.warpgroups, s.warpgroups), :, pl.ds(step * stored, stored)]
+    tiles = weight.at[pl.ds(unit.band * s.warpgroups, s.warpgroups), :, pl.ds(step * stored, stored)]
     plgpu.copy_gmem_to_smem(tiles, ring.weight.at[slot], filled)
-    plgpu.copy_gmem_to_smem(x.at[:, pl.ds(step * s.width, s.width)], ring.x.at[slot], filled)
-    rows = pl.ds(band * s.rows, s.rows)
+    plgpu.copy_gmem_to_smem(x.at[pl.ds(unit.start, s.columns), pl.ds(step * s.width, s.width)], ring.x.at[slot], filled)
+    rows = pl.ds(unit.band * s.rows, s.rows)
     for source, entries, each in ((factors, ring.scales, s.scales_a_step), (zeros, ring.zeros, s.zeros_a_step)):
         if each:  # a copy may reach beyond the step's own, to be long enough
             first = lax.div(step * s.parts, jnp.int32(each)) * each
             plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(first, each)], entries.at[slot], filled)
 
 
-def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
+def _multiply(s, interpreted, share, scales_of, ring, out, fetch):
     """What every warpgroup does, the first of which also keeps the ring filled."""
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup, count = lax.axis_index("warpgroup"), share.count
+    factors, row_scales = scales_of
     ahead = s.stages - 1  # steps that are fetched before they are multiplied
     mine = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
     at_once, parts_at_once = _at_once(s)
@@ -171,12 +250,12 @@ def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
         place = lax.rem(step * s.parts, jnp.int32(each)) + part
         return mosaic.load(entries.at[slot, mine, place], BASE_LAYOUT, optimized=False)
 
-    def block_scales(linear):
+    def block_scales(i):
         """The scales of a step that all of the warpgroup's rows share: loaded a step ahead, so that nothing waits."""
         if factors is None or s.scales_a_step:
             return ()
-        band, step = _at(s, jnp.minimum(linear, s.bands * s.steps - 1))
-        row = lax.div(band * s.rows + warpgroup * WARPGROUP_ROWS, jnp.int32(s.scale_rows))
+        unit, step = share.at(jnp.maximum(jnp.minimum(i, count - 1), 0))
+        row = _div(unit.band * s.rows + warpgroup * WARPGROUP_ROWS, s.scale_rows)
         return tuple(factors[row, step * s.parts + part] for part in range(s.parts))
 
     def operand(weight, slot, step, part):
@@ -190,24 +269,26 @@ def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
         wide = widen(weight, columns, zeros, ring.x.dtype, interpreted=interpreted)
         return mosaic.operand(wide, ring.wide, warpgroup, part % parts_at_once)
 
-    def products(operands, slot, parts, columns):
+    def multiplied(operands, slot, parts, columns):
+        """A function that adds the parts' products to an accumulator each."""
+
         def multiply(*sums):
             for acc, weight, part in zip(sums, operands, parts, strict=True):
                 plgpu.wgmma(acc, weight, mosaic.transposed(ring.x.at[slot, columns, pl.ds(part * s.part, s.part)]))
 
-        return mosaic.products(multiply, [(WARPGROUP_ROWS, columns.size)] * len(parts))
+        return multiply
 
     def scaled(product, slot, step, part, scales):
         if s.scales_a_step:
             rows = row_entries(ring.scales, slot, step, part, s.scales_a_step).astype(jnp.float32)
             return product * lax.broadcast_in_dim(rows, product.shape, [0])
-        return product * scales[part] if scales else product
+        return product * scales[part]
 
     def body(i, carry):
         sums, scales = carry
         slot = lax.rem(i, jnp.int32(s.stages))
-        band, step = _at(s, start + i)
-        next_scales = block_scales(start + i + 1)
+        step = lax.rem(share.start + i, jnp.int32(s.steps))
+        next_scales = block_scales(i + 1)
 
         @pl.when((warpgroup == 0) & (i + ahead < count))
         def _():  # into the slot of the step before, which the others have left by now
@@ -224,24 +305,38 @@ def _multiply(s, interpreted, start, count, factors, ring, out, fetch):
             parts = range(first, min(first + parts_at_once, s.parts))
             operands = [operand(weight, slot, step, part) for part in parts]
             for n, columns in enumerate(blocks):
-                for part, product in zip(parts, products(operands, slot, parts, columns), strict=True):
+                multiply = multiplied(operands, slot, parts, columns)
+                if factors is None:
+                    sums[n] = mosaic.accumulated(multiply, sums[n], interpreted=interpreted)
+                    continue
+                products = mosaic.products(multiply, [(WARPGROUP_ROWS, columns.size)] * len(parts))
+                for part, product in zip(parts, products, strict=True):
                     sums[n] = sums[n] + scaled(product, slot, step, part, scales)
         plgpu.barrier_arrive(ring.freed.at[slot])
-        done = (step + 1 == s.steps) | (i + 1 == count)
+        return tuple(sums), next_scales
 
-        @pl.when(done)
-        def _():
-            piece = lax.axis_index("block") - lax.div(band * s.steps, jnp.int32(s.share))
-            rows = pl.ds(band * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-            for total, columns in zip(sums, blocks, strict=True):
-                mosaic.scatter_transposed(out.at[piece, columns, rows], total, interpreted=interpreted)
-
-        return tuple(jnp.where(done, 0.0, total) for total in sums), next_scales
+    def unit_body(n, scales):
+        zeros = tuple(layouts.filled((WARPGROUP_ROWS, columns.size), 0.0, _LAYOUT) for columns in blocks)
+        first = n * s.steps - share.start
+        steps = jnp.maximum(first, 0), jnp.minimum(first + s.steps, count)
+        sums, scales = lax.fori_loop(*steps, body, (zeros, scales))
+        unit = share.unit(n)
+        if row_scales is not None:
+            entries = row_scales.at[pl.ds(unit.band * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+            entries = mosaic.load(entries, BASE_LAYOUT, optimized=False)
+            sums = [total * lax.broadcast_in_dim(entries, total.shape, [0]) for total in sums]
+        outputs = pl.ds(lax.rem(unit.band, jnp.int32(s.bands)) * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        for total, columns in zip(sums, blocks, strict=True):
+            rows = pl.ds(unit.start + columns.start, columns.size)
+            here = None if unit.rows is None else tuple(row - columns.start for row in unit.rows)
+            target = out.at[unit.piece, rows, outputs]
+            mosaic.scatter_transposed(target, total.astype(out.dtype), here, interpreted=interpreted)
+        return scales
 
     @pl.when(warpgroup == 0)
     def _():
         pl.loop(0, jnp.minimum(ahead, count))(fetch)
 
-    zeros = tuple(layouts.filled((WARPGROUP_ROWS, columns.size), 0.0, _LAYOUT) for columns in blocks)
-    lax.fori_loop(0, count, body, (zeros, block_scales(start)))
+    first, end = (_div(share.start + n, s.steps) for n in (0, count + s.steps - 1))
+    lax.fori_loop(first, end, unit_body, block_scales(0))
     mosaic.finish_together(ring.done)

@@ -7,6 +7,7 @@ stream-K, Osama et al. 2023). Everything follows from shapes.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,32 @@ import jax.numpy as jnp
 from . import layouts
 from .dispatch import current_device
 
-_COLUMNS = (8, 16, 32, 64)  # to which rows of activations are padded: few kernels, all of whose registers are known
+COLUMNS = (8, 16, 32, 64, 128)  # to which rows of activations are padded: few kernels, with known registers
 WARPGROUP_ROWS = 64  # of the weight: the height of one wgmma
+ROW_ALIGNMENT = 8  # of tiles of activations: what the tiling of shared memory copies at once
 _STEP_BYTES = (128, 64)  # of a row of the weight in a step: the swizzles at which copies and wgmma do best
 _LEAST_BYTES = 16  # that TMA copies of a row, and that strides are multiples of
 _MOST_STAGES = 12
+TILES_TOGETHER = 16  # of rows, before the next band: 128 each with 4,096 inputs are 17 MB, a third of an H100's L2
 _BALANCED = 0.9  # of the steps that the blocks have time for: shares that are as equal are equal enough
 _Operand = jax.Array | jax.ShapeDtypeStruct
+
+
+class Table(NamedTuple):
+    """The tiles of rows of many products, each with its own weight, on the device; int32.
+
+    Attributes:
+      ends: [E], after the tiles of each weight: the last is the number of tiles. There is room for T.
+      group: [T], the weight.
+      start: [T], the first row of the tile, a multiple of 8.
+      low, high: [T], the first and the end of the rows of the tile that are multiplied by the weight.
+    """
+
+    ends: Any
+    group: Any
+    start: Any
+    low: Any
+    high: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +55,8 @@ class Schedule:
       scale_rows: outputs that share a scale.
       warpgroups: that multiply, 64 rows of a band each.
       bands, steps: of the weight, and of a band.
-      share: steps a thread block takes; the last may take fewer.
+      share: steps a thread block takes; the last may take fewer. Of many products the fewest that one takes which takes
+        any, 0 where blocks take whole bands.
       blocks: thread blocks.
       scales_a_step, zeros_a_step: of each row, copied with a step; 0 where rows have none of their own.
       stages: steps in shared memory, the one being multiplied included.
@@ -86,12 +107,14 @@ def make_schedule(
     zeros: _Operand | None,
     *,
     blocks: int | None = None,
+    products: int = 1,
 ) -> Schedule:
     """The schedule of one product, of which it sees shapes and dtypes.
 
     Args:
       x, values, scales, zeros: as in `matmul_mosaic`.
       blocks: thread blocks; None is one a multiprocessor.
+      products: how many such products, of other weights, share the blocks, at most.
 
     Raises:
       NotImplementedError: the kernel does not take such operands, and why.
@@ -100,8 +123,6 @@ def make_schedule(
     N = values.shape[0]
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"activations are {x.dtype}; the kernel takes bfloat16 and float16")
-    if M > _COLUMNS[-1]:
-        raise NotImplementedError(f"{M} rows of activations; the kernel takes up to {_COLUMNS[-1]}")
     if scales is None and values.dtype != x.dtype:
         raise NotImplementedError(f"the weight is {values.dtype}, activations {x.dtype}; the kernel takes one for both")
     blocks = blocks or current_device().multiprocessors or layouts.MULTIPROCESSORS
@@ -117,7 +138,7 @@ def make_schedule(
             f"multiples of {WARPGROUP_ROWS}"
         )
 
-    columns = next(columns for columns in _COLUMNS if columns >= M)
+    columns = next(columns for columns in COLUMNS if columns >= M)
     # Sums of many columns leave each thread registers for 64 bytes of a row of 4 bits.
     sizes = _STEP_BYTES[1:] if bits == 4 and columns > 16 else _STEP_BYTES
     widths = [size * 8 // bits for size in sizes]
@@ -127,19 +148,21 @@ def make_schedule(
         raise NotImplementedError(f"the weight has {K} inputs of {bits} bits; the kernel takes {wanted}")
     width = fitting[0]
     small = group is not None and group <= (32 if zeros is None else 64)
-    tallest = 2 if small and columns > 32 else 4  # as many as find registers for each small group's sums
-    heights = [n for n in (4, 2, 1) if n <= tallest and N % (n * WARPGROUP_ROWS) == 0]
+    # As many as find registers for each small group's sums, or for operands beside many.
+    tallest = 2 if (small and columns > 32) or (bits < 16 and columns > 64) else 4
+    counts = (4, 2, 1) if N % (2 * WARPGROUP_ROWS) == 0 else (3, 1)
+    heights = [n for n in counts if n <= tallest and N % (n * WARPGROUP_ROWS) == 0]
     if not heights:
         raise NotImplementedError(f"the weight has {N} outputs; the kernel takes multiples of {WARPGROUP_ROWS}")
     steps = K // width
 
     def balance(warpgroups: int) -> float:
-        total = N // (warpgroups * WARPGROUP_ROWS) * steps
+        total = N // (warpgroups * WARPGROUP_ROWS) * steps * products
         return total / (-(-total // blocks) * blocks)
 
     warpgroups = next((n for n in heights if balance(n) >= _BALANCED), max(heights, key=balance))
     bands = N // (warpgroups * WARPGROUP_ROWS)
-    share = -(-bands * steps // blocks)
+    share = -(-products * bands * steps // blocks)
     row_bytes = width * bits // 8
     for n, entry in enumerate((scales if scale_rows == 1 else None, zeros)):
         if group is not None and entry is not None:
@@ -147,5 +170,5 @@ def make_schedule(
             row_bytes += entries[n] * entry.dtype.itemsize
     stage = warpgroups * WARPGROUP_ROWS * row_bytes + columns * width * 2
     stages = min(_MOST_STAGES, (layouts.SHARED_BYTES - layouts.RESERVED_BYTES - layouts.PADDING_BYTES) // stage)
-    used = -(-bands * steps // share)
+    used = -(-bands * steps // share) if products == 1 else blocks
     return Schedule(columns, bits, width, group, scale_rows, warpgroups, bands, steps, share, used, *entries, stages)

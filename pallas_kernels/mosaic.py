@@ -123,16 +123,42 @@ def store_transposed(ref: Any, value: Any, transforms: tuple[Any, ...]) -> None:
     write(ref, value)
 
 
-def scatter_transposed(ref: Any, value: Any, *, interpreted: bool) -> None:
-    """Writes [n, m], float32 in wgmma's layout, to an [m, n] reference of global memory, element by element."""
+def scatter_transposed(ref: Any, value: Any, rows: tuple[Any, Any] | None, *, interpreted: bool) -> None:
+    """Writes [n, m], in wgmma's layout, to an [m, n] reference of global memory, element by element.
 
-    def plain(elements, array):
-        store(transposed(elements), array)
+    Of the m rows only those from the first of `rows` to before the second, where that is given.
+    """
 
-    @inline(plain, interpreted=interpreted, arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-    def write(_, elements, array):
-        from jax._src.lib.mlir.dialects import memref
+    def plain(elements, array, *rows):
+        if not rows:
+            store(transposed(elements), array)
+            return
 
-        array.foreach(lambda element, at: memref.store(element, elements, at[::-1]))
+        @pl.loop(jnp.maximum(rows[0], 0), jnp.minimum(rows[1], array.shape[1]))
+        def _(row):
+            elements[row, :] = lax.dynamic_index_in_dim(array, row, axis=1, keepdims=False)
 
-    write(ref, value)
+    scalar = plgpu.Layout.WG_SPLAT(())
+    types = (plgpu.RefType(), plgpu.Layout.WGMMA, *[scalar] * (0 if rows is None else 2))
+
+    @inline(plain, interpreted=interpreted, arg_types=types)
+    def write(_, elements, array, *rows):
+        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir.dialects import arith, memref, scf
+
+        bounds = [arith.index_cast(ir.IndexType.get(), row.registers.item()) for row in rows]
+
+        def put(element, at):
+            if not bounds:
+                memref.store(element, elements, at[::-1])
+                return
+            after = arith.cmpi(arith.CmpIPredicate.sge, at[1], bounds[0])
+            before = arith.cmpi(arith.CmpIPredicate.slt, at[1], bounds[1])
+            condition = scf.IfOp(arith.andi(after, before))
+            with ir.InsertionPoint(condition.then_block):
+                memref.store(element, elements, at[::-1])
+                scf.yield_([])
+
+        array.foreach(put)
+
+    write(ref, value, *(rows or ()))

@@ -47,7 +47,7 @@ def test_bias_gate_and_residual(activation):
         ({"x": jnp.zeros((2, 96))}, "x has 96 inputs and the weight 64"),
         ({"zeros": jnp.zeros((64, 1), jnp.uint8)}, "zeros are .* they go with uint8"),
         ({"activation": "relu"}, "relu"),
-        ({"activation": "silu"}, "three axes, the first of two"),
+        ({"activation": "silu"}, "three axes, the first of 2"),
         ({"implementation": "mosaik"}, "mosaik"),
     ],
     ids=str,

@@ -23,7 +23,7 @@ def test_interpreted_kernel_is_dequantize_then_multiply(interpreter, case):
 
 @pytest.mark.parametrize("blocks", [1, 5, 40])  # one does all; bands are cut anywhere; there are more than steps
 def test_the_split_does_not_matter(interpreter, blocks):
-    x, weight = Case("bfloat16", N=192, K=512).operands()
+    x, weight = Case("bfloat16", N=320, K=512).operands()
     out = matmul_mosaic(x, **weight, scales=None, zeros=None, blocks=blocks, interpret=interpreter)
     expected = exact(x, **weight)
     np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
