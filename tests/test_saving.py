@@ -40,14 +40,15 @@ def test_a_model_that_was_saved_loads_as_it_was(tmp_path, family):
     assert_same(loaded.params, model.params)
 
 
-@pytest.mark.parametrize("family", ["llama_bias", "qwen3", "gemma3", "phi3", "olmo2"])
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3", "gemma3", "phi3", "olmo2", "mixtral", "glm4_moe", "gpt_oss"])
 def test_transformers_loads_what_was_saved(tmp_path, family):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     model = rl.load_model(FIXTURES / family)
     other = dataclasses.replace(model, params=rl.init_params(model.config, jax.random.key(1)))
     out = rl.save_model(other, tmp_path / "out", max_shard_bytes=50_000)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 12))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **eager)
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(rl.forward(other.params, model.config, tokens), expected, atol=2e-5)

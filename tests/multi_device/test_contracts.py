@@ -33,9 +33,10 @@ def compiled(name, platform, program="decode", data=1, tensor=8):
 
 
 @functools.cache
-def _compiled(name, platform, program, data, tensor):
+def _compiled(name, platform, program, data, tensor, expert=1):
     on_cpu = platform == "cpu"
-    mesh = rl.make_mesh(data=data, tensor=tensor) if on_cpu else target_mesh(platform, data=data, tensor=tensor)
+    sizes = {"data": data, "expert": expert, "tensor": tensor}
+    mesh = rl.make_mesh(**sizes) if on_cpu else target_mesh(platform, **sizes)
     config = rl.preset(name)
     # XLA:CPU has no 16-bit products: it would convert every weight.
     config = config.replace(layers=config.layers[:2], dtype="float32" if on_cpu else "bfloat16")
@@ -99,6 +100,18 @@ def test_decode_reduces_twice_a_layer_and_once_for_the_embedding(name, mesh, pla
     assert found["all-reduce"][0] == reductions
     # Each is one activation of the device's rows, in float32 at the most.
     assert found["all-reduce"][1] <= reductions * BATCH // mesh[0] * config.embed_dim * 4
+
+
+@on_platforms
+@pytest.mark.parametrize("program", ["decode", "prefill"])
+@pytest.mark.parametrize("mesh", [(1, 8), (4, 2), (8, 1)], ids=["tensor8", "expert4-tensor2", "expert8"])
+def test_experts_reduce_as_often_as_dense_layers_and_are_not_gathered(mesh, program, platform):
+    expert, tensor = mesh
+    config, _, compiled_program = _compiled("mixtral-8x7b", platform, program, 1, tensor, expert)
+    found = communicated(compiled_program)
+    assert found.keys() == {"all-reduce"}
+    # Attention and the embedding are split over tensor alone.
+    assert found["all-reduce"][0] == config.num_layers * (1 + (tensor > 1)) + (tensor > 1)
 
 
 @on_platforms
