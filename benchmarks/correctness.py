@@ -41,10 +41,13 @@ def cases(small: bool) -> list[Case]:
     """The plainest first; then every case that is compiled for the table of resources, and most products."""
     if small:
         prefilled = Row((70, 20), T=32, shape=(1, 4, 64), kv="fp8", S=16, op="prefill")
-        return [Row((20, 0), shape=(1, 4, 64), window=10), prefilled, matmul_rows.Row("tiny", 64, 128, 3, "int4-32")]
+        experts = matmul_rows.Row("tiny", 64, 128, 8, experts=4, top_k=2)
+        products = [matmul_rows.Row("tiny", 64, 128, 3, "int4-32"), experts]
+        return [Row((20, 0), shape=(1, 4, 64), window=10), prefilled, *products]
     plain = [decode(1, 512), decode(1, 512, (8, 4, 64)), prefill(1, 2048), Row((32768, *range(100, 115)))]
     products = matmul_rows.rows(("8b",), (1, 64))
     products += matmul_rows.rows(("1b", "70b tensor 8"), (16,), ("bf16", "int8", "int4"))
+    products += matmul_rows.expert_rows(("qwen3-30b-a3b",), (1, 64, 256))
     return [*plain, *dict.fromkeys(map(ragged, ATTENTION)), *products]
 
 
@@ -116,13 +119,14 @@ def interpret() -> None:
     """From now on this process runs kernels in Mosaic's interpreter, on a few blocks where they would fill a GPU."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from ..pallas_kernels import decode_mosaic, matmul_mosaic, prefill_mosaic
+    from ..pallas_kernels import decode_mosaic, grouped_mosaic, matmul_mosaic, prefill_mosaic
 
     options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
     few = options | {"blocks": 3}
     decode_mosaic.decode_attention_mosaic = functools.partial(decode_mosaic.decode_attention_mosaic, **few)
     prefill_mosaic.prefill_attention_mosaic = functools.partial(prefill_mosaic.prefill_attention_mosaic, **options)
     matmul_mosaic.matmul_mosaic = functools.partial(matmul_mosaic.matmul_mosaic, **few)
+    grouped_mosaic.grouped_matmul_mosaic = functools.partial(grouped_mosaic.grouped_matmul_mosaic, **few)
 
 
 # --- processes ---

@@ -67,8 +67,8 @@ QUICK: list[Row | Product] = [
     *(row for row in rows(("70b tensor 8",), (64,), ("int4",)) if row.weight.endswith("down")),
     *(row for row in rows(("8b",), (16,), ("int4-32-zero",)) if row.weight.endswith("qkv")),
     *(row for row in rows(("1b",), (64,), ("int4-32",)) if row.weight.endswith("out")),
-    *expert_rows(("mixtral-8x7b",), (4096,), ("bf16", "int4")),
-    *expert_rows(("deepseek-v3",), (4096,), ("bf16", "int8")),
+    *(row for row in expert_rows(tuple(EXPERTS), (4096,), ("bf16",)) if row.weight.endswith("down")),
+    *(row for row in expert_rows(("deepseek-v3",), (64, 4096), ("int8", "int4")) if row.weight.endswith("down")),
 ]
 ATTENTION = [
     # Every head dim, with every dtype of pages.

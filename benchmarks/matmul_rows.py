@@ -143,7 +143,7 @@ def expert_rows(
 
 
 QUICK = [row for row in rows(("8b",), MEASURED_ROWS, ("bf16", "int8", "int4")) if row.gated or row.M in (1, 16)]
-TINY = [Row("tiny", 256, 256, 1, form, gated=True) for form in FORMS]
+TINY = [*(Row("tiny", 256, 256, 1, form, gated=True) for form in FORMS), Row("tiny", 256, 256, 8, experts=8, top_k=2)]
 
 
 def full() -> list[Row]:
