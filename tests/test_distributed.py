@@ -18,7 +18,7 @@ def start(directory, sizes, processes, process, port):
     flags = f"--xla_force_host_platform_device_count={8 // processes}"
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), str(directory), json.dumps(sizes), str(processes), str(process), str(port)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
