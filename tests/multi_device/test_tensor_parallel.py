@@ -57,9 +57,7 @@ CASES = [
     ("llama3", 8, 2, {"data": 2, "tensor": 4}),
     ("llama3", 6, 3, {"tensor": 6}),
     ("phi3", 8, 2, {"tensor": 8}),
-    ("gpt_oss", 8, 2, {"tensor": 4}),
-    ("mixtral", 8, 4, {"expert": 4}),
-    ("gpt_oss", 8, 4, {"expert": 2, "tensor": 4}),
+    ("gpt_oss", 8, 2, {"expert": 2, "tensor": 4}),
     ("glm4_moe", 8, 4, {"data": 2, "expert": 2, "tensor": 2}),
 ]
 
