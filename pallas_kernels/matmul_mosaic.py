@@ -93,10 +93,6 @@ def stream(
     factors, row_scales = scales, None
     if s.group is None and scales is not None:
         factors, row_scales = None, jnp.repeat(scales[:, 0].astype(jnp.float32), s.scale_rows)
-    if s.scales_a_step:
-        factors = _in_steps(scales, s.scales_a_step)
-    if zeros is not None:
-        zeros = _in_steps(zeros, s.zeros_a_step)
     return mosaic.kernel(
         functools.partial(_body, s, interpret is not None),
         out_type=out,
@@ -109,11 +105,6 @@ def stream(
         kernel_name=name,
         interpret=interpret,
     )(values.reshape(-1, WARPGROUP_ROWS, values.shape[-1]), x, factors, zeros, row_scales, table)
-
-
-def _in_steps(entries: Array, count: int) -> Array:
-    """Scales or zero points with as many columns as whole copies have."""
-    return jnp.pad(entries, ((0, 0), (0, -entries.shape[1] % count)))
 
 
 class _Ring(NamedTuple):
@@ -156,7 +147,7 @@ def _scratch(s: Schedule, x: Array, values: Array, factors: Any, zeros: Any, *, 
 def _body(s, interpreted, weight, x, factors, zeros, row_scales, table, out, *, ring):
     share = _Share(s, table)
     fetch = functools.partial(_fetch, s, share, (weight, x, factors, zeros), ring)
-    _multiply(s, interpreted, share, (factors, row_scales), ring, out, fetch)
+    _multiply(s, interpreted, share, (factors, zeros, row_scales), ring, out, fetch)
 
 
 class _Share:
@@ -236,10 +227,10 @@ def _fetch(s, share, sources, ring, i):
             plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(first, each)], entries.at[slot], filled)
 
 
-def _multiply(s, interpreted, share, scales_of, ring, out, fetch):
+def _multiply(s, interpreted, share, entries, ring, out, fetch):
     """What every warpgroup does, the first of which also keeps the ring filled."""
     warpgroup, count = lax.axis_index("warpgroup"), share.count
-    factors, row_scales = scales_of
+    factors, zeros, row_scales = entries
     ahead = s.stages - 1  # steps that are fetched before they are multiplied
     mine = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
     at_once, parts_at_once = _at_once(s)
@@ -250,23 +241,32 @@ def _multiply(s, interpreted, share, scales_of, ring, out, fetch):
         place = lax.rem(step * s.parts, jnp.int32(each)) + part
         return mosaic.load(entries.at[slot, mine, place], BASE_LAYOUT, optimized=False)
 
-    def block_scales(i):
-        """The scales of a step that all of the warpgroup's rows share: loaded a step ahead, so that nothing waits."""
-        if factors is None or s.scales_a_step:
-            return ()
+    def entries_ahead(i):
+        """Scales and zero points of a step that are not copied: loaded a step ahead, so that nothing waits for them."""
         unit, step = share.at(jnp.maximum(jnp.minimum(i, count - 1), 0))
-        row = _div(unit.band * s.rows + warpgroup * WARPGROUP_ROWS, s.scale_rows)
-        return tuple(factors[row, step * s.parts + part] for part in range(s.parts))
+        row = unit.band * s.rows + warpgroup * WARPGROUP_ROWS
 
-    def operand(weight, slot, step, part):
+        def of(entries, copied, rows):
+            if entries is None or copied:
+                return ()
+            places = [step * s.parts + part for part in range(s.parts)]
+            if rows > 1:  # all of the warpgroup's share one
+                return tuple(entries[_div(row, rows), place] for place in places)
+            mine = [entries.at[pl.ds(row, WARPGROUP_ROWS), place] for place in places]
+            return tuple(mosaic.load(each, BASE_LAYOUT, optimized=False) for each in mine)
+
+        return of(factors, s.scales_a_step, s.scale_rows), of(zeros, s.zeros_a_step, 1)
+
+    def operand(weight, slot, step, part, points):
         """The weight of a group, as the row operand of wgmma."""
         if s.bits == 16:
             return weight
         stored = weight.shape[1] // s.parts
-        columns, zeros = slice(part * stored, (part + 1) * stored), None
-        if s.zeros_a_step:
-            zeros = row_entries(ring.zeros, slot, step, part, s.zeros_a_step).astype(jnp.int32)
-        wide = widen(weight, columns, zeros, ring.x.dtype, interpreted=interpreted)
+        columns, point = slice(part * stored, (part + 1) * stored), None
+        if zeros is not None:
+            point = row_entries(ring.zeros, slot, step, part, s.zeros_a_step) if s.zeros_a_step else points[part]
+            point = point.astype(jnp.int32)
+        wide = widen(weight, columns, point, ring.x.dtype, interpreted=interpreted)
         return mosaic.operand(wide, ring.wide, warpgroup, part % parts_at_once)
 
     def multiplied(operands, slot, parts, columns):
@@ -279,16 +279,16 @@ def _multiply(s, interpreted, share, scales_of, ring, out, fetch):
         return multiply
 
     def scaled(product, slot, step, part, scales):
-        if s.scales_a_step:
-            rows = row_entries(ring.scales, slot, step, part, s.scales_a_step).astype(jnp.float32)
-            return product * lax.broadcast_in_dim(rows, product.shape, [0])
-        return product * scales[part]
+        scale = row_entries(ring.scales, slot, step, part, s.scales_a_step) if s.scales_a_step else scales[part]
+        if s.scale_rows == 1:
+            scale = lax.broadcast_in_dim(scale.astype(jnp.float32), product.shape, [0])
+        return product * scale
 
     def body(i, carry):
-        sums, scales = carry
+        sums, (scales, points) = carry
         slot = lax.rem(i, jnp.int32(s.stages))
         step = lax.rem(share.start + i, jnp.int32(s.steps))
-        next_scales = block_scales(i + 1)
+        following = entries_ahead(i + 1)
 
         @pl.when((warpgroup == 0) & (i + ahead < count))
         def _():  # into the slot of the step before, which the others have left by now
@@ -303,7 +303,7 @@ def _multiply(s, interpreted, share, scales_of, ring, out, fetch):
             weight = mosaic.load(weight, RAW_LAYOUT, optimized=False)
         for first in range(0, s.parts, parts_at_once):
             parts = range(first, min(first + parts_at_once, s.parts))
-            operands = [operand(weight, slot, step, part) for part in parts]
+            operands = [operand(weight, slot, step, part, points) for part in parts]
             for n, columns in enumerate(blocks):
                 multiply = multiplied(operands, slot, parts, columns)
                 if factors is None:
@@ -313,30 +313,30 @@ def _multiply(s, interpreted, share, scales_of, ring, out, fetch):
                 for part, product in zip(parts, products, strict=True):
                     sums[n] = sums[n] + scaled(product, slot, step, part, scales)
         plgpu.barrier_arrive(ring.freed.at[slot])
-        return tuple(sums), next_scales
+        return tuple(sums), following
 
-    def unit_body(n, scales):
-        zeros = tuple(layouts.filled((WARPGROUP_ROWS, columns.size), 0.0, _LAYOUT) for columns in blocks)
+    def unit_body(n, entries):
+        cleared = tuple(layouts.filled((WARPGROUP_ROWS, columns.size), 0.0, _LAYOUT) for columns in blocks)
         first = n * s.steps - share.start
         steps = jnp.maximum(first, 0), jnp.minimum(first + s.steps, count)
-        sums, scales = lax.fori_loop(*steps, body, (zeros, scales))
+        sums, entries = lax.fori_loop(*steps, body, (cleared, entries))
         unit = share.unit(n)
         if row_scales is not None:
-            entries = row_scales.at[pl.ds(unit.band * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-            entries = mosaic.load(entries, BASE_LAYOUT, optimized=False)
-            sums = [total * lax.broadcast_in_dim(entries, total.shape, [0]) for total in sums]
+            scales = row_scales.at[pl.ds(unit.band * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+            scales = mosaic.load(scales, BASE_LAYOUT, optimized=False)
+            sums = [total * lax.broadcast_in_dim(scales, total.shape, [0]) for total in sums]
         outputs = pl.ds(lax.rem(unit.band, jnp.int32(s.bands)) * s.rows + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         for total, columns in zip(sums, blocks, strict=True):
             rows = pl.ds(unit.start + columns.start, columns.size)
             here = None if unit.rows is None else tuple(row - columns.start for row in unit.rows)
             target = out.at[unit.piece, rows, outputs]
             mosaic.scatter_transposed(target, total.astype(out.dtype), here, interpreted=interpreted)
-        return scales
+        return entries
 
     @pl.when(warpgroup == 0)
     def _():
         pl.loop(0, jnp.minimum(ahead, count))(fetch)
 
     first, end = (_div(share.start + n, s.steps) for n in (0, count + s.steps - 1))
-    lax.fori_loop(first, end, unit_body, block_scales(0))
+    lax.fori_loop(first, end, unit_body, entries_ahead(0))
     mosaic.finish_together(ring.done)

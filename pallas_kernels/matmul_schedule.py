@@ -58,7 +58,8 @@ class Schedule:
       share: steps a thread block takes; the last may take fewer. Of many products the fewest that one takes which takes
         any, 0 where blocks take whole bands.
       blocks: thread blocks.
-      scales_a_step, zeros_a_step: of each row, copied with a step; 0 where rows have none of their own.
+      scales_a_step, zeros_a_step: of each row, copied with a step; 0 where rows have none of their own, or not
+        multiples of what can be copied.
       stages: steps in shared memory, the one being multiplied included.
     """
 
@@ -165,7 +166,7 @@ def make_schedule(
     share = -(-products * bands * steps // blocks)
     row_bytes = width * bits // 8
     for n, entry in enumerate((scales if scale_rows == 1 else None, zeros)):
-        if group is not None and entry is not None:
+        if group is not None and entry is not None and entry.shape[1] * entry.dtype.itemsize % _LEAST_BYTES == 0:
             entries[n] = max(width // group, _LEAST_BYTES // entry.dtype.itemsize)
             row_bytes += entries[n] * entry.dtype.itemsize
     stage = warpgroups * WARPGROUP_ROWS * row_bytes + columns * width * 2
