@@ -1,11 +1,17 @@
 """Rows sorted by expert, each times the weight of its expert, in the form that each platform is fastest at."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ..pallas_kernels.dispatch import current_device, serve
+from ..pallas_kernels.grouped import check_kernel, grouped_matmul
 from .grouped_cpu import grouped_product_cpu
+from .products import kernel_takes
 from .products_cpu import FEW_ROWS
 from .promotion import own_promotion
 from .quantization import QuantizedArray, dequantize
@@ -39,6 +45,8 @@ def _product(
     x: Float[Array, "R I"], w: Float[Array, "E *out I"] | QuantizedArray, sizes: Int[Array, "E"]
 ) -> Float[Array, "R *out"]:
     by_xla = _by_gathering if x.shape[0] <= FEW_ROWS else _by_expert
+    if current_device().is_hopper and (not isinstance(w, QuantizedArray) or kernel_takes(x, w)):
+        return _by_kernel(x, w, sizes, by_xla)
     return lax.platform_dependent(x, w, sizes, cpu=grouped_product_cpu, default=by_xla)
 
 
@@ -48,6 +56,26 @@ def _product_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     (x, w, sizes), (dx, dw, _) = primals, tangents
     _, dy = jax.jvp(lambda x, w: _by_expert(x, w, sizes), (x, w), (dx, dw))
     return _product(x, w, sizes), dy
+
+
+def _by_kernel(
+    x: Float[Array, "R I"],
+    w: Float[Array, "E *out I"] | QuantizedArray,
+    sizes: Int[Array, "E"],
+    by_xla: Callable[..., Float[Array, "R *out"]],
+) -> Float[Array, "R *out"]:
+    """The kernels' product where they serve, else XLA's."""
+
+    def flat(w: Array | QuantizedArray) -> list[Array | None]:
+        parts = (w.values, w.scales, w.zeros) if isinstance(w, QuantizedArray) else (w, None, None)
+        return [None if part is None else part.reshape(part.shape[0], -1, part.shape[-1]) for part in parts]
+
+    def kernel(x: Array, w: Array | QuantizedArray, sizes: Array) -> Array:
+        y = grouped_matmul(x, *flat(w), sizes=sizes, out_dtype=jnp.float32, implementation="mosaic")
+        return y.reshape(x.shape[0], *w.shape[1:-1])
+
+    check = functools.partial(check_kernel, x, *flat(w))
+    return serve("grouped_linear", None, kernel, by_xla, check, x, w, sizes)
 
 
 def _by_gathering(

@@ -49,7 +49,7 @@ def _quantized_product(x: Float[Array, "M I"], w: QuantizedArray, axes: Axes) ->
     few, mesh, dtype = x.shape[0] <= FEW_ROWS, mesh_of(w.values), _dtype_of_sums(x, w, axes)
     if (w.scheme.dynamic or w.scheme.static) and not few:
         return _in_8_bits(x, w).astype(dtype)
-    if few and current_device(mesh).is_hopper and _kernel_takes(x, w):
+    if few and current_device(mesh).is_hopper and kernel_takes(x, w):
         return _by_kernel(x, w, axes, mesh, dtype)
     return _by_platform(x, w, dtype)
 
@@ -78,7 +78,8 @@ def _dtype_of_sums(x: Array, w: Array | QuantizedArray, axes: Axes) -> jax.typin
     return x.dtype if is_split(axes[-1], mesh_of(jax.tree.leaves(w)[0])) else jnp.float32
 
 
-def _kernel_takes(x: Float[Array, "M I"], w: QuantizedArray) -> bool:
+def kernel_takes(x: Float[Array, "M I"], w: QuantizedArray) -> bool:
+    """Whether a kernel has the weight's scheme, and its groups come out even."""
     takes_scheme = w.scheme.dtype != "float4_e2m1fn" and (w.zeros is None or w.scheme.dtype == "int4")
     return x.shape[1] % (w.scheme.group or 1) == 0 and takes_scheme
 
