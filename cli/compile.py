@@ -34,6 +34,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add("model", metavar="MODEL", help=help)
     add("--target", choices=tuple(CHIPS), default="h200", help="the GPU (default: %(default)s)")
     add("--devices", type=int, default=1, metavar="N", help="GPUs that share every layer (default: %(default)s)")
+    help = "groups of so many GPUs each, which share out the experts of a layer (default: %(default)s)"
+    add("--expert", type=int, default=1, metavar="N", help=help)
     add("--batch", type=int, default=16, metavar="B", help="rows (default: %(default)s)")
     add("--context", type=int, default=8192, metavar="S", help="positions a row of the cache holds (default: 8192)")
     add("--prompt", type=int, metavar="T", help="prompt tokens a row; longer ones run in chunks (default: the context)")
@@ -45,13 +47,13 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 def run(args: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")  # no GPU is used, not even one that is there
     with usage_errors():
-        at_least_one(args, "devices", "batch", "context")
+        at_least_one(args, "devices", "expert", "batch", "context")
         prompt = args.context if args.prompt is None else args.prompt
         if not 1 <= prompt <= args.context:
             raise ValueError(f"--prompt is {prompt}; it must be between 1 and --context {args.context}")
         config = find_config(args.model, **schemes(args))
         config = config.replace(dtype=args.dtype)
-    mesh = target_mesh(args.target, tensor=args.devices)
+    mesh = target_mesh(args.target, tensor=args.devices, expert=args.expert)
     chip = find_chip(args.target)
     sizes = {"batch_size": args.batch, "max_length": args.context, "kv_dtype": args.kv_dtype}
     with usage_errors():  # a model that so many devices cannot share
@@ -65,13 +67,14 @@ def run(args: argparse.Namespace) -> int:
             "decode": _compile(lambda: lower_decode(config, mesh, **sizes), 1, chip),
         }
     if args.json:
-        report = {name: getattr(args, name) for name in ("model", "target", "devices", "batch", "context")}
+        report = {name: getattr(args, name) for name in ("model", "target", "devices", "expert", "batch", "context")}
         report |= schemes(args) | {"dtype": config.dtype, "kv": args.kv_dtype or config.dtype}
         report |= {"device_memory_bytes": chip.memory, "weight_bytes": weights, "cache_bytes": cache}
         print_json(report | {"programs": programs})
         return OK
     stored = f"{args.quantize} in {config.dtype}" if args.quantize else config.dtype
-    title = f"{args.model} in {stored} on {args.devices} x {chip.name}, batch {args.batch}, context {args.context}"
+    devices = f"{args.devices * args.expert} x {chip.name}"
+    title = f"{args.model} in {stored} on {devices}, batch {args.batch}, context {args.context}"
     terminal().print(title, highlight=False, markup=False, style="italic")
     terminal().print(_table(weights, cache, programs))
     print_notes(_notes(programs, chip))

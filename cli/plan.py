@@ -12,6 +12,7 @@ from rich.table import Table
 from ..decode.buckets import PREFILL_CHUNK
 from ..model.find import find_config
 from ..model.presets import PRESETS
+from ..model.schemes import SCHEMES
 from ..roofline.deployment import KV_FORMATS, WEIGHT_FORMATS, Deployment
 from ..roofline.hardware import HARDWARE, Hardware, find_hardware
 from ..roofline.measure import measure
@@ -39,11 +40,13 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     help = f"one of {', '.join(HARDWARE)} (default: %(default)s), or '{HERE}' to measure this machine"
     add("--hardware", choices=(*HARDWARE, HERE), default="h100", metavar="NAME", help=help)
     add("--tensor", type=integers, default=[1], metavar="N,...", help="devices that share every layer (default: 1)")
+    help = "groups of devices that share out the experts of a layer (default: %(default)s)"
+    add("--expert", type=int, default=1, metavar="N", help=help)
     add("--batch", type=integers, default=[1, 8, 32], metavar="B,...", help="rows (default: 1,8,32)")
     add("--context", type=int, metavar="S", help="positions a row holds (default: 8192, or the model's longest)")
     add("--prompt", type=int, metavar="T", help="of them, prompt tokens (default: half)")
-    help = f"{', '.join(WEIGHT_FORMATS)}; int4 has groups of 128, int4-32 of 32 (default: %(default)s)"
-    add("--weights", choices=WEIGHT_FORMATS, default="bfloat16", metavar="FORMAT", help=help)
+    help = f"{', '.join(WEIGHT_FORMATS)}; int4 has groups of 128, int4-32 of 32 (default: bfloat16, or as published)"
+    add("--weights", choices=WEIGHT_FORMATS, metavar="FORMAT", help=help)
     help = f"of the cache: {', '.join(KV_FORMATS)} (default: unquantized)"
     add("--kv", choices=KV_FORMATS, metavar="FORMAT", help=help)
     add("--price", type=float, metavar="USD", help="of one device for an hour, to work out the price of a token")
@@ -62,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
         config = find_config(args.model).replace(dtype="bfloat16")
         context = min(8192, config.max_position) if args.context is None else args.context
         prompt = max(1, context // 2) if args.prompt is None else args.prompt
-        settings = {"context": context, "weights": args.weights, "kv": args.kv, "memory_fraction": args.memory_fraction}
+        weights = args.weights or ("bfloat16" if config.quantization is None else None)
+        settings = {"context": context, "weights": weights, "kv": args.kv, "memory_fraction": args.memory_fraction}
         limits = {"efficiency": args.efficiency, "price": args.price}
-        sizes = {"tensors": args.tensor, "batches": args.batch, "prompt": prompt}
+        sizes = {"tensors": args.tensor, "batches": args.batch, "expert": args.expert, "prompt": prompt}
         check_plan(config, **sizes, **limits, **settings)
         if args.plot is not None:
             check_plot(args.plot)
@@ -73,17 +77,19 @@ def run(args: argparse.Namespace) -> int:
         settings["kv"] = args.kv or "float32"  # as `init_cache` has it on a CPU
     with usage_errors():
         rows = plan(config, hardware, chunk=PREFILL_CHUNK, **sizes, **limits, **settings)
-        deployment = Deployment(config, args.weights, settings["kv"])
+        deployment = Deployment(config, weights, settings["kv"])
         dtype = deployment.config.dtype
         kv = settings["kv"] or dtype
-        title = f"{args.model} on {hardware.name}: weights {args.weights}, KV {kv}, context {context:,}"
+        stored = weights or next(name for name, scheme in SCHEMES.items() if scheme == config.quantization.layers)
+        title = f"{args.model} on {hardware.name}: weights {stored}, KV {kv}, context {context:,}"
+        title += f", expert {args.expert}" if args.expert > 1 else ""
         if args.plot is not None:
             plot_plan(args.plot, title, hardware, dtype, rows)
     helps = [[] if row.fits else remedies(config, hardware, row, **settings) for row in rows]
     if args.json:
         report = {"model": args.model, "hardware": dataclasses.asdict(hardware), "dtype": dtype, "prompt": prompt}
         report |= {"ridge": hardware.ridge(dtype), "kv_bytes_per_token": deployment.kv_bytes_per_token}
-        report |= settings | {"kv": kv} | limits
+        report |= settings | {"kv": kv, "weights": stored, "expert": args.expert} | limits
         print_json(report | {"rows": list(map(_report, rows, helps))})
         return OK
     console, fitting = terminal(), [row for row in rows if row.fits]

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
-from .products_cpu import BLOCK, by_output, on_one_cpu, rows_of
+from .products_cpu import BLOCK, by_float32, by_output, on_one_cpu, rows_of
 from .quantization import QuantizedArray
 
 _MOST_ROWS = 64  # of a block: enough for a product to be bound by arithmetic
+_FEW_ROWS = 8
 
 
 class BlockTable(NamedTuple):
@@ -56,6 +57,8 @@ def grouped_product_cpu(
     """In float32; rows past the sum of `sizes` are zeros."""
     (rows, inputs), (experts, *out) = x.shape, w.shape[:-1]
     outputs, size = math.prod(out), block_rows(rows, experts)
+    # A part of a weight that is in cache already is widened there in less time than other forms take for few rows.
+    product = by_float32 if size <= _FEW_ROWS and not isinstance(w, QuantizedArray) else on_one_cpu
     table = block_table(sizes, rows, size)
     w = jax.tree.map(lambda part: part.reshape(experts, -1, part.shape[-1]), w)
     step = -(-outputs // -(-outputs * inputs // BLOCK))
@@ -68,7 +71,7 @@ def grouped_product_cpu(
         part = _outputs_of(tied, table.expert[block], first, step)
         rows_of_block = lax.dynamic_slice_in_dim(x, table.first[block], size)
         # The rows behind an expert's own are overwritten by the block that follows.
-        return lax.dynamic_update_slice(y, on_one_cpu(rows_of_block, part), (table.first[block], first))
+        return lax.dynamic_update_slice(y, product(rows_of_block, part), (table.first[block], first))
 
     y = jnp.zeros((rows + size, outputs), jnp.float32)
     y = lax.fori_loop(jnp.int32(0), table.count * steps, multiply, y)[:rows]

@@ -44,7 +44,7 @@ def on_one_cpu(x: Float[Array, "M I"], w: Num[Array, "O I"] | QuantizedArray) ->
     if in_16_bits:
         return _in_blocks(_by_bfloat16, x, w, 2 * BLOCK)
     if rows <= FEW_ROWS and (quantized or dtype == "float16"):
-        return _in_blocks(_by_float32, x, w)
+        return _in_blocks(by_float32, x, w)
     return _widened(x, w) if quantized else _dense(x, w)
 
 
@@ -61,7 +61,7 @@ def by_output(w: Num[Array, "*out I"] | QuantizedArray) -> Num[Array, "*out I"] 
     return w.replace(scales=scales, zeros=zeros, scheme=dataclasses.replace(w.scheme, rows=1))
 
 
-def _by_float32(x: Float[Array, "M I"], w: Num[Array, "R I"] | QuantizedArray) -> Float[Array, "M R"]:
+def by_float32(x: Float[Array, "M I"], w: Num[Array, "R I"] | QuantizedArray) -> Float[Array, "M R"]:
     """By the weight in float32."""
     x = x.astype(jnp.float32)
     if not isinstance(w, QuantizedArray):

@@ -96,6 +96,8 @@ def quantize(w: Float[Array, "..."], scheme: Scheme, in_axes: int = 1) -> Quanti
       scheme: how to store it.
       in_axes: how many trailing axes a product contracts.
     """
+    if not 1 <= in_axes < w.ndim:
+        raise ValueError(f"quantize: in_axes is {in_axes}; of the {w.ndim} axes of w it must leave one, and take one")
     shape, scales_shape = stored_shapes(w.shape, scheme, in_axes)
     blocks = _blocks(w.astype(jnp.float32).reshape(*w.shape[: w.ndim - in_axes], -1), scheme)
     zeros = None

@@ -13,7 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from ..model import arguments
-from ..model.config import LayerConfig, ModelConfig
+from ..model.config import LayerConfig
 from .deployment import Deployment
 
 _SIZES = {"deployment": arguments.instance(Deployment), "batch": arguments.whole}
@@ -137,10 +137,13 @@ def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0,
         keys = cached + tokens if window is None else min(cached + tokens, window - 1 + tokens)
         kv_read += count * keys * kv
 
+    # Attention, dense MLPs and the embedding are added up over the devices that share them; experts over all.
+    routed = sum(layer.mlp == "experts" for layer in layers)
+    reductions = (n > 1) * (2 * L - routed + 1) + (deployment.devices > 1) * routed
     qkv, queries = K * (G + 2) * H, K * G * H
     # A layer: the input of qkv, its result written and read, attention's output written and read; the residual stream
     # is read and written by each of the two blocks.
-    elements = L * (D + 2 * qkv + 2 * queries + 4 * D) + D + sum(_mlp_elements(config, layer, n) for layer in layers)
+    elements = L * (D + 2 * qkv + 2 * queries + 4 * D) + D + sum(_mlp_elements(deployment, layer) for layer in layers)
     return Counts(
         weights=Part(
             flops=2 * rows * deployment.matrix_elements + 2 * scored_rows * V * D,
@@ -150,22 +153,22 @@ def count_step(deployment: Deployment, batch: int, tokens: int, cached: int = 0,
         kv_write=Part(bytes=rows * deployment.kv_bytes_per_token),
         activations=Part(bytes=(rows * elements + scored_rows * D) * element),
         logits=Part(bytes=scored_rows * V * 4),
-        collectives=Part(bytes=0 if n == 1 else rows * D * (2 * L + 1) * element),
-        all_reduces=0 if n == 1 else 2 * L + 1,
+        collectives=Part(bytes=rows * D * reductions * element),
+        all_reduces=reductions,
         tokens=rows,
     )
 
 
-def _mlp_elements(config: ModelConfig, layer: LayerConfig, devices: int) -> int:
+def _mlp_elements(deployment: Deployment, layer: LayerConfig) -> int:
     """What an MLP moves of a token: the input of gate_up, gate and up written and read, by each expert that it has.
 
-    What several experts yield is written and read once more, to be added up.
+    What several experts yield is written and read once more, to be added up. Groups of devices have equal shares.
     """
+    config, experts, n = deployment.config, deployment.config.experts, deployment.tensor
     if layer.mlp == "dense":
-        return config.embed_dim + 4 * config.ffn_dim // devices
-    experts = config.experts
-    inner = experts.per_token * experts.ffn_dim + experts.shared_ffn_dim
-    return (3 * experts.per_token + bool(experts.shared_ffn_dim)) * config.embed_dim + 4 * inner // devices
+        return config.embed_dim + 4 * config.ffn_dim // n
+    routed = experts.per_token * (3 * config.embed_dim + 4 * experts.ffn_dim // n) // deployment.expert
+    return routed + (config.embed_dim + 4 * experts.shared_ffn_dim // n if experts.shared_ffn_dim else 0)
 
 
 def _visible_pairs(tokens: int, cached: int, window: int | None) -> int:

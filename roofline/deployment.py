@@ -30,6 +30,7 @@ class Deployment:
       weights: a key of `SCHEMES` for the matrices of the layers, or a dtype for all parameters and activations.
       kv: of the KV cache, one of `KV_FORMATS`; "int8" and "fp8" bring a float32 scale a token and head.
       tensor: devices that share every layer.
+      expert: groups of so many devices, which share out the experts of a layer and all else do alike.
       page_size: positions a page of the cache.
       routing: the fraction of tokens that each expert of a layer gets, as measured; None is the same for all.
 
@@ -44,6 +45,7 @@ class Deployment:
     tensor: int = 1
     page_size: int = 64
     routing: tuple[float, ...] | None = None
+    expert: int = 1
 
     def __post_init__(self):
         arguments.config("Deployment: config", self.config)
@@ -54,7 +56,7 @@ class Deployment:
             arguments.optional(arguments.text)(f"Deployment: {name}", value)
             if value is not None and value not in known:
                 raise ValueError(f"{name} {value!r} is not known; known: {', '.join(known)}")
-        for name in ("tensor", "page_size"):
+        for name in ("tensor", "page_size", "expert"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         config = self.config
@@ -64,9 +66,14 @@ class Deployment:
         if self.weights in SCHEMES:
             config = config.replace(quantization=Quantization(SCHEMES[self.weights]))
         elif self.weights is not None:
-            config = config.replace(dtype=self.weights)
+            config = config.replace(dtype=self.weights, quantization=None)
         object.__setattr__(self, "config", config)
         _ = self._stored  # refuses what the devices do not divide
+
+    @property
+    def devices(self) -> int:
+        """That share the model."""
+        return self.tensor * self.expert
 
     @property
     def kv_heads(self) -> int:
@@ -80,7 +87,7 @@ class Deployment:
 
     def _local_size(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> int:
         """Elements of an array that one device holds."""
-        sharding = named_sharding(name, shape, axes, AbstractMesh((1, 1, self.tensor), AXES))
+        sharding = named_sharding(name, shape, axes, AbstractMesh((1, self.expert, self.tensor), AXES))
         return math.prod(sharding.shard_shape(shape))
 
     def _local_sizes(self, specs: Params) -> dict[str, tuple[ParamSpec, int]]:

@@ -85,6 +85,7 @@ def plan(
     *,
     tensors: Sequence[int] = (1,),
     batches: Sequence[int] = (1,),
+    expert: int = 1,
     context: int,
     prompt: int,
     chunk: int | None = None,
@@ -101,6 +102,7 @@ def plan(
       hardware: each device.
       tensors: devices that share every layer.
       batches: rows.
+      expert: groups of devices that share out the experts of a layer, each of a tensor degree.
       context: positions a row of the cache holds.
       prompt: prompt tokens a row.
       chunk: longest prefill, in tokens; longer prompts run in several.
@@ -111,11 +113,11 @@ def plan(
     Raises:
       TypeError, ValueError: an argument out of range, or a degree that the model cannot be shared by.
     """
-    check_plan(config, tensors, batches, context, prompt, weights, kv, memory_fraction, efficiency, price)
+    check_plan(config, tensors, batches, context, prompt, weights, kv, memory_fraction, efficiency, price, expert)
     usable = memory_fraction * hardware.memory
     rows = []
     for tensor in tensors:
-        deployment = Deployment(config, weights, kv, tensor)
+        deployment = Deployment(config, weights, kv, tensor, expert=expert)
         for batch in batches:
             kv_bytes = deployment.cache_bytes(batch, context)
             row = PlanRow(
@@ -134,7 +136,7 @@ def plan(
             if row.fits:
                 row = dataclasses.replace(row, prefill=prefill, decode=decode)
                 if price is not None:
-                    hourly = price * tensor
+                    hourly = price * deployment.devices
                     row = dataclasses.replace(
                         row,
                         cost_input=cost_per_million(hourly, batch * prompt / prefill.seconds),
@@ -155,6 +157,7 @@ def check_plan(
     memory_fraction: int | float,
     efficiency: int | float,
     price: int | float | None,
+    expert: int = 1,
 ) -> None:
     """ValueError for arguments that `plan` refuses, whatever the hardware."""
     for name, values in (("tensors", tensors), ("batches", batches)):
@@ -173,8 +176,10 @@ def check_plan(
             raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
     if price is not None and not 0 < price < float("inf"):
         raise ValueError(f"price is {price}; it must be positive")
+    if expert > 1 and config.experts is None:
+        raise ValueError(f"expert is {expert}, and the model has no routed experts; leave it at 1")
     for tensor in tensors:
-        Deployment(config, weights, kv, tensor)
+        Deployment(config, weights, kv, tensor, expert=expert)
 
 
 @arguments.arguments(**_PLANNED, row=arguments.instance(PlanRow, hint="as plan returns it"))

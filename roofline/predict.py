@@ -92,7 +92,7 @@ def predict(
       steps: counts of one device, of one step or of several that follow each other.
       hardware: each device.
       dtype: in which products are made: that of the activations, to which quantized weights are widened.
-      tensor: devices that share every layer.
+      tensor: devices that share every layer, or the experts of some.
       efficiency: fraction of every peak that is reached; 1 is the roof itself.
 
     Raises:
@@ -149,7 +149,7 @@ def predict_prefill(
     if prompt < 1 or chunk < 1:
         raise ValueError(f"prompt is {prompt} and chunk {chunk}; both must be at least 1")
     steps = [count_prefill(deployment, batch, min(chunk, prompt - at), at) for at in range(0, prompt, chunk)]
-    return predict(steps, hardware, deployment.config.dtype, tensor=deployment.tensor, efficiency=efficiency)
+    return predict(steps, hardware, deployment.config.dtype, tensor=deployment.devices, efficiency=efficiency)
 
 
 @arguments.arguments(**_STEP, context=arguments.whole)
@@ -168,7 +168,7 @@ def predict_decode(
       ValueError: a size out of range, or what `predict` refuses.
     """
     counts = count_decode(deployment, batch, context)
-    return predict(counts, hardware, deployment.config.dtype, tensor=deployment.tensor, efficiency=efficiency)
+    return predict(counts, hardware, deployment.config.dtype, tensor=deployment.devices, efficiency=efficiency)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ def predict_generation(
         raise ValueError(f"new_tokens is {new_tokens}; it must be at least 2, since prefill yields the first")
     prefill = predict_prefill(deployment, hardware, batch=batch, prompt=prompt, chunk=chunk, efficiency=efficiency)
     steps = [count_decode(deployment, batch, prompt + made) for made in range(1, new_tokens)]
-    dtype, tensor = deployment.config.dtype, deployment.tensor
+    dtype, tensor = deployment.config.dtype, deployment.devices
     return Generation(prefill, predict(steps, hardware, dtype, tensor=tensor, efficiency=efficiency), new_tokens)
 
 
