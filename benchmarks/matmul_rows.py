@@ -13,10 +13,11 @@ FORMS = {  # dtype of the values, inputs a scale (None: all), dtype of the scale
     "fp8-block": ("float8_e4m3fn", 128, "float32", False),
     "int4": ("uint8", 128, "bfloat16", False),
     "int4-32": ("uint8", 32, "bfloat16", False),
+    "mxfp4": ("uint8", 32, "float8_e8m0fnu", False),
     "int4-32-zero": ("uint8", 32, "float32", True),
 }
 BLOCK_ROWS = 128  # outputs that share a scale in "fp8-block"
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float8_e8m0fnu": 1}
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 
@@ -134,7 +135,7 @@ def rows(models: tuple[str, ...], counts: tuple[int, ...], forms: tuple[str, ...
 
 
 def expert_rows(
-    models: tuple[str, ...], tokens: tuple[int, ...], forms: tuple[str, ...] = ("bf16", "int8", "fp8", "int4")
+    models: tuple[str, ...], tokens: tuple[int, ...], forms: tuple[str, ...] = ("bf16", "int8", "fp8", "int4", "mxfp4")
 ) -> list[Row]:
     """The same for experts. The kernel takes no 2,880 inputs of 4 bits, gpt-oss-120b's."""
     products = [(product, product.keywords["top_k"]) for model in models for product in EXPERTS[model]]

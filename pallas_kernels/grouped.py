@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Int, Num, Shaped, UInt8
 
 from .dispatch import Implementation, serve
 from .matmul import check_operands, dequantized
@@ -20,7 +20,7 @@ from .matmul import check_operands, dequantized
 def grouped_matmul(
     x: Float[Array, "R I"],
     w: Num[Array, "E O C"],
-    scales: Float[Array, "E blocks groups"] | None = None,
+    scales: Shaped[Array, "E blocks groups"] | None = None,
     zeros: UInt8[Array, "E O groups"] | None = None,
     *,
     sizes: Int[Array, "E"],
@@ -66,7 +66,7 @@ def grouped_matmul(
 def check_kernel(
     x: Float[Array, "R I"],
     w: Num[Array, "E O C"],
-    scales: Float[Array, "E blocks groups"] | None = None,
+    scales: Shaped[Array, "E blocks groups"] | None = None,
     zeros: UInt8[Array, "E O groups"] | None = None,
 ) -> None:
     """NotImplementedError, with the reason, unless the kernels serve such products."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Int, Num, Shaped, UInt8
 
 from .grouped_schedule import make_grouped_schedule, make_table, padded_rows, pieces
 from .matmul_mosaic import stream
@@ -16,7 +16,7 @@ from .matmul_mosaic import stream
 def grouped_matmul_mosaic(
     x: Float[Array, "R I"],
     w: Num[Array, "E O C"],
-    scales: Float[Array, "E blocks groups"] | None,
+    scales: Shaped[Array, "E blocks groups"] | None,
     zeros: UInt8[Array, "E O groups"] | None,
     sizes: Int[Array, "E"],
     *,

@@ -60,7 +60,8 @@ def make_grouped_schedule(
     R, E = x.shape[0], w.shape[0]
     groups = min(R, E)  # that have rows
     mean, whole = -(-R // groups), R > _FEW_ROWS
-    if whole and mean >= _MANY_ROWS:
+    small = scales is not None and 1 < scales.shape[2] and x.shape[1] // scales.shape[2] < 128  # leave few registers
+    if whole and mean >= _MANY_ROWS and not small:
         columns = COLUMNS[-1]
     else:  # half as many more as the mean, and those between a multiple of 8 and the first
         columns = next((n for n in COLUMNS[:-1] if 2 * n >= 3 * mean + ROW_ALIGNMENT + 5), COLUMNS[-2])

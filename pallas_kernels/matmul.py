@@ -11,6 +11,7 @@ outputs that share a scale. A weight is (value - zero) * scale; its form follows
 | bfloat16 or float16 [N, K] | none | none |
 | int8 or float8_e4m3fn [N, K] | float32 [N, 1], or [N/R, K/g] | none |
 | uint8 [N, K/2], input 2i in the low four bits of byte i, 2i + 1 in the high | [N, K/g] | uint8 [N, K/g]; none: 8 |
+| the same, each four bits an e2m1 number (MXFP4) | float8_e8m0fnu [N, K/g] | none |
 """
 
 import functools
@@ -18,7 +19,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num, UInt8
+from jaxtyping import Array, Float, Int, Num, Shaped, UInt8
 
 from .dispatch import Implementation, serve
 
@@ -36,7 +37,7 @@ _ACTIVATIONS = {
 def matmul(
     x: Float[Array, "M K"],
     values: Num[Array, "*two N C"],
-    scales: Float[Array, "*two blocks groups"] | None = None,
+    scales: Shaped[Array, "*two blocks groups"] | None = None,
     zeros: UInt8[Array, "*two N groups"] | None = None,
     *,
     bias: Float[Array, "*two N"] | None = None,
@@ -92,7 +93,7 @@ def matmul(
 def check_kernel(
     x: Float[Array, "M K"],
     values: Num[Array, "N C"],
-    scales: Float[Array, "blocks groups"] | None = None,
+    scales: Shaped[Array, "blocks groups"] | None = None,
     zeros: UInt8[Array, "N groups"] | None = None,
 ) -> None:
     """NotImplementedError, with the reason, unless the kernel serves such a product."""
@@ -104,19 +105,27 @@ def check_kernel(
 
 
 def dequantized(
-    values: Num[Array, "N C"], scales: Float[Array, "blocks groups"] | None, zeros: UInt8[Array, "N groups"] | None
+    values: Num[Array, "N C"], scales: Shaped[Array, "blocks groups"] | None, zeros: UInt8[Array, "N groups"] | None
 ) -> Float[Array, "N K"]:
     """The weight that is stored, in float32."""
     if values.dtype == jnp.uint8:
         values = jnp.stack([values & 15, values >> 4], axis=-1).reshape(values.shape[0], -1)
     N, K = values.shape
-    w = values.astype(jnp.float32)
-    if values.dtype == jnp.uint8:
+    is_e2m1 = scales is not None and scales.dtype == jnp.float8_e8m0fnu
+    w = twice_e2m1(values.astype(jnp.int32)) * 0.5 if is_e2m1 else values.astype(jnp.float32)
+    if values.dtype == jnp.uint8 and not is_e2m1:
         w = w - (8.0 if zeros is None else jnp.repeat(zeros.astype(jnp.float32), K // zeros.shape[1], axis=1))
     if scales is None:
         return w
     scales = jnp.repeat(scales.astype(jnp.float32), N // scales.shape[0], axis=0)
     return w * jnp.repeat(scales, K // scales.shape[1], axis=1)
+
+
+def twice_e2m1(bits: Int[Array, "..."]) -> Float[Array, "..."]:
+    """Twice the numbers of four bits, sign, two of exponent, one of mantissa (OCP Microscaling Formats 1.0, 2023)."""
+    low = bits & 7
+    size = jnp.where(low == 0, 0, ((low & 1 | 2) << (low >> 1)) >> 1)
+    return (size - 2 * size * (bits >> 3)).astype(jnp.float32)
 
 
 def check_operands(
@@ -138,5 +147,7 @@ def check_operands(
         )
     if scales is not None and (N % scales.shape[-2] or K % scales.shape[-1]):
         raise ValueError(f"{op}: scales are {list(scales.shape)}; they must divide a weight of {[N, K]}")
-    if zeros is not None and (not packed or zeros.shape != scales.shape):
-        raise ValueError(f"{op}: zeros are {list(zeros.shape)}; they go with uint8 values, in the shape of scales")
+    if zeros is not None and (not packed or zeros.shape != scales.shape or scales.dtype == jnp.float8_e8m0fnu):
+        raise ValueError(
+            f"{op}: zeros are {list(zeros.shape)}; they go with integers in uint8 values, in the shape of scales"
+        )

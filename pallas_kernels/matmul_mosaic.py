@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Num, UInt8
+from jaxtyping import Array, Float, Num, Shaped, UInt8
 
 from . import layouts, mosaic
 from .matmul_schedule import TILES_TOGETHER, WARPGROUP_ROWS, Schedule, Table, make_schedule
@@ -38,7 +38,7 @@ _COLUMNS_AT_ONCE = 32  # that they are multiplied with: 16 more
 def matmul_mosaic(
     x: Float[Array, "M K"],
     values: Num[Array, "N C"],
-    scales: Float[Array, "blocks groups"] | None,
+    scales: Shaped[Array, "blocks groups"] | None,
     zeros: UInt8[Array, "N groups"] | None,
     *,
     blocks: int | None = None,
@@ -69,7 +69,7 @@ def stream(
     s: Schedule,
     x: Float[Array, "M K"],
     values: Num[Array, "*E N C"],
-    scales: Float[Array, "*E blocks groups"] | None,
+    scales: Shaped[Array, "*E blocks groups"] | None,
     zeros: UInt8[Array, "*E N groups"] | None,
     table: Table | None,
     out: jax.ShapeDtypeStruct,
@@ -90,6 +90,8 @@ def stream(
     """
     x = arranged(x, s.bits)
     scales, zeros = (None if part is None else part.reshape(-1, part.shape[-1]) for part in (scales, zeros))
+    if s.kind == jnp.float4_e2m1fn:
+        scales = lax.bitcast_convert_type(scales, jnp.uint8)
     factors, row_scales = scales, None
     if s.group is None and scales is not None:
         factors, row_scales = None, jnp.repeat(scales[:, 0].astype(jnp.float32), s.scale_rows)
@@ -266,7 +268,7 @@ def _multiply(s, interpreted, share, entries, ring, out, fetch):
         if zeros is not None:
             point = row_entries(ring.zeros, slot, step, part, s.zeros_a_step) if s.zeros_a_step else points[part]
             point = point.astype(jnp.int32)
-        wide = widen(weight, columns, point, ring.x.dtype, interpreted=interpreted)
+        wide = widen(weight, s.kind, columns, point, ring.x.dtype, interpreted=interpreted)
         return mosaic.operand(wide, ring.wide, warpgroup, part % parts_at_once)
 
     def multiplied(operands, slot, parts, columns):
@@ -280,9 +282,11 @@ def _multiply(s, interpreted, share, entries, ring, out, fetch):
 
     def scaled(product, slot, step, part, scales):
         scale = row_entries(ring.scales, slot, step, part, s.scales_a_step) if s.scales_a_step else scales[part]
-        if s.scale_rows == 1:
-            scale = lax.broadcast_in_dim(scale.astype(jnp.float32), product.shape, [0])
-        return product * scale
+        if s.scale_rows > 1:
+            return product * scale
+        if s.kind == jnp.float4_e2m1fn:  # the exponents of powers of two
+            scale = lax.bitcast_convert_type(scale.astype(jnp.int32) << 23, jnp.float32)
+        return product * lax.broadcast_in_dim(scale.astype(jnp.float32), product.shape, [0])
 
     def body(i, carry):
         sums, (scales, points) = carry

@@ -18,7 +18,7 @@ from .dispatch import current_device
 COLUMNS = (8, 16, 32, 64, 128)  # to which rows of activations are padded: few kernels, with known registers
 WARPGROUP_ROWS = 64  # of the weight: the height of one wgmma
 ROW_ALIGNMENT = 8  # of tiles of activations: what the tiling of shared memory copies at once
-_STEP_BYTES = (128, 64)  # of a row of the weight in a step: the swizzles at which copies and wgmma do best
+_STEP_BYTES = (128, 64, 32)  # of a row of the weight in a step: the swizzles; copies and wgmma do best at the widest
 _LEAST_BYTES = 16  # that TMA copies of a row, and that strides are multiples of
 _MOST_STAGES = 12
 TILES_TOGETHER = 16  # of rows, before the next band: 128 each with 4,096 inputs are 17 MB, a third of an H100's L2
@@ -50,6 +50,7 @@ class Schedule:
     Attributes:
       columns: rows of activations, padded to what wgmma takes.
       bits: of a weight.
+      kind: dtype of a weight: uint8 for integers of 4 bits, float4_e2m1fn for these.
       width: inputs a step.
       group: inputs that share a scale or zero point, None where the kernel sees none.
       scale_rows: outputs that share a scale.
@@ -65,6 +66,7 @@ class Schedule:
 
     columns: int
     bits: int
+    kind: Any
     width: int
     group: int | None
     scale_rows: int
@@ -128,6 +130,9 @@ def make_schedule(
         raise NotImplementedError(f"the weight is {values.dtype}, activations {x.dtype}; the kernel takes one for both")
     blocks = blocks or current_device().multiprocessors or layouts.MULTIPROCESSORS
     bits = 16 if scales is None else 4 if values.dtype == jnp.uint8 else 8
+    kind = values.dtype
+    if scales is not None and scales.dtype == jnp.float8_e8m0fnu:
+        kind = jnp.dtype(jnp.float4_e2m1fn)
     group, scale_rows, entries = None, 1, [0, 0]  # entries: scales and zero points a step
     if scales is not None:
         scale_rows = N // scales.shape[0]
@@ -141,7 +146,7 @@ def make_schedule(
 
     columns = next(columns for columns in COLUMNS if columns >= M)
     # Sums of many columns leave each thread registers for 64 bytes of a row of 4 bits.
-    sizes = _STEP_BYTES[1:] if bits == 4 and columns > 16 else _STEP_BYTES
+    sizes = _STEP_BYTES[:2] if bits > 4 else _STEP_BYTES[columns > 16 :]
     widths = [size * 8 // bits for size in sizes]
     fitting = [width for width in widths if K % width == 0 and width % (group or width) == 0]
     if not fitting or (group or 32) % 32:
@@ -172,4 +177,5 @@ def make_schedule(
     stage = warpgroups * WARPGROUP_ROWS * row_bytes + columns * width * 2
     stages = min(_MOST_STAGES, (layouts.SHARED_BYTES - layouts.RESERVED_BYTES - layouts.PADDING_BYTES) // stage)
     used = -(-bands * steps // share) if products == 1 else blocks
-    return Schedule(columns, bits, width, group, scale_rows, warpgroups, bands, steps, share, used, *entries, stages)
+    sizes = columns, bits, kind, width, group, scale_rows, warpgroups, bands, steps, share, used
+    return Schedule(*sizes, *entries, stages)

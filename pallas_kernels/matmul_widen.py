@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from . import mosaic
+from .matmul import twice_e2m1
 
 _LANE_BYTES = 16  # of a row, that the four threads of a quad hold a word of each
 _LAYOUT = plgpu.Layout.WGMMA
@@ -43,11 +44,11 @@ def twice(half: Any) -> Any:
 
 
 def pairs(word: Any, kind: Any, dtype: Any) -> list[tuple[Any, Any]]:
-    """Two words for each pair, as 16-bit floats: the pair is their difference, or for fp8 their product.
+    """Two words for each pair, as 16-bit floats: the pair is their difference, or for floats their product.
 
     Args:
       word: supports shifts and bitwise operations with integers: as well a NumPy array as a register.
-      kind: of the weights: int8, float8_e4m3fn, or uint8 for two of 4 bits a byte, which are less 8.
+      kind: of the weights: int8, float8_e4m3fn, float4_e2m1fn, or uint8 for two of 4 bits a byte, which are less 8.
       dtype: bfloat16 or float16.
     """
     above = twice(base(dtype))
@@ -57,6 +58,12 @@ def pairs(word: Any, kind: Any, dtype: Any) -> list[tuple[Any, Any]]:
         shifted = word, word >> 8
         return [(part & 0x007F007F | above, part & 0x00800080 | above) for part in shifted]
     # The exponent is moved to where the wider one ends, which leaves the value too small by the biases' difference.
+    if kind == jnp.float4_e2m1fn:
+        shift, scale = (6, 0x7E80) if dtype == jnp.bfloat16 else (9, 0x7400)  # 2 ** 126, 2 ** 14
+        kept = twice(7 << shift)
+        signs = [word << 12 - 4 * j & 0x80008000 for j in range(4)]
+        sizes = [word << shift - 4 * j if shift >= 4 * j else word >> 4 * j - shift for j in range(4)]
+        return [(sign | size & kept, twice(scale)) for sign, size in zip(signs, sizes, strict=True)]
     shift, scale = (4, 0x7B80) if dtype == jnp.bfloat16 else (7, 0x5C00)  # 2 ** 120, 2 ** 8
     kept = twice(0x7F << shift)
     even = word << 8 & 0x80008000 | word << shift & kept
@@ -64,25 +71,28 @@ def pairs(word: Any, kind: Any, dtype: Any) -> list[tuple[Any, Any]]:
     return [(even, twice(scale)), (odd, twice(scale))]
 
 
-def widen(raw: Any, part: slice, zeros: Any, dtype: Any, *, interpreted: bool) -> Any:
+def widen(raw: Any, kind: Any, part: slice, zeros: Any, dtype: Any, *, interpreted: bool) -> Any:
     """A part of the columns as [64, weights], in wgmma's layout and the order of `arranged`.
 
     Args:
       raw: [64, columns] of int8, float8_e4m3fn, or uint8 for two weights of 4 bits a byte, in `RAW_LAYOUT`.
+      kind: as in `pairs`.
       part: of the columns.
       zeros: for 4 bits, zero points, [64] int32 in `BASE_LAYOUT`; None where they are 8.
       dtype: bfloat16 or float16.
       interpreted: whether the interpreter is to run the kernel.
     """
-    kind = raw.dtype
-    weights = (part.stop - part.start) * (2 if kind == jnp.uint8 else 1)
+    packed = raw.dtype == jnp.uint8
+    weights = (part.stop - part.start) * (2 if packed else 1)
     arguments = (raw,) if zeros is None else (raw, twice(zeros | base(dtype)))
 
     def plain(raw, bases=None):
         raw = raw[:, part]
-        if kind != jnp.uint8:
+        if not packed:
             return arranged(raw.astype(jnp.float32).astype(dtype), 8)
         values = jnp.stack([raw & 15, raw >> 4], axis=-1).reshape(raw.shape[0], -1).astype(jnp.int32)
+        if kind == jnp.float4_e2m1fn:
+            return arranged((twice_e2m1(values) * 0.5).astype(dtype), 4)
         return arranged((values - (8 if bases is None else (bases & 15)[:, None])).astype(dtype), 4)
 
     @mosaic.inline(
@@ -100,7 +110,7 @@ def widen(raw: Any, part: slice, zeros: Any, dtype: Any, *, interpreted: bool) -
         element = (ir.BF16Type if dtype == jnp.bfloat16 else ir.F16Type).get()
         pair_type, word_type = ir.VectorType.get((2,), element), ir.VectorType.get((1,), i32)
         name = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
-        operation = f"{'mul' if kind == jnp.float8_e4m3fn else 'sub'}.{name} $0, $1, $2;"
+        operation = f"{'mul' if jnp.issubdtype(kind, jnp.floating) else 'sub'}.{name} $0, $1, $2;"
 
         def constant(value):
             return arith.constant(i32, ir.IntegerAttr.get(i32, value - (value >> 31 << 32)))

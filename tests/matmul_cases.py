@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BF16, F16 = jnp.bfloat16, jnp.float16
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Case:
             weight["values"] = jnp.asarray(values.clip(-448, 448), jnp.float8_e4m3fn)
         else:
             weight["values"] = jnp.asarray(rng.integers(0, 256, (self.N, self.K // 2)), jnp.uint8)
+            if self.kind == "mxfp4":
+                weight["scales"] = jnp.asarray(2.0 ** rng.integers(-3, 4, grid), jnp.float8_e8m0fnu)
             if self.zeros:
                 weight["zeros"] = jnp.asarray(rng.integers(0, 16, grid), jnp.uint8)
         return x, weight
@@ -70,6 +73,8 @@ CASES = [
     Case("int4", M=9, N=128, K=384, group=64, dtype=F16, scale_dtype=F16),
     Case("int4", N=128, K=768, group=128, zeros=True),
     Case("int4", N=64, K=128, group=128, scale_dtype=BF16),  # one group: the scale of the output
+    Case("mxfp4", M=17, N=128, K=192, group=32),
+    Case("mxfp4", K=512, group=32, dtype=F16),
 ]
 
 
@@ -85,7 +90,9 @@ def exact(x: Any, values: Any, scales: Any = None, zeros: Any = None) -> np.ndar
         entries = np.asarray(entries).astype(np.float64)
         return np.kron(entries, np.ones((w.shape[0] // entries.shape[0], w.shape[1] // entries.shape[1])))
 
-    if packed:
+    if scales is not None and scales.dtype == jnp.float8_e8m0fnu:
+        w = E2M1[w.astype(int)]
+    elif packed:
         w = w - (8 if zeros is None else wide(zeros))
     if scales is not None:
         w = w * wide(scales)

@@ -28,7 +28,7 @@ FORMS = [
     Case("int8", K=192, dtype=F16),
     Case("fp8", N=128, K=256, group=128, block_rows=64),
     Case("int4", N=128, K=256, group=32, zeros=True),
-    Case("int4", K=256, group=128, scale_dtype=BF16),
+    Case("mxfp4", K=192, group=32),
 ]
 
 

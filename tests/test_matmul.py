@@ -45,7 +45,7 @@ def test_bias_gate_and_residual(activation):
         ({"values": jnp.zeros((64, 64))}, "scales are given"),
         ({"scales": jnp.ones((64, 3))}, "they must divide a weight of"),
         ({"x": jnp.zeros((2, 96))}, "x has 96 inputs and the weight 64"),
-        ({"zeros": jnp.zeros((64, 1), jnp.uint8)}, "zeros are .* they go with uint8"),
+        ({"zeros": jnp.zeros((64, 1), jnp.uint8)}, "zeros are .* they go with integers in uint8"),
         ({"activation": "relu"}, "relu"),
         ({"activation": "silu"}, "three axes, the first of 2"),
         ({"implementation": "mosaik"}, "mosaik"),

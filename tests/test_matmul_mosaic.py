@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.mosaic import gpu as mgpu
-from matmul_cases import BF16, CASES, F16, Case, exact
+from matmul_cases import BF16, CASES, E2M1, F16, Case, exact
 
 from ridgeline.pallas_kernels.matmul_mosaic import matmul_mosaic
 from ridgeline.pallas_kernels.matmul_schedule import make_schedule
@@ -65,12 +65,12 @@ def held(layout, shape):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", [jnp.int8, jnp.float8_e4m3fn, jnp.uint8], ids=["int8", "fp8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn", "uint8", "float4_e2m1fn"])
 def test_words_in_registers_become_the_operand_of_wgmma(kind, dtype):
     """Thread by thread, in Mosaic's own layouts: what `widen` does to registers is what `arranged` promises."""
-    rng = np.random.default_rng(0)
+    rng, kind = np.random.default_rng(0), jnp.dtype(kind)
     raw = rng.integers(0, 256, (64, 64)).astype(np.uint8)
-    bits = 4 if kind == jnp.uint8 else 8
+    bits = 4 if kind in (jnp.uint8, jnp.float4_e2m1fn) else 8
     if kind == jnp.float8_e4m3fn:
         raw[(raw & 0x7F) == 0x7F] = 0x7E  # not NaN
     columns = raw.shape[1] * 8 // bits
@@ -79,12 +79,13 @@ def test_words_in_registers_become_the_operand_of_wgmma(kind, dtype):
     for a, b in pairs(words.reshape(128, -1, 2), kind, dtype):  # words of rows 8 apart alternate
         a, b = (np.asarray(np.broadcast_to(n, words.reshape(128, -1, 2).shape), np.uint32) for n in (a, b))
         a, b = (n[..., None].view(np.uint16).view(dtype).astype(np.float32) for n in (a, b))
-        made.append(a * b if kind == jnp.float8_e4m3fn else a - b)
+        made.append(a * b if kind in (jnp.float8_e4m3fn, jnp.float4_e2m1fn) else a - b)
     operand = np.zeros(64 * columns, np.float32)
     operand[held(mgpu.WGMMA_LAYOUT, (64, columns))] = np.stack(made, axis=2).reshape(128, -1, 2)
 
-    if kind == jnp.uint8:
-        values = np.stack([raw % 16, raw // 16], axis=-1).reshape(64, -1).astype(np.float32) - 8
+    if bits == 4:
+        values = np.stack([raw % 16, raw // 16], axis=-1).reshape(64, -1)
+        values = values.astype(np.float32) - 8 if kind == jnp.uint8 else E2M1[values]
     else:
         values = raw.view(kind).astype(np.float32)
     np.testing.assert_array_equal(operand.reshape(64, columns), arranged(jnp.asarray(values), bits))
