@@ -116,7 +116,9 @@ def test_every_element_is_read_once_and_replicas_not_again(tmp_path, monkeypatch
 def test_what_does_not_divide_is_said_before_anything_is_read(source, monkeypatch):
     directory = source(FAMILIES["llama"] | {"intermediate_size": 30})
     monkeypatch.setattr(load, "read_parameter", lambda *args: pytest.fail("read"))
-    with pytest.raises(ValueError, match=r"layers.0.down \(24, 30\): axis 'ffn' of size 30 does not divide over the 4 "):
+    with pytest.raises(
+        ValueError, match=r"layers.0.down \(24, 30\): axis 'ffn' of size 30 does not divide over the 4 "
+    ):
         load_model(directory, mesh=make_mesh(tensor=4))
 
 
