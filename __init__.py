@@ -28,6 +28,7 @@ from .decode.sampling.scores import TokenContext
 from .decode.sampling.state import make_sampling_state
 from .decode.score import Score, score
 from .decode.speculation.draft_model import ModelDrafter
+from .decode.speculation.eagle import EagleDrafter
 from .decode.speculation.ngram import NGramDrafter
 from .decode.step import decode_step
 from .model.checkpoint import CheckpointError
@@ -57,6 +58,7 @@ __all__ = [
     "BeamSearchSequence",
     "CheckpointError",
     "Constraint",
+    "EagleDrafter",
     "Engine",
     "EngineFull",
     "EngineStats",

@@ -20,6 +20,7 @@ from . import (
     profile,
     quality,
     replay,
+    speculation,
     stages,
     throughput,
 )
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "latency": latency,
     "throughput": throughput,
     "replay": replay,
+    "speculation": speculation,
     "loading": loading,
     "quality": quality,
     "resources": kernel_resources,

@@ -14,6 +14,7 @@ from ..decode.prompts import default_sampling
 from ..decode.sampling.params import SamplingParams
 from ..decode.speculation.draft_model import ModelDrafter
 from ..decode.speculation.drafter import Drafter
+from ..decode.speculation.eagle import EagleDrafter, is_eagle
 from ..decode.speculation.ngram import NGramDrafter
 from ..model.config import DTYPES
 from ..model.kv_specs import KV_DTYPES
@@ -60,7 +61,8 @@ def add_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     add("--model", default="bundled", metavar="DIR", help=help)
     add_format_options(model)
     help = (
-        "guess tokens ahead, which changes none: 'ngram', from the text itself; 'bundled-draft' or a directory, a model"
+        "guess tokens ahead, which changes none: 'ngram', from the text itself; 'bundled-draft' or a directory, "
+        "a model or an EAGLE-3 head"
     )
     add("--draft", metavar="DIR", help=help)
     add("--draft-tokens", type=int, default=4, metavar="N", help="tokens guessed at once (default: %(default)s)")
@@ -139,9 +141,12 @@ def drafter_for(model: Model, args: argparse.Namespace) -> Drafter | None:
     """What `--draft` asks for."""
     if args.draft is None:
         return None
-    draft = None if args.draft == "ngram" else load_model(args.draft, mesh=model.mesh, dtype=args.dtype)
+    tokens, is_head, draft = args.draft_tokens, is_eagle(args.draft), None
+    if args.draft != "ngram" and not is_head:
+        draft = load_model(args.draft, mesh=model.mesh, dtype=args.dtype)
     with usage_errors():
-        drafter = NGramDrafter(args.draft_tokens) if draft is None else ModelDrafter(draft, args.draft_tokens)
+        drafter = ModelDrafter(draft, tokens) if draft else NGramDrafter(tokens)
+        drafter = EagleDrafter(args.draft, tokens) if is_head else drafter
         drafter.bind(model)  # refused before anything is compiled
     return drafter
 

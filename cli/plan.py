@@ -49,6 +49,9 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add("--weights", choices=WEIGHT_FORMATS, metavar="FORMAT", help=help)
     help = f"of the cache: {', '.join(KV_FORMATS)} (default: unquantized)"
     add("--kv", choices=KV_FORMATS, metavar="FORMAT", help=help)
+    help = "of a drafted token, 0 to 1: adds speculative decoding, with drafts that cost nothing or those of --draft"
+    add("--acceptance", type=float, metavar="A", help=help)
+    add("--draft", metavar="MODEL", help="a model that drafts, in the same formats on the same devices, as MODEL")
     add("--price", type=float, metavar="USD", help="of one device for an hour, to work out the price of a token")
     help = "of a device's memory, for weights and cache (default: %(default)s)"
     add("--memory-fraction", type=float, default=0.9, metavar="F", help=help)
@@ -68,15 +71,17 @@ def run(args: argparse.Namespace) -> int:
         weights = args.weights or ("bfloat16" if config.quantization is None else None)
         settings = {"context": context, "weights": weights, "kv": args.kv, "memory_fraction": args.memory_fraction}
         limits = {"efficiency": args.efficiency, "price": args.price}
+        draft = None if args.draft is None else find_config(args.draft).replace(dtype="bfloat16")
+        drafts = {"acceptance": args.acceptance, "draft": draft}
         sizes = {"tensors": args.tensor, "batches": args.batch, "expert": args.expert, "prompt": prompt}
-        check_plan(config, **sizes, **limits, **settings)
+        check_plan(config, **sizes, **limits, **settings, **drafts)
         if args.plot is not None:
             check_plot(args.plot)
     hardware = _hardware(args.hardware)
     if args.hardware == HERE and jax.default_backend() == "cpu":
         settings["kv"] = args.kv or "float32"  # as `init_cache` has it on a CPU
     with usage_errors():
-        rows = plan(config, hardware, chunk=PREFILL_CHUNK, **sizes, **limits, **settings)
+        rows = plan(config, hardware, chunk=PREFILL_CHUNK, **sizes, **limits, **settings, **drafts)
         deployment = Deployment(config, weights, settings["kv"])
         dtype = deployment.config.dtype
         kv = settings["kv"] or dtype
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         report = {"model": args.model, "hardware": dataclasses.asdict(hardware), "dtype": dtype, "prompt": prompt}
         report |= {"ridge": hardware.ridge(dtype), "kv_bytes_per_token": deployment.kv_bytes_per_token}
         report |= settings | {"kv": kv, "weights": stored, "expert": args.expert} | limits
+        report |= {"acceptance": args.acceptance, "draft": args.draft}
         print_json(report | {"rows": list(map(_report, rows, helps))})
         return OK
     console, fitting = terminal(), [row for row in rows if row.fits]
@@ -97,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(_memory_table(rows, helps))
     if fitting:
         console.print(_phase_table("prefill", fitting), _phase_table("decode", fitting), sep="\n")
+    if fitting and args.acceptance is not None:
+        console.print(_speculation_table(args, fitting))
     if fitting and args.price is not None:
         table = simple_table("USD a million tokens", "tensor", "batch", "of prompts", "new")
         for row in fitting:
@@ -144,6 +152,19 @@ def _phase_table(name: str, rows: list[PlanRow]) -> Table:
     return table
 
 
+def _speculation_table(args: argparse.Namespace, rows: list[PlanRow]) -> Table:
+    """The fastest round of every row that fits."""
+    title = f"Speculation by {args.draft or 'drafts that cost nothing'}, acceptance {args.acceptance:g}"
+    columns = "drafted", "tokens a round", "draft", "verify", "TPOT", "to plain"
+    table = simple_table(title, "tensor", "batch", *columns)
+    for row in rows:
+        best = row.speculation
+        times = map(duration, (best.draft_seconds, best.verify.seconds, best.tpot))
+        cells = (str(best.draft_tokens), f"{best.tokens:.2f}", *times, f"{best.speedup:.2f}x")
+        table.add_row(str(row.tensor), str(row.batch), *cells, style=None if best.speedup > 1 else "dim")
+    return table
+
+
 def _notes(
     args: argparse.Namespace, hardware: Hardware, deployment: Deployment, fitting: list[PlanRow], prompt: int
 ) -> Iterator[str]:
@@ -177,6 +198,9 @@ def _notes(
 def _report(row: PlanRow, help: list[str]) -> dict[str, Any]:
     named = {name: getattr(row, name) for name in ("fits", "ttft", "tpot", "tokens_per_second")}
     plain = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    if best := row.speculation:
+        own = {"tpot": best.tpot, "speedup": best.speedup, "verify": _phase(best.verify)}
+        plain |= {"speculation": dataclasses.asdict(best) | own}
     per_row = {"tokens_per_second_per_row": row.tpot and 1 / row.tpot, "remedies": help}
     return plain | named | per_row | {"prefill": _phase(row.prefill), "decode": _phase(row.decode)}
 

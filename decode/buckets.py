@@ -15,6 +15,11 @@ SPECULATION_ROUNDS = 4
 """Rounds of speculation a dispatch, each of which makes one token a row and those of its draft that are right."""
 
 
+def decode_steps(drafted: int) -> int:
+    """Steps of a dispatch that does nothing else, or rounds that each draft so many tokens."""
+    return SPECULATION_ROUNDS if drafted else DECODE_STEPS
+
+
 def batch_bucket(rows: int) -> int:
     """Rows of a compiled batch that holds `rows` requests: the next power of two."""
     return 1 << (rows - 1).bit_length()

@@ -94,7 +94,7 @@ def quantize(w: Float[Array, "..."], scheme: Scheme, in_axes: int = 1) -> Quanti
     Args:
       w: [*out, *in].
       scheme: how to store it.
-      in_axes: how many trailing axes a product contracts.
+      in_axes: how many trailing axes a product contracts; one at least, and not all.
     """
     if not 1 <= in_axes < w.ndim:
         raise ValueError(f"quantize: in_axes is {in_axes}; of the {w.ndim} axes of w it must leave one, and take one")

@@ -20,7 +20,7 @@ from .predict import (
     predict_generation,
     predict_prefill,
 )
-from .speculation import Speculation, expected_tokens, predict_speculation
+from .speculation import Speculation, best_speculation, expected_tokens, predict_speculation
 
 __all__ = [
     "HARDWARE",
@@ -34,6 +34,7 @@ __all__ = [
     "Phase",
     "PlanRow",
     "Speculation",
+    "best_speculation",
     "cost_per_million",
     "count_decode",
     "count_prefill",

@@ -165,12 +165,17 @@ class Deployment:
         held = sum(pages_per_row(layer.window, length, self.page_size) * kv for layer, kv in layers)
         return batch * self.page_size * held
 
-    def largest_batch(self, memory: int | float, length: int) -> int:
-        """Most rows of `length` positions whose cache fits beside the weights in so many bytes; 0 if none does."""
-        return max(0, int((memory - self.parameter_bytes) // self.cache_bytes(1, length)))
+    def largest_batch(self, memory: int | float, length: int, draft: "Deployment | None" = None) -> int:
+        """Most rows of `length` positions whose cache fits beside the weights in so many bytes, a draft model's
+        included; 0 if none does."""
+        models = [self] if draft is None else [self, draft]
+        left = memory - sum(model.parameter_bytes for model in models)
+        return max(0, int(left // sum(model.cache_bytes(1, length) for model in models)))
 
-    def longest_context(self, memory: int | float, batch: int) -> int:
+    def longest_context(self, memory: int | float, batch: int, draft: "Deployment | None" = None) -> int:
         """Most positions a row, in whole pages, at which `batch` rows fit; at most the model's `max_position`."""
-        left, most = memory - self.parameter_bytes, -(-self.config.max_position // self.page_size)
-        pages = bisect.bisect_right(range(1, most + 1), left, key=lambda n: self.cache_bytes(batch, n * self.page_size))
+        models = [self] if draft is None else [self, draft]
+        left = memory - sum(model.parameter_bytes for model in models)
+        sizes = range(self.page_size, self.config.max_position + self.page_size, self.page_size)
+        pages = bisect.bisect_right(sizes, left, key=lambda n: sum(model.cache_bytes(batch, n) for model in models))
         return min(pages * self.page_size, self.config.max_position)

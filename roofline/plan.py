@@ -10,8 +10,11 @@ from ..model.schemes import SCHEMES
 from .deployment import Deployment
 from .hardware import Hardware
 from .predict import Phase, cost_per_million, predict_decode, predict_prefill
+from .speculation import Speculation, best_speculation, expected_tokens
 
 _MOST_DEVICES = 64
+MOST_DRAFTED = 8
+"""Tokens of the longest draft that is looked at."""
 _PLANNED = {
     "config": arguments.config,
     "hardware": arguments.instance(Hardware, hint="such as find_hardware('h100')"),
@@ -35,6 +38,7 @@ class PlanRow:
       longest_context: positions a row that fit at this batch, at most the model's `max_position`.
       prefill: of the prompts of all rows; None where the row does not fit, as the fields after it.
       decode: the last step, when every row is as long as the context.
+      speculation: the fastest round of speculation there, where an acceptance is given.
       cost_input, cost_output: price of a million prompt tokens and of a million new ones; None without a price.
     """
 
@@ -47,6 +51,7 @@ class PlanRow:
     longest_context: int
     prefill: Phase | None = None
     decode: Phase | None = None
+    speculation: Speculation | None = None
     cost_input: float | None = None
     cost_output: float | None = None
 
@@ -78,6 +83,9 @@ class PlanRow:
     chunk=arguments.optional(arguments.whole),
     efficiency=arguments.number,
     price=arguments.optional(arguments.number),
+    expert=arguments.whole,
+    acceptance=arguments.optional(arguments.number),
+    draft=arguments.optional(arguments.config),
 )
 def plan(
     config: ModelConfig,
@@ -94,6 +102,8 @@ def plan(
     memory_fraction: int | float = 0.9,
     efficiency: int | float = 1.0,
     price: int | float | None = None,
+    acceptance: int | float | None = None,
+    draft: ModelConfig | None = None,
 ) -> list[PlanRow]:
     """The grid of tensor degrees and batches, in the order given.
 
@@ -109,25 +119,32 @@ def plan(
       memory_fraction: of each device's memory, for weights and cache; programs and temporaries need the rest.
       efficiency: fraction of the peaks that is reached; see `predict`.
       price: of one device for an hour, in any currency.
+      acceptance: of a drafted token; see `expected_tokens`.
+      draft: a model that drafts, in the same formats and on the same devices, whose memory counts too; None for drafts
+        that cost nothing, such as prompt lookup.
 
     Raises:
       TypeError, ValueError: an argument out of range, or a degree that the model cannot be shared by.
     """
-    check_plan(config, tensors, batches, context, prompt, weights, kv, memory_fraction, efficiency, price, expert)
+    asked = memory_fraction, efficiency, price, expert, acceptance, draft
+    check_plan(config, tensors, batches, context, prompt, weights, kv, *asked)
     usable = memory_fraction * hardware.memory
     rows = []
     for tensor in tensors:
         deployment = Deployment(config, weights, kv, tensor, expert=expert)
+        drafting = None if draft is None else Deployment(draft, weights, kv, tensor)
+        models = [deployment] if drafting is None else [deployment, drafting]
+        weight_bytes = sum(model.parameter_bytes for model in models)
         for batch in batches:
-            kv_bytes = deployment.cache_bytes(batch, context)
+            kv_bytes = sum(model.cache_bytes(batch, context) for model in models)
             row = PlanRow(
                 tensor=tensor,
                 batch=batch,
-                weight_bytes=deployment.parameter_bytes,
+                weight_bytes=weight_bytes,
                 kv_bytes=kv_bytes,
-                free_bytes=int(usable - deployment.parameter_bytes - kv_bytes),
-                largest_batch=deployment.largest_batch(usable, context),
-                longest_context=deployment.longest_context(usable, batch),
+                free_bytes=int(usable - weight_bytes - kv_bytes),
+                largest_batch=deployment.largest_batch(usable, context, drafting),
+                longest_context=deployment.longest_context(usable, batch, drafting),
             )
             prefill = predict_prefill(
                 deployment, hardware, batch=batch, prompt=prompt, chunk=chunk, efficiency=efficiency
@@ -135,6 +152,14 @@ def plan(
             decode = predict_decode(deployment, hardware, batch=batch, context=context, efficiency=efficiency)
             if row.fits:
                 row = dataclasses.replace(row, prefill=prefill, decode=decode)
+                if acceptance is not None:
+                    # A draft must have room: so near its end no row speculates.
+                    room = min(model.config.max_position for model in models) - MOST_DRAFTED
+                    sizes = {"batch": batch, "context": max(1, min(context, room)), "efficiency": efficiency}
+                    rounds = best_speculation(
+                        deployment, drafting, hardware, most=MOST_DRAFTED, acceptance=acceptance, **sizes
+                    )
+                    row = dataclasses.replace(row, speculation=rounds)
                 if price is not None:
                     hourly = price * deployment.devices
                     row = dataclasses.replace(
@@ -158,6 +183,8 @@ def check_plan(
     efficiency: int | float,
     price: int | float | None,
     expert: int = 1,
+    acceptance: int | float | None = None,
+    draft: ModelConfig | None = None,
 ) -> None:
     """ValueError for arguments that `plan` refuses, whatever the hardware."""
     for name, values in (("tensors", tensors), ("batches", batches)):
@@ -178,8 +205,14 @@ def check_plan(
         raise ValueError(f"price is {price}; it must be positive")
     if expert > 1 and config.experts is None:
         raise ValueError(f"expert is {expert}, and the model has no routed experts; leave it at 1")
+    if draft is not None and acceptance is None:
+        raise ValueError("a draft model gains by its acceptance; give that too")
+    if acceptance is not None:
+        expected_tokens(acceptance, 1)
     for tensor in tensors:
         Deployment(config, weights, kv, tensor, expert=expert)
+        if draft is not None:
+            Deployment(draft, weights, kv, tensor)
 
 
 @arguments.arguments(**_PLANNED, row=arguments.instance(PlanRow, hint="as plan returns it"))

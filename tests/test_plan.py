@@ -56,6 +56,30 @@ def test_json_is_the_library_s_own_figures(capsys):
     assert report["ridge"] == HARDWARE["h200"].ridge("bfloat16")
 
 
+def test_speculation_beside_plain_decoding(capsys):
+    sizes = ("llama-3.1-8b", "--batch", "1,64", "--context", 4096, "--hardware", "h200")
+    without = plan_json(capsys, *sizes)["rows"]
+    assert [row["speculation"] for row in without] == [None, None]
+    free, drafted = (
+        plan_json(capsys, *sizes, "--acceptance", 0.7, *draft)["rows"] for draft in ((), ("--draft", "llama-3.2-1b"))
+    )
+    draft = Deployment(preset("llama-3.2-1b").replace(dtype="bfloat16"))
+    for plain, cheap, row in zip(without, free, drafted, strict=True):
+        assert row["weight_bytes"] == plain["weight_bytes"] + draft.parameter_bytes
+        assert row["kv_bytes"] == plain["kv_bytes"] + draft.cache_bytes(row["batch"], 4096)
+        assert row["largest_batch"] < plain["largest_batch"]
+        best = row["speculation"]
+        assert best["speedup"] == pytest.approx(best["plain_seconds"] / best["tpot"])
+        assert best["tpot"] == pytest.approx((best["draft_seconds"] + best["verify"]["seconds"]) / best["tokens"])
+        assert cheap["speculation"]["draft_seconds"] == 0
+        assert cheap["speculation"]["speedup"] > best["speedup"]
+    assert drafted[0]["speculation"]["speedup"] > 1.4
+    assert main(["plan", "llama-3.1-8b", "--acceptance", "0.7"]) == 0
+    assert "Speculation by drafts that cost nothing" in capsys.readouterr().out
+    assert main(["plan", "llama-3.1-8b", "--draft", "llama-3.2-1b"]) == 2
+    assert "acceptance" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_says_what_would(capsys):
     rows = plan_json(capsys, "llama-3.1-70b", "--batch", "1", "--tensor", "1,2")["rows"]
     assert [row["fits"] for row in rows] == [False, True]

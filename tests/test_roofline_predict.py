@@ -12,6 +12,7 @@ from ridgeline.roofline import (
     Deployment,
     Hardware,
     Part,
+    best_speculation,
     cost_per_million,
     count_decode,
     count_prefill,
@@ -85,6 +86,7 @@ def test_expected_tokens_is_leviathans_formula():
             assert expected_tokens(a, k) == pytest.approx((1 - a ** (k + 1)) / (1 - a))
     assert expected_tokens(0.0, 5) == 1
     assert expected_tokens(1.0, 5) == 6
+    assert expected_tokens([0.9, 0.5, 0.0], 3) == pytest.approx(1 + 0.9 + 0.45)
 
 
 def test_speculation_pays_with_a_good_small_draft_alone():
@@ -98,6 +100,11 @@ def test_speculation_pays_with_a_good_small_draft_alone():
     assert good.verify.seconds < 1.3 * good.plain_seconds  # five tokens read the weights once
     assert good.speedup == pytest.approx(good.plain_seconds * good.tokens / (good.draft_seconds + good.verify.seconds))
     assert good.speedup > 2
+    sizes_of = {"batch": 1, "context": 2000, "acceptance": 0.8}
+    rounds = [predict_speculation(target, draft, H100, draft_tokens=n, **sizes_of) for n in range(1, 9)]
+    best = best_speculation(target, draft, H100, **sizes_of)
+    assert best == max(rounds, key=lambda one: one.speedup)
+    assert 1 < best.draft_tokens < 8
     assert predict_speculation(target, draft, H100, acceptance=0.0, **sizes).speedup < 1
     assert predict_speculation(target, target, H100, acceptance=0.8, **sizes).speedup < 1
     # A batch at the ridge has no arithmetic to spare.
@@ -166,6 +173,7 @@ def test_without_links_more_devices_are_no_remedy():
         (lambda: predict_generation(Deployment(CONFIG), H100, batch=1, prompt=5, new_tokens=1), "new_tokens is 1"),
         (lambda: expected_tokens(1.5, 2), "acceptance is 1.5"),
         (lambda: expected_tokens(0.5, 0), "draft_tokens is 0"),
+        (lambda: expected_tokens([0.5], 2), r"acceptance is \[0.5\]; .* for each of 2"),
         (lambda: plan(CONFIG, H100, context=200_000, prompt=1), "context is 200000; .* between 1 and 131072"),
         (lambda: plan(CONFIG, H100, context=10, prompt=11), "prompt is 11; .* the context, 10"),
         (lambda: plan(CONFIG, H100, context=10, prompt=1, memory_fraction=1.5), "memory_fraction is 1.5"),

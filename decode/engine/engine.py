@@ -1,8 +1,10 @@
 """Many requests on one model: continuous batching over a shared pool of pages."""
 
 import contextlib
+import copy
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,9 +23,10 @@ from ..sampling.layout import SamplingPlan, coarsest, make_plan, request_arrays,
 from ..sampling.params import SamplingParams
 from ..sampling.scores import Adjust
 from ..speculation.drafter import Drafter
+from .drafts import Drafts
 from .regime import regime_of
 from .rehearsal import Rehearsal
-from .results import Dispatch, PromptLogprobs, RowTokens, ScoredPrompts
+from .results import Dispatch, Drafting, PromptLogprobs, RowTokens, ScoredPrompts
 from .runner import ANYTHING, Masks, Runner
 from .scheduler import Chunk, Row, Scheduler
 from .sizes import PAGE_SIZE, engine_sizes
@@ -78,10 +81,13 @@ class Engine:
       drafter: guesses tokens, several of which are then checked at once; it changes none. Each step waits for the last
         one's tokens. Requests with constraints, and those whose keys depend on their length (dynamic RoPE), take no
         drafts.
+      adapt_drafts: whether fewer tokens than `drafter.tokens` are drafted, a half or a quarter of them and so on, or
+        none, where tokens come faster so, by what is measured meanwhile. (Not in several processes, whose clocks
+        differ, nor with `batch_invariant`, where how many are checked at once may round a sum.)
 
     Raises:
       ValueError: a size that is not positive, that the mesh does not divide, or that no memory is left for; a drafter
-        that cannot draft for the model, or beside `batch_invariant`.
+        that cannot draft for the model.
     """
 
     @jax.transfer_guard("allow")  # what requests are and what comes out is moved on purpose, here and below
@@ -98,6 +104,7 @@ class Engine:
         **arguments.seams,
         adjust=arguments.optional(arguments.function(2)),
         drafter=arguments.optional(arguments.instance(Drafter)),
+        adapt_drafts=arguments.flag,
     )
     def __init__(
         self,
@@ -116,16 +123,13 @@ class Engine:
         component: Component | None = None,
         adjust: Adjust | None = None,
         drafter: Drafter | None = None,
+        adapt_drafts: bool = True,
     ):
-        if batch_invariant and drafter is not None:
-            raise ValueError(
-                f"batch_invariant computes each token by itself, and drafter {type(drafter).__name__} has several "
-                "checked at once; leave one of them out"
-            )
         sizes = engine_sizes(model, max_batch_size, cache_tokens, max_length, prefill_tokens, kv_dtype, drafter)
         self.model, self.sizes, self.max_waiting = model, sizes, max_waiting
         whole_batches |= batch_invariant
         width = buckets.prefill_floor(min(prefill_tokens, buckets.PREFILL_CHUNK)) if batch_invariant else None
+        self._drafts = None if drafter is None else Drafts(drafter, adapt_drafts and not batch_invariant)
         self._runner = Runner(
             model,
             sizes.slots,
@@ -139,14 +143,15 @@ class Engine:
             component,
             adjust,
             drafter,
+            self._drafts.sizes if self._drafts else (),
         )
-        self._drafted = 0 if drafter is None else drafter.tokens
         regime = regime_of(model.config)
-        policy = prefill_tokens, prefix_caching, regime, batch_invariant, self._drafted
+        policy = prefill_tokens, prefix_caching, regime, batch_invariant, drafter is not None
         self._scheduler = Scheduler(sizes.shards(), sizes.slots, *policy)
         ropes = {layer.rope for layer in model.config.layers}
         self._borders = sorted({rope.original_max_position for rope in ropes if rope.kind == "longrope"})
-        self._replays = batch_invariant or any(rope.kind == "dynamic" for rope in ropes)
+        self._takes_drafts = not any(rope.kind == "dynamic" for rope in ropes)
+        self._replays = batch_invariant or not self._takes_drafts
         self._whole_batches, self._least_plan = whole_batches, SamplingPlan()
         self._active: dict[int, _Active] = {}
         self._in_flight: list[Dispatch | ScoredPrompts] = []
@@ -221,6 +226,7 @@ class Engine:
             self._replays,
             read_whole=request.prompt_logprobs is not None,
             stepwise=request.constraints is not None,
+            drafts=self._takes_drafts,
         )
         plan = make_plan([request.params], self.model.config.vocab_size)
         if self._whole_batches:
@@ -259,9 +265,10 @@ class Engine:
 
     def _step(self) -> None:
         try:
-            if self._drafted or any(row.stepwise for dispatch in self._in_flight for row in dispatch.rows):
-                self._read_in_flight()  # what may come next depends on it
-            dispatched = self._dispatch()
+            drafted = self._pick_drafts()
+            if self._depends_on_in_flight(drafted):
+                self._read_in_flight()
+            dispatched = self._dispatch(drafted)
             self._read_in_flight()
             self._in_flight = dispatched
             if self._spoiled:  # what is no number would reach whoever gets the same pages next
@@ -295,15 +302,17 @@ class Engine:
     def rehearsal(self) -> Iterator[Rehearsal]:
         """Requests that are run in here have their programs compiled, and get tokens that mean nothing."""
         runner, ends = self._runner, self.model.generation.eos_token_ids
+        drafts, self._drafts = self._drafts, copy.deepcopy(self._drafts)
         with Rehearsal(runner, next(n for n in itertools.count() if n not in ends)) as self._runner:
             try:
                 yield self._runner
             finally:
-                self._runner = runner
+                self._runner, self._drafts = runner, drafts
 
     def stats(self) -> EngineStats:
         """What the engine is doing, and has done."""
-        return self._counters.stats(self._scheduler, finished=self._rows - len(self._active))
+        speculation = self._drafts.stats() if self._drafts else None
+        return self._counters.stats(self._scheduler, self._rows - len(self._active), speculation)
 
     def close(self) -> None:
         """Abort what is left, and free the pool's memory."""
@@ -312,17 +321,38 @@ class Engine:
         self._in_flight, self._closed = [], True
         self._runner.free()
 
-    def _dispatch(self) -> list[Dispatch | ScoredPrompts]:
+    def _pick_drafts(self) -> int:
+        """How many tokens the next rounds draft."""
+        rows = sum(not row.reading for row in self._scheduler.running)
+        return self._drafts.pick(self._rows_of(rows)) if self._drafts else 0
+
+    def _rows_of(self, rows: int) -> int:
+        """Rows of the decode program for so many."""
+        return (self.sizes.slots if self._whole_batches else buckets.batch_bucket(rows)) if rows else 0
+
+    def _depends_on_in_flight(self, drafted: int) -> bool:
+        """Whether what may come next depends on tokens that the host has not seen."""
+        tokens = [dispatch for dispatch in self._in_flight if isinstance(dispatch, Dispatch)]
+        was_drafted = any(dispatch.drafting is not None and dispatch.drafting.size for dispatch in tokens)
+        return drafted > 0 or was_drafted or any(row.stepwise for dispatch in tokens for row in dispatch.rows)
+
+    def _dispatch(self, drafted: int) -> list[Dispatch | ScoredPrompts]:
         """Hand the next step to the device."""
-        step, dispatches = self._scheduler.schedule(), []
+        step, dispatches = self._scheduler.schedule(drafted), []
         for row in [*step.decode, *(chunk.row for batch in step.prefills for chunk in batch)]:
             if row.pages.changed:
                 self._runner.set_pages(row)
         if step.decode:
             with self._concerning(step.decode):
                 plan, masks = self._plan(step.decode), self._masks(step.decode)
-                sampled, columns = self._runner.decode(step.decode, step.steps, plan, masks)
-            dispatches.append(Dispatch(sampled, step.decode, columns))
+                for row in step.decode if drafted else ():
+                    self._runner.catch_up(row, row.made - 1, min(self._scheduler.prefill_tokens, buckets.PREFILL_CHUNK))
+                started = time.perf_counter()
+                sampled, columns = self._runner.decode(step.decode, step.steps, plan, masks, drafted)
+            drafting = None
+            if self._drafts:
+                drafting = Drafting(self._rows_of(len(step.decode)), drafted, step.steps, not step.prefills, started)
+            dispatches.append(Dispatch(sampled, step.decode, columns, drafting))
         for batch in step.prefills:
             with self._concerning([chunk.row for chunk in batch]):
                 entering = [chunk.row for chunk in batch if chunk.last]
@@ -373,13 +403,17 @@ class Engine:
         for dispatch in dispatches:
             with self._concerning(dispatch.rows), self._counters.waiting():
                 results = dispatch.read()
+            if self._drafts:
+                self._drafts.read(dispatch, results)
+            drafting = dispatch.drafting if isinstance(dispatch, Dispatch) else None
+            drafted = drafting is not None and (drafting.size > 0 or self._runner.sees_all)
             for row, result in results:
                 self._spoiled |= result.is_broken
                 with self._concerning([row]):
                     if not row.done:
-                        self._take(row, result)
+                        self._take(row, result, drafted)
 
-    def _take(self, row: Row, made: RowTokens | PromptLogprobs) -> None:
+    def _take(self, row: Row, made: RowTokens | PromptLogprobs, drafted: bool) -> None:
         active, dtype = self._active[row.index], self.model.config.dtype
         request = active.request
         if isinstance(made, PromptLogprobs):
@@ -392,7 +426,7 @@ class Engine:
         request.count_drafts(*made.speculation(again + len(new)))
         request.constrain(tokens)
         self._counters.generated += len(new)
-        self._scheduler.advance(row, new, again)
+        self._scheduler.advance(row, new, again, drafted)
         if request.finished:
             self._end(row, new=new)
         elif made.is_broken:

@@ -50,12 +50,32 @@ class PromptLogprobs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Drafting:
+    """How rounds of speculation were dispatched.
+
+    Attributes:
+      rows: that its programs are for.
+      size: tokens that each round drafts.
+      rounds: how many.
+      alone: whether nothing else was dispatched in the step.
+      started: by `time.perf_counter`.
+    """
+
+    rows: int
+    size: int
+    rounds: int
+    alone: bool
+    started: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Dispatch:
     """Tokens that were asked of the device: those of each row stand in one column."""
 
     sampled: Sampled
     rows: Sequence[Row]
     columns: Sequence[int]
+    drafting: Drafting | None = None
 
     def read(self) -> list[tuple[Row, RowTokens]]:
         """Wait for the tokens; those of each row."""

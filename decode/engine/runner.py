@@ -23,7 +23,7 @@ from ..sampling.params import SamplingParams
 from ..sampling.scores import Adjust
 from ..sampling.state import empty_state, insert
 from ..speculation.drafter import Drafter
-from ..speculation.loop import read_text, set_history
+from ..speculation.loop import drafted_prefill, read_text, set_history
 from .pages import ABSENT
 from .scheduler import Chunk, Row
 from .slots import Sampled, SlotState, decode_slots, empty_slots, enter_slots, speculate_slots
@@ -48,6 +48,7 @@ class Runner:
       whole_batches: as in `Engine`.
       width: of every prefill; None for the bucket of the longest chunk.
       residual, component, adjust, drafter: as in `Engine`.
+      draft_sizes: numbers of tokens that it is asked to draft.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class Runner:
         component: Component | None = None,
         adjust: Adjust | None = None,
         drafter: Drafter | None = None,
+        draft_sizes: Sequence[int] = (),
     ):
         self.model, self.slots, self._max_length = model, slots, max_length
         self._draft_params, self._drafter = (None, None) if drafter is None else drafter.bind(model)
-        self._steps = buckets.DECODE_STEPS if drafter is None else buckets.SPECULATION_ROUNDS
+        self._draft_sizes = tuple(draft_sizes) or (0,)
         self._width, self._adjust = width, adjust
         self._forward_seams = {"residual": residual, "component": component}
         # On data shards rows stay with the devices that have their pages.
@@ -79,7 +81,7 @@ class Runner:
         shards = np.arange(slots)[:, None] * self.shards // slots
         self._tables = [(shards * n).astype(np.int32).repeat(entries, axis=1) for n in self._pages_per_shard]
         self._vocab_size = model.config.vocab_size
-        layout = pages, page_size, model.mesh, kv_dtype
+        self._page_size, layout = page_size, (pages, page_size, model.mesh, kv_dtype)
         self._empty_pages = functools.partial(init_pages, model.config, *layout)
         self._empty_draft_pages = functools.partial(self._drafter.init_pages, *layout) if drafter else lambda: None
         self.restart()
@@ -88,8 +90,8 @@ class Runner:
         """Empty pages and slots, in place of those that there were, if any."""
         self.free()
         self.pages, self.draft_pages = self._empty_pages(), self._empty_draft_pages()
-        history = None if self._drafter is None else self._max_length
-        self.state = empty_slots(self.slots, self._vocab_size, history, self.model.mesh)
+        history, layers = (0, 0) if self._drafter is None else (self._max_length, len(self._drafter.layers))
+        self.state = empty_slots(self.slots, self.model.config, history, layers, self.model.mesh)
 
     def free(self) -> None:
         """Give the memory back."""
@@ -128,49 +130,59 @@ class Runner:
           One token a row of the program, of which those of texts that go on are nobody's, and each chunk's row; and
           where there is a `top`, log-probabilities of the token that follows each, with so many of the likeliest.
         """
-        places, rows = self._places([chunk.row.slot for chunk in chunks])
-        width = self._width or buckets.prefill_bucket(max(chunk.count for chunk in chunks))
-        tokens, targets = np.zeros((2, rows, width), np.int32)
-        new, starts, contexts, last = np.zeros((4, rows), np.int32)
+        places, tokens, new, targets, batch = self._text_of(chunks)
+        rows, features = len(tokens), None
+        last = np.zeros(rows, np.int32)
         slots = np.full(rows, self.slots, np.int32)  # out of bounds, where nothing enters
         for place, chunk in zip(places, chunks, strict=True):
-            end = chunk.start + chunk.count
-            tokens[place, : chunk.count] = chunk.row.tokens[chunk.start : end]
-            following = chunk.row.tokens[chunk.start + 1 : end + 1]
-            targets[place, : len(following)] = following
-            new[place], starts[place], contexts[place] = chunk.count, chunk.start, chunk.row.context
-            last[place] = chunk.row.tokens[end - 1]
+            last[place] = chunk.row.tokens[chunk.start + chunk.count - 1]
             if chunk.last:
                 slots[place] = chunk.row.slot
-        batch = Rows(
-            lengths=self._put(starts),
-            max_lengths=self._put(starts + new),
-            contexts=self._put(contexts),
-            block_tables=self._tables_of(places, rows, [chunk.row.slot for chunk in chunks]),
-            kinds=kinds_by_layer(self.model.config),
-        )
-        tokens, new = self._put(tokens), self._put(new)
-        if self.draft_pages is not None:
-            text = tokens, new, batch
-            self.draft_pages = self._run(read_text, self._drafter, self._draft_params, self.draft_pages, *text)
         arguments = self.model.params, self.model.config, tokens, new, KVCache(self.pages, batch)
-        if top is None:
-            (logits, cache), scored = self._run(prefill, *arguments, **self._forward_seams), None
+        if self._drafter is not None and self._drafter.layers:
+            drafting = targets, self._draft_params, self._drafter, self.draft_pages, top
+            out = self._run(drafted_prefill, *arguments, *drafting, **self._forward_seams)
+            logits, cache, scored, self.draft_pages, features = out
         else:
-            targets = self._put(targets)
-            logits, cache, scored = self._run(scored_prefill, *arguments, targets, top, **self._forward_seams)
+            if self.draft_pages is not None:
+                self._draft_reads(tokens, new, batch)
+            if top is None:
+                (logits, cache), scored = self._run(prefill, *arguments, **self._forward_seams), None
+            else:
+                logits, cache, scored = self._run(scored_prefill, *arguments, targets, top, **self._forward_seams)
         self.pages = cache.pages
         made = None
         if any(chunk.last for chunk in chunks):
-            read = SlotState(last, cache.lengths, cache.contexts, None)
-            allowed = self._allowed(masks, places, len(slots), [chunk.row.slot for chunk in chunks])
+            read = SlotState(last, cache.lengths, cache.contexts, None, None, features)
+            allowed = self._allowed(masks, places, rows, [chunk.row.slot for chunk in chunks])
             made, self.state = self._run(enter_slots, logits, self.state, slots, read, plan, self._adjust, allowed)
         return made, places, scored
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether the drafter is not behind after rounds that drafted nothing: it reads what they make, or no pages."""
+        return self.draft_pages is None or bool(self._drafter.layers)
+
+    def catch_up(self, row: Row, end: int, most: int) -> None:
+        """Have the drafter read what was made of a row while it drafted nothing, up to a position, so much at a time.
+
+        Where a window has left some of it behind, there are no pages to read it into, and the row takes no more drafts.
+        """
+        start = max(0, row.drafted - 1)  # a round whose drafts were all right has left one out
+        if any(ABSENT in pages[start // self._page_size :] for pages in row.pages.lists):
+            return
+        while row.drafted < end:
+            count = min(end - start, most)
+            _, tokens, new, _, batch = self._text_of([Chunk(row, start, count, last=False)])
+            self._draft_reads(tokens, new, batch)
+            row.drafted = start = start + count
+
     def decode(
-        self, rows: Sequence[Row], steps: int, plan: SamplingPlan, masks: Masks | None = None
+        self, rows: Sequence[Row], steps: int, plan: SamplingPlan, masks: Masks | None = None, drafted: int = 0
     ) -> tuple[Sampled, list[int]]:
         """Make the next tokens of rows that have entered, in so many steps, or rounds where there is a drafter.
+
+        Each round drafts so many tokens.
 
         Returns:
           The new tokens, and the row of the program that each row was.
@@ -193,7 +205,8 @@ class Runner:
             return made, places
         speculates = np.zeros(count, bool)
         speculates[places] = [row.speculates for row in rows]
-        drafting = self._draft_params, self._drafter, self.draft_pages, self._put(speculates)
+        drafter = self._drafter.shortened(drafted)
+        drafting = self._draft_params, drafter, self.draft_pages, self._put(speculates)
         out = self._run(speculate_slots, *weights, *drafting, self.pages, self.state, *where, plan, steps, **seams)
         made, self.draft_pages, self.pages, self.state = out
         return made, places
@@ -225,8 +238,35 @@ class Runner:
                     for case in itertools.product(plans, masks) if n == 0 else [(plans[0], None)]:
                         yield functools.partial(self.prefill, chunks, *case)
             for plan in plans if count == 1 or not self._whole_batches else []:
-                for case in [(self._steps, plan), *((1, plan, mask) for mask in masks)]:
-                    yield functools.partial(self.decode, some, *case)
+                for drafted in self._draft_sizes:
+                    for case in [(buckets.decode_steps(drafted), plan, None), *((1, plan, mask) for mask in masks)]:
+                        yield functools.partial(self.decode, some, *case, drafted)
+
+    def _text_of(
+        self, chunks: Sequence[Chunk]
+    ) -> tuple[list[int], Array | np.ndarray, Array | np.ndarray, Array | np.ndarray, Rows]:
+        """Each chunk's row of a program; the tokens, how many count, the tokens after each, and the rows."""
+        places, rows = self._places([chunk.row.slot for chunk in chunks])
+        width = self._width or buckets.prefill_bucket(max(chunk.count for chunk in chunks))
+        tokens, targets = np.zeros((2, rows, width), np.int32)
+        new, starts, contexts = np.zeros((3, rows), np.int32)
+        for place, chunk in zip(places, chunks, strict=True):
+            end = chunk.start + chunk.count
+            tokens[place, : chunk.count] = chunk.row.tokens[chunk.start : end]
+            following = chunk.row.tokens[chunk.start + 1 : end + 1]
+            targets[place, : len(following)] = following
+            new[place], starts[place], contexts[place] = chunk.count, chunk.start, chunk.row.context
+        batch = Rows(
+            lengths=self._put(starts),
+            max_lengths=self._put(starts + new),
+            contexts=self._put(contexts),
+            block_tables=self._tables_of(places, rows, [chunk.row.slot for chunk in chunks]),
+            kinds=kinds_by_layer(self.model.config),
+        )
+        return places, self._put(tokens), self._put(new), self._put(targets), batch
+
+    def _draft_reads(self, *text: Any) -> None:
+        self.draft_pages = self._run(read_text, self._drafter, self._draft_params, self.draft_pages, *text)
 
     def _run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Everything jitted that a runner calls goes through here."""

@@ -42,6 +42,8 @@ class Row:
       root, shareable: the regime of its keys; see `Regime`.
       made: tokens that the host has seen since it was last begun, those of its text included.
       stepwise: whether the host must see each of its tokens before the next (a constraint).
+      drafts: whether it may take drafts: its keys do not depend on the length at which they were made.
+      drafted: positions that the drafter has read.
       step: the last in which something of it was dispatched.
     """
 
@@ -65,6 +67,8 @@ class Row:
     step: int = 0
     made: int = 0
     stepwise: bool = False
+    drafts: bool = True
+    drafted: int = 0
 
     @property
     def reading(self) -> bool:
@@ -82,8 +86,8 @@ class Row:
 
     @property
     def speculates(self) -> bool:
-        """Whether it may take drafts: else each token depends on the host, or on the length it is made at."""
-        return not (self.stepwise or self.replays)
+        """Whether it takes drafts: else each token depends on the host or its length, or the drafter is behind."""
+        return self.drafts and not self.stepwise and self.drafted == self.made - 1
 
     @property
     def goes_on(self) -> bool:
@@ -121,7 +125,7 @@ class Scheduler:
       regime: of a row that is read with some length; see `Regime`.
       one_shape: whether every step decodes once and every prefill has one chunk, and pages are shared that a prefill
         has filled, so that all is computed by programs of one shape.
-      drafted: most tokens that a round of speculation drafts a row, where there is a drafter. How many a row gets is
+      speculates: whether steps are rounds of speculation, which make as many tokens as turn out right: how many is
         known when they are read, which is before the next step then.
     """
 
@@ -133,14 +137,14 @@ class Scheduler:
         prefix_caching: bool = True,
         regime: Callable[[int], Regime] = lambda context: (b"", sys.maxsize),
         one_shape: bool = False,
-        drafted: int = 0,
+        speculates: bool = False,
     ):
         self.shards = shards
         self.prefill_tokens = prefill_tokens
         self.prefix_caching = prefix_caching
         self.regime = regime
         self.one_shape = one_shape
-        self._drafted = drafted
+        self._speculates = speculates
         self.page_size = shards[0].page_size
         self.waiting: list[Row] = []  # both in order
         self.running: list[Row] = []
@@ -181,18 +185,18 @@ class Scheduler:
     def shard_of(self, row: Row) -> int:
         return row.slot // self._slots_per_shard
 
-    def schedule(self) -> Step:
-        """The next step; whoever asks dispatches it."""
+    def schedule(self, drafted: int = 0) -> Step:
+        """The next step, of whose rounds each drafts so many tokens a row; whoever asks dispatches it."""
         self._step += 1
         if any(self.shards[0].windows):
             for row in self.running:
                 self._pages(row).slide(row.pages, row.computed)
-        steps = self._decode_steps()
+        steps = self._decode_steps(drafted)
         decode = []
         for row in [row for row in self.running if not row.reading and row.goes_on]:
             if row.slot is None:  # it made room for one of the rows before
                 continue
-            end = min(row.computed + steps * (1 + self._drafted), row.limit)
+            end = min(row.computed + steps * (1 + drafted), row.limit)
             if row.computed in row.borders:
                 if not row.in_flight:
                     self._requeue(row)
@@ -203,21 +207,26 @@ class Scheduler:
                 self._preempt(row)
         return Step(decode, steps, self._prefills(self.prefill_tokens - len(decode)))
 
-    def advance(self, row: Row, tokens: Sequence[int], again: int = 0) -> None:
-        """Learn the new tokens that one dispatch has made of a row, after as many `again` as were known."""
+    def advance(self, row: Row, tokens: Sequence[int], again: int = 0, drafted: bool = False) -> None:
+        """Learn the new tokens that one dispatch has made of a row, after as many `again` as were known.
+
+        `drafted` is whether a drafter that was not behind has read what the dispatch has cached.
+        """
+        keeps_up = drafted and row.drafted == row.made - 1
         row.in_flight -= 1
         row.made += again + len(tokens)
+        row.drafted = row.made - 1 if keeps_up else row.drafted
         row.tokens += tokens
         if row.slot is not None:
-            if self._drafted:
+            if self._speculates and not row.in_flight:
                 row.computed = row.made - 1
             self._register(row)
 
-    def _decode_steps(self) -> int:
+    def _decode_steps(self, drafted: int) -> int:
         """One where prompts are read or may soon begin, a row is stepwise, or one comes to a border before the host has
         its tokens. While all slots are taken, those that wait begin when a row ends, which is no sooner than at its
         limit or by a stop."""
-        most = buckets.SPECULATION_ROUNDS if self._drafted else buckets.DECODE_STEPS
+        most = buckets.decode_steps(drafted)
         near = any(0 < border - row.computed < most for row in self.running for border in row.borders)
         full = not any(self._free_slots) and all(row.computed + most < row.max_length for row in self.running)
         alone = (full or not self.waiting) and not any(row.reading or row.stepwise for row in self.running)
@@ -236,6 +245,7 @@ class Scheduler:
                 written = set()
             batches[-1].append(Chunk(row, start, count, last=end == row.context))
             self._dispatch(row, end, samples=end == row.context)
+            row.drafted = end
             written.update(self._register(row))
             budget -= count
         return batches
@@ -278,7 +288,7 @@ class Scheduler:
         self.waiting.pop(0)
         row.slot = self._free_slots[shard].pop(0)
         row.pages = self.shards[shard].begin(known, matched[shard])
-        row.computed = matched[shard] * self.page_size
+        row.computed = row.drafted = matched[shard] * self.page_size
         bisect.insort(self.running, row, key=_order)
         return row
 
@@ -301,6 +311,7 @@ class Scheduler:
         """Let others find the pages that are full, and whose tokens are known; returns the keys of the new ones."""
         page_keys(row.tokens, self.page_size, row.keys, row.root)
         known = row.context if self.one_shape else len(row.tokens)
+        known = min(known, row.drafted) if self._speculates else known  # pages of the drafter are found with them
         before, count = row.pages.registered, min(row.computed, known, row.shareable) // self.page_size
         if self.prefix_caching:
             self._pages(row).register(row.pages, row.keys, count)

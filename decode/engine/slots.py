@@ -20,7 +20,7 @@ from ..sampling.layout import SamplingPlan
 from ..sampling.scores import Adjust
 from ..sampling.state import SamplingState, empty_state
 from ..speculation.drafter import Drafter
-from ..speculation.loop import speculate
+from ..speculation.loop import drafted_prefill, speculate
 
 Sampled = tuple[Int[Array, "N B *T"], SampleLogprobs | None]
 """New tokens, step by step or as `speculate` makes them, and their log-probabilities where the plan has any; on the
@@ -35,7 +35,7 @@ class SlotState:
       tokens: [B] int32, the last sampled token of each.
       lengths, contexts: as in `Rows`.
       sampling: what each asks for, and what penalties need of its output; None of rows that are just read.
-      history: with a drafter, the tokens of each, as in `Texts`.
+      history, features: with a drafter, what `Texts` has of each, features where it asks for layers.
     """
 
     tokens: Any
@@ -43,15 +43,19 @@ class SlotState:
     contexts: Any
     sampling: SamplingState | None
     history: Any = None
+    features: Any = None
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "vocab_size", "history", "mesh"))
-def empty_slots(slots: int, vocab_size: int, history: int | None, mesh: Any) -> SlotState:
-    def zeros(*shape: int) -> Array:
-        return constrain(jnp.zeros((slots, *shape), jnp.int32), "batch", mesh=mesh)
+@functools.partial(jax.jit, static_argnames=("slots", "config", "history", "layers", "mesh"))
+def empty_slots(slots: int, config: ModelConfig, history: int, layers: int, mesh: Any) -> SlotState:
+    """Slots of a model; `history` positions, and features of so many `layers`, where these are not 0."""
 
-    texts = None if history is None else zeros(history)
-    return SlotState(zeros(), zeros(), zeros(), empty_state(slots, vocab_size, False, mesh), texts)
+    def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
+        return constrain(jnp.zeros((slots, *shape), dtype), "batch", mesh=mesh)
+
+    sampling, texts = empty_state(slots, config.vocab_size, False, mesh), zeros(history) if history else None
+    features = zeros(layers * config.embed_dim, dtype=config.dtype) if layers else None
+    return SlotState(zeros(), zeros(), zeros(), sampling, texts, features)
 
 
 @functools.partial(
@@ -105,11 +109,12 @@ def speculate_slots(
     """`speculate` for the rows in some slots, as `decode_slots`."""
     rows = _rows_of(state, slots, plan)
     cache = KVCache(pages, Rows(rows.lengths, max_lengths, rows.contexts, tables, kinds_by_layer(config)))
-    texts = rows.tokens, cache, draft_pages, rows.history, rows.sampling
-    made, logprobs, tokens, cache, draft_pages, history, sampling = speculate(
+    texts = rows.tokens, cache, draft_pages, rows.history, rows.features, rows.sampling
+    made, logprobs, (tokens, cache, draft_pages, history, features, sampling) = speculate(
         params, config, draft_params, drafter, *texts, speculates, plan, rounds, **seams
     )
-    rows = rows.replace(tokens=tokens, lengths=cache.lengths, sampling=sampling, history=history)
+    changed = {"sampling": sampling, "history": history, "features": features}
+    rows = rows.replace(tokens=tokens, lengths=cache.lengths, **changed)
     return (made, logprobs), draft_pages, cache.pages, _with_rows(state, slots, rows)
 
 
@@ -125,7 +130,7 @@ def enter_slots(
 ) -> tuple[Sampled, SlotState]:
     """Draw the tokens that follow texts, and put the rows into their slots; those out of bounds enter none.
 
-    `read` has the last tokens of the texts, and their lengths.
+    `read` has the last tokens of the texts, their lengths, and features where there are any.
     """
     sampling = _rows_of(state, slots, plan).sampling
     tokens, logprobs, sampling = sample(logits, sampling, read.lengths, plan, None, adjust, read.tokens, allowed)
@@ -135,7 +140,7 @@ def enter_slots(
     return made, _with_rows(state, slots, read.replace(tokens=tokens, sampling=sampling))
 
 
-READ = {decode_slots: 0, speculate_slots: 0, enter_slots: 0, scored_prefill: 2}
+READ = {decode_slots: 0, speculate_slots: 0, enter_slots: 0, scored_prefill: 2, drafted_prefill: 2}
 """Which result of a program the host reads."""
 
 
@@ -153,8 +158,11 @@ def _with_rows(state: SlotState, slots: Int[Array, "b"] | None, rows: SlotState)
     tokens, lengths, contexts = (
         _at(getattr(state, name), slots, getattr(rows, name)) for name in ("tokens", "lengths", "contexts")
     )
-    history = state.history if rows.history is None else _at(state.history, slots, rows.history)
-    return SlotState(tokens, lengths, contexts, state.sampling.replace(output_counts=counts), history)
+    history, features = (
+        getattr(state, name) if getattr(rows, name) is None else _at(getattr(state, name), slots, getattr(rows, name))
+        for name in ("history", "features")
+    )
+    return SlotState(tokens, lengths, contexts, state.sampling.replace(output_counts=counts), history, features)
 
 
 def _at(old: Array, slots: Int[Array, "b"] | None, new: Array) -> Array:

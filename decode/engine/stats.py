@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..request import RequestOutput
+from .drafts import SpeculationStats
 from .scheduler import Scheduler
 
 PERCENTILES = (50, 90, 99)
@@ -32,6 +33,7 @@ class EngineStats:
       steps: calls of `step` that dispatched something.
       host_time: mean seconds of Python a step, waiting for the device left out.
       device_wait: mean seconds a step that the host waited for tokens.
+      speculation: with a drafter, what its drafts came to.
     """
 
     running: int
@@ -51,6 +53,7 @@ class EngineStats:
     steps: int
     host_time: float
     device_wait: float
+    speculation: SpeculationStats | None = None
 
 
 class Counters:
@@ -82,7 +85,7 @@ class Counters:
             if output.tokens and getattr(output, name) is not None:
                 times.append(getattr(output, name))
 
-    def stats(self, scheduler: Scheduler, finished: int) -> EngineStats:
+    def stats(self, scheduler: Scheduler, finished: int, speculation: SpeculationStats | None = None) -> EngineStats:
         """Those of now, when so many requests have finished."""
         steps = max(self._steps, 1)
         pools = [max(shard.pools, key=lambda pool: pool.size) for shard in scheduler.shards]
@@ -102,6 +105,7 @@ class Counters:
             steps=self._steps,
             host_time=self._host_time / steps,
             device_wait=self._device_wait / steps,
+            speculation=speculation,
         )
 
 

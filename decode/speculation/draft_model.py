@@ -55,7 +55,7 @@ class ModelDrafter(Drafter):
             )
         config = self.model.config
         return self.model.params, _BoundDraft(
-            config, _tables(target, self.model), target.config.vocab_size, self.tokens
+            self.tokens, config, tables_for(target, config, self.model.name), target.config.vocab_size
         )
 
     def propose(self, *_: Any) -> Any:
@@ -63,19 +63,17 @@ class ModelDrafter(Drafter):
 
 
 @dataclasses.dataclass(frozen=True)
-class _BoundDraft(Drafter):
-    """A draft model without its parameters.
+class PagedDrafter(Drafter):
+    """Base of what drafts for a target with layers that keep keys and values.
 
     Attributes:
-      config: of the draft.
-      tables: of each layer of the draft, which of the target's block tables it uses.
-      vocab_size: of the target.
+      config: of these layers.
+      tables: of each of them, which of the target's block tables it uses.
     """
 
+    tokens: int
     config: ModelConfig
     tables: tuple[int, ...]
-    vocab_size: int
-    tokens: int
 
     def init_pages(
         self, pages: Sequence[int], page_size: int, mesh: Mesh | None, kv_dtype: jax.typing.DTypeLike | None
@@ -84,7 +82,20 @@ class _BoundDraft(Drafter):
         counts = [pages[table_of[window]] for window in page_kinds(self.config)]
         return init_pages(self.config, counts, page_size, mesh, kv_dtype)
 
-    def read(self, params: Any, pages: Any, tokens: Int[Array, "B T"], new: Int[Array, "B"], rows: Rows) -> Any:
+
+@dataclasses.dataclass(frozen=True)
+class _BoundDraft(PagedDrafter):
+    """A draft model without its parameters.
+
+    Attributes:
+      vocab_size: of the target.
+    """
+
+    vocab_size: int
+
+    def read(
+        self, params: Any, pages: Any, tokens: Int[Array, "B T"], new: Int[Array, "B"], rows: Rows, *_: Any
+    ) -> Any:
         cache = KVCache(pages, rows.replace(kinds=self.tables))
         return extend(params, self.config, tokens, new, cache, logits=None)[1].pages
 
@@ -140,17 +151,21 @@ def _check_tokenizers(target: Model, draft: Model) -> None:
         )
 
 
-def _tables(target: Model, draft: Model) -> tuple[int, ...]:
-    """Of each layer of the draft, the place in the target's `page_kinds` of the pages that it uses."""
+def tables_for(target: Model, draft: ModelConfig, name: str) -> tuple[int, ...]:
+    """Of each layer of a draft of that name, the place in the target's `page_kinds` of the pages that it uses.
+
+    Raises:
+      ValueError: a layer of the draft sees more positions than any of the target.
+    """
     kinds = page_kinds(target.config)
     reach = {window: float("inf") if window is None else window for window in kinds}
     tables = []
-    for layer in draft.config.layers:
+    for layer in draft.layers:
         needed = float("inf") if layer.window is None else layer.window
         enough = [window for window in kinds if reach[window] >= needed]
         if not enough:
             raise ValueError(
-                f"draft {draft.name} has a layer that sees {layer.window or 'all'} positions, and target {target.name} "
+                f"draft {name} has a layer that sees {layer.window or 'all'} positions, and target {target.name} "
                 f"keeps {max(kinds)}; take a draft whose windows are no wider"
             )
         tables.append(kinds.index(min(enough, key=reach.get)))

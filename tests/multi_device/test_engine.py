@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ridgeline as rl
-from families import write_checkpoint
+from families import FIXTURES, write_checkpoint
 
 REQUESTS = [
     (list(range(n, n + length)), rl.SamplingParams(seed=n, max_tokens=6 + n, temperature=n % 2))
@@ -66,3 +66,16 @@ def test_drafters_on_a_mesh(tmp_path):
         outputs = rl.generate(split, prompts, sampling, drafter=drafter)
         assert [output.tokens for output in outputs] == expected
     assert all(output.accepted == output.drafted > 0 for output in outputs)
+
+
+def test_an_eagle_head_on_a_mesh(tmp_path):
+    """Its two KV heads on four devices."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 8, "vocab_size": 64}
+    directory = write_checkpoint(tmp_path / "checkpoint", "llama3", 8, 4, **sizes)
+    one, split = rl.load_model(directory), rl.load_model(directory, mesh=rl.make_mesh(data=2, tensor=4))
+    prompts = [[token % 64 for token in prompt] for prompt, _ in REQUESTS]
+    sampling = [params for _, params in REQUESTS]
+    drafter = rl.EagleDrafter(FIXTURES.parent / "eagle", tokens=3)
+    expected, outputs = (rl.generate(model, prompts, sampling, drafter=drafter) for model in (one, split))
+    assert [output.tokens for output in outputs] == [output.tokens for output in expected]
+    assert [(output.drafted, output.accepted) for output in outputs] == [(o.drafted, o.accepted) for o in expected]
