@@ -167,7 +167,7 @@ def test_without_links_more_devices_are_no_remedy():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: predict(step(1, 1), H100, "int4"), "no peak for 'int4'"),
+        (lambda: predict(step(1, 1), H100, "int4"), "no peak for dtype 'int4'"),
         (lambda: predict(step(1, 1), H100, "bfloat16", efficiency=0), "efficiency is 0; it must be above 0"),
         (lambda: predict_prefill(Deployment(CONFIG), H100, batch=1, prompt=0), "prompt is 0"),
         (lambda: predict_generation(Deployment(CONFIG), H100, batch=1, prompt=5, new_tokens=1), "new_tokens is 1"),
