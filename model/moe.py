@@ -18,6 +18,7 @@ from .quantization import QuantizedArray, scale_axes
 
 See = Callable[[str, Array], Array]
 _TOKENS = ("batch", None)
+_COUNTED = 512  # pairs of a token and an expert that are sorted by comparing all of them, in one pass
 
 
 def experts_mlp(
@@ -107,9 +108,14 @@ class _Order(NamedTuple):
 def _sorted(ids: Int[Array, "... k"], count: int, first: int | Int[Array, ""]) -> _Order:
     local = ids.reshape(-1) - first
     local = jnp.where((local >= 0) & (local < count), local, count)
-    pairs = jnp.argsort(local, stable=True).astype(jnp.int32)
-    rows = jnp.zeros_like(pairs).at[pairs].set(jnp.arange(pairs.shape[0], dtype=jnp.int32))
-    return _Order(pairs, rows, jnp.sum(local[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32))
+    sizes = jnp.sum(local[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+    index = jnp.arange(local.shape[0], dtype=jnp.int32)
+    if local.shape[0] > _COUNTED:
+        pairs = jnp.argsort(local, stable=True).astype(jnp.int32)
+        return _Order(pairs, jnp.zeros_like(pairs).at[pairs].set(index), sizes)
+    is_before = (local < local[:, None]) | ((local == local[:, None]) & (index < index[:, None]))
+    rows = jnp.sum(is_before, axis=1, dtype=jnp.int32)
+    return _Order(jnp.zeros_like(rows).at[rows].set(index), rows, sizes)
 
 
 def _routed(

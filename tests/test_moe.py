@@ -92,7 +92,7 @@ ROUTINGS = {
 }
 
 
-CASES = [("its own", 1), *((routing, 70) for routing in ROUTINGS)]
+CASES = [("its own", 1), ("its own", 300), *((routing, 70) for routing in ROUTINGS)]
 
 
 @pytest.mark.parametrize(("routing", "tokens"), CASES)
