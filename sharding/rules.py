@@ -91,9 +91,18 @@ def put_rows(rows: np.ndarray, mesh: Mesh | None) -> jax.Array | np.ndarray:
 
 
 def constrain(x: jax.Array, *axes: str | None, mesh: Mesh | None = None) -> jax.Array:
-    """Pin how an intermediate result is split over `mesh`, or the one it lies on; without either it is left alone."""
+    """Pin how an intermediate result is split over `mesh`, or the one it lies on; without either it is left alone.
+
+    So is an array outside of a program that does not divide, of which JAX can only hold copies.
+    """
     mesh = mesh or mesh_of(x)
-    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(axes)))
+    if mesh is None:
+        return x
+    parts = [mesh.shape[RULES[axis]] if is_split(axis, mesh) else 1 for axis in axes]
+    divides = all(size % count == 0 for size, count in zip(x.shape, parts, strict=False))
+    if not (divides or isinstance(x, jax.core.Tracer)):
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(axes)))
 
 
 def shard_map(function: Callable, mesh: Mesh | AbstractMesh | None, in_axes: Any, out_axes: Any) -> Callable:

@@ -70,7 +70,9 @@ def eagle_config(hf: Mapping[str, Any], file: str) -> EagleConfig:
         raise
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    ids = fields.object("eagle_config").get("eagle_aux_hidden_state_layer_ids")
+    own = fields.object("eagle_config")
+    own.only("use_aux_hidden_state", (True,), "heads of EAGLE-3 read three states")
+    ids = own.get("eagle_aux_hidden_state_layer_ids")
     # The file counts layers from 0 and means what each gives.
     layers = None if ids is None else tuple(index + 1 for index in ids)
     return EagleConfig(decoder, fields["vocab_size"], fields.get("target_hidden_size", decoder.embed_dim), layers)

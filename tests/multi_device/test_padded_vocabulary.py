@@ -40,6 +40,9 @@ def test_everything_is_as_on_one_device(tmp_path, tensor, tied):
     expected, logits = (rl.forward(m.params, m.config, tokens) for m in (one, split))
     assert logits.shape == (2, 12, V)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+    cache = rl.init_cache(split.config, 2, 64, mesh=split.mesh)
+    outside, _ = rl.extend(split.params, split.config, jnp.asarray(tokens), jnp.array([12, 12]), cache)  # of a program
+    np.testing.assert_allclose(outside, expected[:, -1], atol=1e-4)
     drafter = rl.ModelDrafter(split, tokens=3) if tensor == 8 else None
     with rl.Engine(split, max_batch_size=4, max_length=64, whole_batches=True, drafter=drafter) as engine:
         places = [engine.submit(*request) for request in zip(PROMPTS, SAMPLING, strict=True)]
