@@ -90,11 +90,11 @@ def stream(
     """
     x = arranged(x, s.bits)
     scales, zeros = (None if part is None else part.reshape(-1, part.shape[-1]) for part in (scales, zeros))
-    if s.kind == jnp.float4_e2m1fn:
-        scales = lax.bitcast_convert_type(scales, jnp.uint8)
     factors, row_scales = scales, None
     if s.group is None and scales is not None:
         factors, row_scales = None, jnp.repeat(scales[:, 0].astype(jnp.float32), s.scale_rows)
+    elif s.kind == jnp.float4_e2m1fn:
+        factors = lax.bitcast_convert_type(scales, jnp.uint8)
     return mosaic.kernel(
         functools.partial(_body, s, interpret is not None),
         out_type=out,

@@ -1,11 +1,13 @@
 """Grouped products: the reference and the interpreted kernel against a loop over groups; the table; who serves."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from matmul_cases import BF16, F16, Case, exact
 
 from ridgeline.pallas_kernels import dispatch
@@ -13,6 +15,8 @@ from ridgeline.pallas_kernels.grouped import grouped_matmul
 from ridgeline.pallas_kernels.grouped_mosaic import grouped_matmul_mosaic
 from ridgeline.pallas_kernels.grouped_schedule import make_grouped_schedule, make_table, pieces
 from ridgeline.pallas_kernels.matmul_mosaic import _Share
+from ridgeline.sharding.hlo import num_elements, parse
+from ridgeline.sharding.targets import compile_for_target, target_mesh
 
 SIZES = {  # of groups of 24 rows
     "even": (6, 6, 6, 6),
@@ -169,3 +173,21 @@ def test_the_kernel_serves_hopper_and_says_what_it_refuses(monkeypatch):
     dispatch._say_once.cache_clear()
     with pytest.warns(UserWarning, match="96 outputs; the kernel takes multiples of 64"):
         assert "grouped_matmul_mosaic" not in program(Case("int8", N=96))
+
+
+@pytest.mark.parametrize("rows", [64, 8192])
+def test_compiled_for_an_h200_it_holds_its_result_and_no_more(plugin, rows):
+    """Few rows: partial sums, of half the bytes of a weight; no product over all experts, and a few small kernels."""
+    E, I, O = 256, 2048, 512  # noqa: E741
+    place = NamedSharding(target_mesh("h200"), PartitionSpec())
+    shapes = (((rows, I), BF16), ((E, O, I), BF16), ((E,), jnp.int32))
+    operands = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
+    product = jax.jit(lambda x, w, sizes: grouped_matmul(x, w, sizes=sizes, implementation="mosaic"))
+    compiled = compile_for_target(product.lower(*operands))
+    text = compiled.as_text()
+    assert len(re.findall(r'custom_call_target="mosaic_gpu', text)) == 1
+    assert not re.search(r"\bdot\(|cublas|__gemm", text)
+    most = O * I * 2 / 2 if rows == 64 else rows * O * 2
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1.1 * most
+    big = [shape for _, shape in parse(text).written() if num_elements(shape) > 1]  # scalars: bodies of reductions
+    assert len(big) <= 16
