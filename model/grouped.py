@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from ..pallas_kernels.dispatch import current_device, serve
 from ..pallas_kernels.grouped import check_kernel, grouped_matmul
 from .grouped_cpu import grouped_product_cpu
-from .products import kernel_takes
+from .products import kernel_operands, kernel_takes
 from .products_cpu import FEW_ROWS
 from .promotion import own_promotion
 from .quantization import QuantizedArray, dequantize
@@ -66,15 +66,11 @@ def _by_kernel(
 ) -> Float[Array, "R *out"]:
     """The kernels' product where they serve, else XLA's."""
 
-    def flat(w: Array | QuantizedArray) -> list[Array | None]:
-        parts = (w.values, w.scales, w.zeros) if isinstance(w, QuantizedArray) else (w, None, None)
-        return [None if part is None else part.reshape(part.shape[0], -1, part.shape[-1]) for part in parts]
-
     def kernel(x: Array, w: Array | QuantizedArray, sizes: Array) -> Array:
-        y = grouped_matmul(x, *flat(w), sizes=sizes, out_dtype=jnp.float32, implementation="mosaic")
+        y = grouped_matmul(x, *kernel_operands(w, 1), sizes=sizes, out_dtype=jnp.float32, implementation="mosaic")
         return y.reshape(x.shape[0], *w.shape[1:-1])
 
-    check = functools.partial(check_kernel, x, *flat(w))
+    check = functools.partial(check_kernel, x, *kernel_operands(w, 1))
     return serve("grouped_linear", None, kernel, by_xla, check, x, w, sizes)
 
 

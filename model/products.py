@@ -80,8 +80,7 @@ def _dtype_of_sums(x: Array, w: Array | QuantizedArray, axes: Axes) -> jax.typin
 
 def kernel_takes(x: Float[Array, "M I"], w: QuantizedArray) -> bool:
     """Whether a kernel has the weight's scheme, and its groups come out even."""
-    takes_scheme = w.scheme.dtype != "float4_e2m1fn" and (w.zeros is None or w.scheme.dtype == "int4")
-    return x.shape[1] % (w.scheme.group or 1) == 0 and takes_scheme
+    return x.shape[1] % (w.scheme.group or 1) == 0 and (w.zeros is None or w.scheme.dtype == "int4")
 
 
 def _by_xla(
@@ -125,16 +124,20 @@ def _by_kernel(
 
 def _streamed(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out"]:
     """The kernel's product where it serves, else XLA's."""
-    parts = (w.values, w.scales, w.zeros)
 
-    def flat(*parts: Array | None) -> list[Array | None]:
-        return [None if part is None else part.reshape(-1, part.shape[-1]) for part in parts]
+    def kernel(x: Array, w: QuantizedArray) -> Array:
+        y = matmul(x, *kernel_operands(w), out_dtype=jnp.float32, implementation="mosaic")
+        return y.reshape(-1, *w.shape[:-1])
 
-    def kernel(x: Array, *parts: Array | None) -> Array:
-        y = matmul(x, *flat(*parts), out_dtype=jnp.float32, implementation="mosaic")
-        return y.reshape(-1, *parts[0].shape[:-1])
+    check = functools.partial(check_kernel, x, *kernel_operands(w))
+    return serve("linear", None, kernel, _by_xla, check, x, w)
 
-    def by_xla(x: Array, *parts: Array | None) -> Array:
-        return _by_xla(x, QuantizedArray(*parts, w.scheme))
 
-    return serve("linear", None, kernel, by_xla, functools.partial(check_kernel, x, *flat(*parts)), x, *parts)
+def kernel_operands(w: Array | QuantizedArray, lead: int = 0) -> list[Array | None]:
+    """Values, scales and zero points as kernels take them: the axes of outputs are one, `lead` of experts before it."""
+    if not isinstance(w, QuantizedArray):
+        w = QuantizedArray(w, None, None, None)
+    elif w.scheme.scale_dtype == "float8_e8m0fnu":
+        w = w.replace(scales=lax.bitcast_convert_type(w.scales, jnp.float8_e8m0fnu))
+    parts = w.values, w.scales, w.zeros
+    return [None if part is None else part.reshape(*part.shape[:lead], -1, part.shape[-1]) for part in parts]

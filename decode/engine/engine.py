@@ -73,7 +73,7 @@ class Engine:
       batch_invariant: whether a request gives the tokens that it gives alone, to the bit, in 16 bits too: all is
         computed by programs of one shape, in which a row's sums do not depend on the other rows. It costs speed: each
         prefill has one chunk, of full width, each dispatch one decode step of all rows, and a request that gave up its
-        pages makes its output anew.
+        pages makes its output anew. Routed experts on GPUs are left out: their kernel's sums follow the whole batch.
       residual, component: intervene in the forward pass of every request, prefill and decode, as in `transformer`.
         Cached keys and values depend on them as on the weights; requests share pages with those of this engine alone,
         for which they are the same.
