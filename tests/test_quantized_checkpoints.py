@@ -201,7 +201,7 @@ def mixed() -> dict:
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
             "quant_method is 'bitsandbytes', which is not supported; supported: compressed-tensors, "
-            "awq, gptq, fp8, modelopt; load the checkpoint that it was quantized from, with quantize=",
+            "awq, gptq, fp8, modelopt, mxfp4; load the checkpoint that it was quantized from, with quantize=",
         ),
         ("awq", "quantization_config is 'awq', expected an object"),
         (GPTQ | {"bits": 3}, r"config\.json: quantization_config\.bits is 3, which is not supported: 4 or 8 is; load"),
