@@ -135,9 +135,7 @@ def _streamed(x: Float[Array, "M I"], w: QuantizedArray) -> Float[Array, "M *out
 
 def kernel_operands(w: Array | QuantizedArray, lead: int = 0) -> list[Array | None]:
     """Values, scales and zero points as kernels take them: the axes of outputs are one, `lead` of experts before it."""
-    if not isinstance(w, QuantizedArray):
-        w = QuantizedArray(w, None, None, None)
-    elif w.scheme.scale_dtype == "float8_e8m0fnu":
-        w = w.replace(scales=lax.bitcast_convert_type(w.scales, jnp.float8_e8m0fnu))
-    parts = w.values, w.scales, w.zeros
+    parts = (w.values, w.scales, w.zeros) if isinstance(w, QuantizedArray) else (w, None, None)
+    if isinstance(w, QuantizedArray) and w.scheme.scale_dtype == "float8_e8m0fnu":
+        parts = w.values, lax.bitcast_convert_type(w.scales, jnp.float8_e8m0fnu), w.zeros
     return [None if part is None else part.reshape(*part.shape[:lead], -1, part.shape[-1]) for part in parts]

@@ -1,15 +1,12 @@
 """What every test file shares: where compiled programs are kept, the check of shapes, and the models."""
 
 import importlib.util
-import os
 import pathlib
 from importlib import metadata
 
 import jax
-
-if jax.__version_info__ < (0, 11):  # without these XLA:CPU compiles what is not optimized in half the time
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 import pytest
+from jax._src import compiler
 from jaxtyping import install_import_hook
 
 # Compiled programs outlive the run: the second run of the suite takes a fraction of the first.
@@ -33,10 +30,15 @@ def pytest_addoption(parser):
     parser.addoption("--mutation-seed", type=int, default=0, help="which (default: %(default)s)")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, lest one worker be left with them when the other is done."""
+    items.sort(key=lambda item: item.path.stem not in ("test_multi_device", "test_notebooks"))
+
+
 COMPILED_FULLY = """
     compile contracts decode_mosaic grouped hlo kernel_programs kernel_resources kv_quantization layers matmul_mosaic
-    prefill_decode prefill_mosaic products_cpu ptx quantized_weights request roofline_counts roofline_measure
-    sampling_programs targets training
+    prefill_decode prefill_mosaic products_cpu ptx quantized_kv quantized_weights request roofline_counts
+    roofline_measure sampling_programs targets training
 """
 """Files of tests in which programs are read, or run for long. Elsewhere they are many, and each runs a few times: XLA
 leaves out most optimizations there, which is half of the time."""
@@ -47,6 +49,24 @@ def optimizations(request):
     name = request.path.stem.removeprefix("test_")
     fully = name in COMPILED_FULLY.split() or name.startswith("benchmarks")
     jax.config.update("jax_disable_most_optimizations", not fully)
+    plain, fewer = compiler.get_compile_options, {"xla_cpu_use_fusion_emitters": False}
+
+    def options(*args, env_options_overrides=None, **kwargs):
+        return plain(*args, env_options_overrides=(env_options_overrides or {}) | fewer, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not fully and jax.__version_info__ < (0, 11):  # these emitters take most of the time that is left
+            patch.setattr(compiler, "get_compile_options", options)
+        yield
+
+
+@pytest.fixture
+def optimized():
+    """For a test whose programs run for long, in a file of others."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -126,7 +126,7 @@ def test_nothing_is_compiled_after_warm_up(model):
         assert compilations() == 0
 
 
-def test_the_bundled_model_in_300_random_schedules(bundled):
+def test_the_bundled_model_in_300_random_schedules(bundled, optimized):
     rng = random.Random(1)
     texts = ["Once upon a time", "The dog", "There was a little girl who", "In the forest " * 20]
     requests = [
