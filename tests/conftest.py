@@ -62,11 +62,10 @@ def optimizations(request):
 
 @pytest.fixture
 def optimized():
-    """For a test whose programs run for long, in a file of others."""
-    before = jax.config.jax_disable_most_optimizations
+    """For a test whose programs run for long, in a file of others that do not."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True, scope="module")
