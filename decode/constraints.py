@@ -34,7 +34,8 @@ class Constraint(Protocol):
     def mask(self) -> UInt32[np.ndarray, "W"] | Bool[np.ndarray, "V"]:
         """The tokens that may come next: a bool each, or packed, token t as bit t % 32 of word t // 32.
 
-        Tokens past the end of the mask may not. A mask without any token ends the output, as "stop".
+        Tokens past the end of the mask may not, and past the vocabulary it has none. A mask without any token ends the
+        output, as "stop".
         """
 
     def accept(self, token: int) -> None:
@@ -129,11 +130,11 @@ class Constraints:
             if mask.dtype != np.uint32 or mask.ndim != 1:
                 given = f"{mask.dtype} {list(mask.shape)}"
                 raise TypeError(f"a constraint's mask is {given}; it must be bool [V] or uint32 [ceil(V / 32)]")
-            if mask.size > combined.size:
+            if mask[combined.size :].any():
                 raise ValueError(
                     f"a constraint's mask is for {32 * mask.size} tokens; the vocabulary has {self._vocab_size}"
                 )
-            combined[: mask.size] &= mask
+            combined[: mask.size] &= mask[: combined.size]
             combined[mask.size :] = 0
         return combined
 

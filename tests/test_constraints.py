@@ -173,6 +173,20 @@ def test_masks_that_are_refused(model, mask, error, message):
         rl.stream(model, [[1]], rl.SamplingParams(constraint=Given))
 
 
+def test_a_mask_may_have_words_past_the_vocabulary(model):
+    """llguidance rounds up, and a tokenizer's ids may go on past the model's."""
+
+    class Three:
+        def mask(self):
+            return np.pad(packed(np.arange(V) == 3), (0, 1))
+
+        def accept(self, token):
+            pass
+
+    (output,) = rl.generate(model, [[1]], rl.SamplingParams(constraint=Three, max_tokens=3))
+    assert output.tokens == [3, 3, 3]
+
+
 def test_nothing_is_compiled_after_a_warm_up_that_knows_of_constraints(model):
     with rl.Engine(model, max_batch_size=2, max_length=64, prefill_tokens=16) as engine:
         mix = [GREEDY, dataclasses.replace(GREEDY, constraint=Number)]
