@@ -107,14 +107,15 @@ def _ours(model: Model, make: Callable[[], list[list[int]]], tokens: int) -> Tur
 
     def turn() -> Mapping[str, float]:
         prompts, begun, made = make(), set(), 0
-        started = first = time.perf_counter()
+        started = first = last = time.perf_counter()
         for chunk in stream(model, prompts, params):
+            last = time.perf_counter()
             if len(begun) == len(prompts):  # those that began sooner have made some of their tokens by then
                 made += len(chunk.tokens)
             elif chunk.tokens:
                 begun.add(chunk.index)
-                first = time.perf_counter()
-        return {"ttft": first - started, "tpot": (time.perf_counter() - first) / made * len(prompts)}
+                first = last
+        return {"ttft": first - started, "tpot": (last - first) / made * len(prompts)}
 
     return turn
 
